@@ -1,0 +1,232 @@
+"""`raytune-vlm`: thin commands over the stages. Heavy imports stand inside the commands' bodies.
+
+raytune-vlm COMMAND EXPERIMENT.yaml [dotted.key=value ...]
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from raytune_vlm import __version__
+from raytune_vlm.errors import RaytuneVlmError
+
+if TYPE_CHECKING:
+    from raytune_vlm.config import ExperimentConfig
+    from raytune_vlm.records import SweepFolder
+
+_EXPERIMENT = click.argument("experiment", type=click.Path(path_type=Path))
+_OVERRIDES = click.argument("overrides", nargs=-1)
+_FOLDER = click.argument("folder", type=click.Path(path_type=Path))
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="raytune-vlm")
+def cli() -> None:
+    """Find the best LoRA recipe for a vision-language model, and prove it with numbers.
+
+    An EXPERIMENT is a YAML file; any of its keys can be overridden: lora.rank=8.
+    """
+
+
+@cli.command()
+@_EXPERIMENT
+@_OVERRIDES
+@click.option("--show", is_flag=True, help="Print the resolved experiment.")
+def validate(experiment: Path, overrides: tuple[str, ...], show: bool) -> None:
+    """Check an experiment, its model and its data paths; start nothing."""
+    from raytune_vlm.config.loader import load_experiment, render
+    from raytune_vlm.models.loading import check_model
+
+    resolved = load_experiment(experiment, overrides)
+    family = check_model(resolved.model)
+    _check_sources(resolved)
+    if show:
+        click.echo(render(resolved), nl=False)
+    rungs = ", ".join(str(rung) for rung in resolved.rungs)
+    click.echo(
+        f"{experiment}: valid ({resolved.fingerprint()}): {resolved.model.name} "
+        f"({family.model_type}), {resolved.sweep.num_trials} trials of up to "
+        f"{resolved.train.max_steps} steps, {resolved.metric} scored at steps {rungs}"
+    )
+
+
+def _check_sources(experiment: ExperimentConfig) -> None:
+    from raytune_vlm.sources import SOURCES
+
+    for source in experiment.data.sources:
+        if not source.path.startswith(("hf://", "s3://", "gs://")):
+            SOURCES[source.type].list_shards(source, Path(experiment.data.root), False)
+
+
+@cli.command()
+@_OVERRIDES
+def demo(overrides: tuple[str, ...]) -> None:
+    """Run the embedded sweep: no network, no GPU, a few minutes on two cores."""
+    from raytune_vlm.config.loader import load_experiment
+    from raytune_vlm.demo.data import write_demo_data
+    from raytune_vlm.monitor import Monitor
+
+    experiment = load_experiment(DEMO_EXPERIMENT, overrides)
+    experiment = experiment.model_copy(update={"name": _free_name(experiment)})
+    with Monitor() as monitor:
+        write_demo_data(Path(experiment.data.root))
+        monitor.say(f"demo data in {experiment.data.root}")
+        _sweep(experiment, monitor)
+
+
+DEMO_EXPERIMENT = Path(__file__).parent / "demo" / "experiment.yaml"
+"""The experiment that `demo` runs; `experiments/demo.yaml` is a link to it."""
+
+
+def _free_name(experiment: ExperimentConfig) -> str:
+    """`demo`, or `demo-2`, `demo-3`, ... where earlier demos left their folders."""
+    name, number = experiment.name, 1
+    while (Path(experiment.storage_path) / name).exists():
+        number += 1
+        name = f"{experiment.name}-{number}"
+    return name
+
+
+@cli.command()
+@_EXPERIMENT
+@_OVERRIDES
+def prepare(experiment: Path, overrides: tuple[str, ...]) -> None:
+    """Read, check and encode the data once; later runs find it."""
+    from raytune_vlm.config.loader import load_experiment
+    from raytune_vlm.monitor import Monitor
+
+    resolved = load_experiment(experiment, overrides)
+    with Monitor() as monitor:
+        from raytune_vlm.sweep.runner import prepare_only
+
+        data = prepare_only(resolved, monitor=monitor)
+        for entry in data.quarantine:
+            monitor.say(f"quarantined: {entry.origin}: {entry.reason}")
+
+
+@cli.command()
+@_EXPERIMENT
+@_OVERRIDES
+def train(experiment: Path, overrides: tuple[str, ...]) -> None:
+    """Train the experiment's own recipe; run again, it goes on from its newest checkpoint."""
+    from raytune_vlm.config.loader import load_experiment
+    from raytune_vlm.monitor import Monitor
+
+    resolved = load_experiment(experiment, overrides)
+    with Monitor() as monitor:
+        from raytune_vlm.sweep.single import train_one
+
+        trial = train_one(resolved, command=_command(), monitor=monitor)
+        click.echo(f"adapter: {trial}")
+
+
+@cli.command()
+@_EXPERIMENT
+@_OVERRIDES
+def sweep(experiment: Path, overrides: tuple[str, ...]) -> None:
+    """Search recipes, pick the winner, prove it, report."""
+    from raytune_vlm.config.loader import load_experiment
+    from raytune_vlm.monitor import Monitor
+
+    resolved = load_experiment(experiment, overrides)
+    with Monitor() as monitor:
+        _sweep(resolved, monitor)
+
+
+def _sweep(experiment: ExperimentConfig, monitor: Any) -> None:
+    from raytune_vlm.sweep.runner import run_sweep
+
+    folder = run_sweep(experiment, command=_command(), monitor=monitor)
+    _conclude(folder, monitor)
+
+
+@cli.command()
+@_FOLDER
+def resume(folder: Path) -> None:
+    """Continue a sweep that was stopped or killed."""
+    from raytune_vlm.monitor import Monitor
+
+    with Monitor() as monitor:
+        from raytune_vlm.sweep.runner import resume_sweep
+
+        _conclude(resume_sweep(folder, monitor=monitor), monitor)
+
+
+@cli.command()
+@_FOLDER
+@click.option("--trial", "trial_id", default="base", help="Trial id, or `base`.")
+@click.option("--split", type=click.Choice(["select", "report"]), default="select")
+def evaluate(folder: Path, trial_id: str, split: str) -> None:
+    """Score one trial's newest checkpoint, or the base model, of a sweep folder on a split."""
+    from raytune_vlm.monitor import Monitor
+
+    with Monitor() as monitor:
+        from raytune_vlm.sweep.single import evaluate_one
+
+        scores = evaluate_one(folder, trial_id, split, monitor=monitor)
+        for name, entry in scores.metrics.items():
+            click.echo(f"{name} {entry.value:.4f} [{entry.lower:.4f}, {entry.upper:.4f}]")
+
+
+@cli.command()
+@_FOLDER
+def report(folder: Path) -> None:
+    """Write the report of a sweep folder again; needs neither Ray nor torch."""
+    from raytune_vlm.report import build_report
+
+    click.echo(str(build_report(folder)))
+
+
+@cli.command()
+@click.option("--output", type=click.Path(path_type=Path), help="Write to a file.")
+def schema(output: Path | None) -> None:
+    """Print the JSON schema of experiment files, for editors."""
+    import json
+
+    from raytune_vlm.config.schema import json_schema, write_schema
+
+    if output is not None:
+        write_schema(output)
+    else:
+        click.echo(json.dumps(json_schema(), indent=2))
+
+
+def _conclude(folder: SweepFolder, monitor: Any) -> None:
+    """The end of a sweep on the console: leaderboard, verdict, report, next command."""
+    from raytune_vlm.report.console import leaderboard_rows, verdict_lines
+
+    title, columns, rows = leaderboard_rows(folder)
+    monitor.table(title, columns, rows)
+    for line in verdict_lines(folder):
+        monitor.say(line)
+    monitor.say(f"report: {folder.report / 'index.html'}")
+    monitor.say(f"winner: {folder.best} (a PEFT adapter)")
+    monitor.say(f"next: raytune-vlm train {folder.best / 'experiment.yaml'}")
+
+
+def _command() -> str:
+    return shlex.join(["raytune-vlm", *sys.argv[1:]])
+
+
+def main() -> None:
+    """Entry point: expected errors are one line and their own exit status."""
+    try:
+        cli(standalone_mode=False)
+    except RaytuneVlmError as error:
+        click.echo(f"error: {error.message}", err=True)
+        sys.exit(error.exit_status)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("stopped", err=True)
+        sys.exit(3)
+    except Exception:
+        traceback.print_exc()
+        sys.exit(1)

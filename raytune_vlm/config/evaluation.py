@@ -1,0 +1,49 @@
+"""`evaluation`: how checkpoints are scored by what they generate."""
+
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from raytune_vlm.config.section import Section
+from raytune_vlm.errors import did_you_mean
+
+METRIC_MODES: dict[str, Literal["max", "min"]] = {
+    "nted@donut": "max",
+    "field_f1@donut": "max",
+    "exact_match@strip": "max",
+    "cer@micro": "min",
+}
+"""Every metric variant and whether more or less of it is better.
+
+Kept here, free of heavy imports, so that a typo fails before anything starts; the functions are
+`raytune_vlm.evaluate.metrics.METRICS`, and a test holds the two tables together.
+"""
+
+
+class EvaluationConfig(Section):
+    """Greedy generation, answer parsing, metrics, intervals."""
+
+    metrics: tuple[str, ...] = ("exact_match@strip",)
+    """Metric variants to compute; every one of them is stored per sample."""
+    answer: Literal["text", "json_tags"] = "text"
+    """What an answer must be to count as parsed."""
+    max_new_tokens: int = Field(default=128, ge=1)
+    """Longest generation; an answer cut here is counted as truncated."""
+    batch_size: int = Field(default=64, ge=1)
+    """Prompts generated at once on one worker."""
+    every: int | None = Field(default=None, ge=1)
+    """Score `select` every so many steps, besides the rungs of the scheduler and the end."""
+    confidence: float = Field(default=0.95, gt=0, lt=1)
+    """Level of the intervals."""
+    num_bootstrap: int = Field(default=2000, ge=100)
+    """Bootstrap resamples (of groups) behind intervals and tests."""
+
+    @field_validator("metrics")
+    @classmethod
+    def _known_metrics(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            if name not in METRIC_MODES:
+                raise ValueError(f"unknown metric {name!r}{did_you_mean(name, METRIC_MODES)}")
+        if len(set(value)) != len(value) or not value:
+            raise ValueError(f"metrics must be distinct and at least one, got {list(value)}")
+        return value

@@ -1,0 +1,20 @@
+"""`model`: which base model is adapted."""
+
+from typing import Literal
+
+from raytune_vlm.config.section import Section
+
+
+class ModelConfig(Section):
+    """The frozen base model."""
+
+    name: str = "demo"
+    """`demo` (the tiny model that the package ships), a local folder, or a Hugging Face name."""
+    revision: str | None = None
+    """Commit or tag on the hub; None takes the default branch."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Number format of the frozen weights; adapters are always trained in float32."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Attention implementation, as transformers names it."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more compute."""

@@ -1,0 +1,96 @@
+"""Is a search space one that trials can run? Asked when the experiment is read, not on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from pydantic import ValidationError
+
+from raytune_vlm.config.experiment import ExperimentConfig
+from raytune_vlm.config.lora import LoraConfig
+from raytune_vlm.config.sweep import flatten
+from raytune_vlm.config.train import TrainConfig
+from raytune_vlm.errors import did_you_mean
+
+SHARED_TRAIN_KEYS = (
+    "train.max_steps",
+    "train.backend",
+    "train.num_workers",
+    "train.cpus_per_worker",
+    "train.gpus_per_worker",
+)
+"""What all trials of a sweep share, because one resident executor trains them one after another."""
+
+
+def searchable_keys() -> list[str]:
+    """The dotted keys that a trial may vary."""
+    keys = [f"lora.{key}" for key in LoraConfig.model_fields]
+    keys += [f"train.{key}" for key in TrainConfig.model_fields]
+    return [key for key in keys if key not in SHARED_TRAIN_KEYS]
+
+
+def search_space_problems(experiment: ExperimentConfig) -> Iterator[tuple[str, str]]:
+    """What is wrong with the search space, as (dotted key of the search space or "", message).
+
+    Every end point and every listed value has to be valid for the whole experiment, alone and all
+    lower (upper) ends together.
+    """
+    space = experiment.sweep.search_space
+    known = flatten(experiment.model_dump())
+    found = False
+    for key, distribution in space.items():
+        reasons = [_refusal(key, known)] if key not in searchable_keys() else []
+        if not reasons:
+            values = distribution.corners()
+            reasons = [reason for value in values if (reason := _invalid(experiment, key, value))]
+        for reason in reasons[:1]:
+            found = True
+            yield key, reason
+    if found or len(space) < 2:
+        return
+    for name, end in (("lower", 0), ("upper", -1)):
+        recipe = {key: distribution.corners()[end] for key, distribution in space.items()}
+        if reason := _reason(experiment, recipe):
+            shown = ", ".join(f"{key}={value}" for key, value in recipe.items())
+            yield "", f"all {name} ends together ({shown}) are not valid: {reason}"
+            return
+
+
+def _refusal(key: str, known: dict[str, Any]) -> str:
+    if key in SHARED_TRAIN_KEYS:
+        return (
+            "a trial cannot vary this: the executor is resident and all trials of the sweep share "
+            "it; run one sweep for each value"
+        )
+    if key in known or any(name.startswith(f"{key}.") for name in known):
+        return "a trial can vary only single keys under lora. and train."
+    return f"no such key in the experiment{did_you_mean(key, known)}"
+
+
+def _invalid(experiment: ExperimentConfig, key: str, value: Any) -> str | None:
+    if reason := _reason(experiment, {key: value}):
+        return f"value {value!r} is not valid: {reason.removeprefix(f'{key}: ')}"
+    section, leaf = key.split(".")
+    read = getattr(getattr(experiment.with_recipe({key: value}), section), leaf)
+    if read != value:
+        return f"value {value!r} is read as {read!r}; write it so"
+    return None
+
+
+def _reason(experiment: ExperimentConfig, recipe: dict[str, Any]) -> str | None:
+    try:
+        experiment.with_recipe(recipe)
+    except ValidationError as error:
+        return "; ".join(
+            ": ".join(
+                part
+                for part in (
+                    ".".join(map(str, problem["loc"])),
+                    problem["msg"].removeprefix("Value error, "),
+                )
+                if part
+            )
+            for problem in error.errors()
+        )
+    return None

@@ -1,0 +1,54 @@
+"""`train`: the recipe of one fine-tuning run and the workers that carry it out."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from raytune_vlm.config.section import Section
+
+
+class TrainConfig(Section):
+    """One run: what the optimizer does and on how many workers."""
+
+    max_steps: int = Field(default=200, ge=1)
+    """Optimizer steps of a complete run."""
+    batch_size: int = Field(default=16, ge=1)
+    """Samples per optimizer step, over all workers."""
+    micro_batch_size: int = Field(default=16, ge=1)
+    """Samples per forward pass on one worker; the loss does not depend on it."""
+    learning_rate: float = Field(default=1e-3, gt=0, le=10)
+    """Peak learning rate of AdamW."""
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """How the learning rate falls to zero after the warm-up."""
+    warmup_steps: int = Field(default=10, ge=0)
+    """Steps over which the learning rate rises from zero."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay (AdamW)."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradients with a larger global norm are scaled down to it."""
+    backend: Literal["ddp"] = "ddp"
+    """How workers share a model."""
+    num_workers: int = Field(default=1, ge=1)
+    """Ray Train workers of one executor."""
+    cpus_per_worker: float = Field(default=1.0, gt=0)
+    """CPUs that Ray reserves for a worker; torch uses as many threads."""
+    gpus_per_worker: float = Field(default=0.0, ge=0)
+    """GPUs that Ray reserves for a worker; 0 trains on CPU with gloo."""
+    log_every: int = Field(default=5, ge=1)
+    """Steps between two lines of metrics.jsonl."""
+    checkpoint_every: int | None = Field(default=None, ge=1)
+    """Steps between two checkpoints, besides those at every rung and at the end."""
+    keep_checkpoints: int = Field(default=2, ge=1)
+    """Checkpoints kept per trial, the newest first; the best-scored one is never deleted."""
+
+    @model_validator(mode="after")
+    def _divisible(self) -> "TrainConfig":
+        if self.batch_size < self.num_workers:
+            raise ValueError(
+                f"batch_size={self.batch_size} must be at least num_workers={self.num_workers}"
+            )
+        if self.warmup_steps >= self.max_steps:
+            raise ValueError(
+                f"warmup_steps={self.warmup_steps} must be below max_steps={self.max_steps}"
+            )
+        return self

@@ -1,0 +1,84 @@
+"""The exception tree: every error a user can cause or has to know about.
+
+Each class is also the builtin that it specialises and can be pickled with its attributes, because
+errors cross Ray processes. The command line prints them as one line and ends with `exit_status`:
+2 for wrong use or bad input, 1 for a failure, 3 for a stop that `resume` can continue.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class RaytuneVlmError(Exception):
+    """The root of the tree. `message` is one line that names what is wrong and what to do."""
+
+    exit_status = 1
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+
+class ConfigError(RaytuneVlmError, ValueError):
+    """The experiment or the command line is wrong; nothing was started."""
+
+    exit_status = 2
+
+
+class DataError(RaytuneVlmError, ValueError):
+    """The data is missing, empty, or too much of it is bad."""
+
+    exit_status = 2
+
+
+class ModelError(RaytuneVlmError, ValueError):
+    """The model cannot be found, is of an unknown family, or a LoRA target matches nothing."""
+
+    exit_status = 2
+
+
+class LeaseError(RaytuneVlmError, RuntimeError):
+    """Another process drives this sweep folder."""
+
+    exit_status = 2
+
+
+class CheckpointError(RaytuneVlmError, OSError):
+    """A checkpoint is torn, altered, or does not fit the run that wants it."""
+
+
+class EvaluationError(RaytuneVlmError, RuntimeError):
+    """A score could not be computed, or scores of different variants were to be compared."""
+
+
+class InfrastructureError(RaytuneVlmError, RuntimeError):
+    """A worker, node or store failed; the recipe is not to blame."""
+
+
+class TrialInfeasible(RaytuneVlmError, MemoryError):
+    """The recipe cannot run here at all: out of memory, or a constraint is broken."""
+
+
+class TrialDiverged(RaytuneVlmError, ArithmeticError):
+    """The loss or the gradients stopped being finite numbers."""
+
+
+class AuditFailed(RaytuneVlmError, RuntimeError):
+    """The adapter does not train, has no effect, or the image has none."""
+
+
+class SweepInterrupted(RaytuneVlmError, RuntimeError):
+    """The sweep stopped before its end and can be resumed."""
+
+    exit_status = 3
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`" (did you mean 'x'?)"` for the nearest known name, else the known names, else nothing."""
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    if near:
+        return f" (did you mean '{near[0]}'?)"
+    return f" (known: {', '.join(names)})" if names and len(names) <= 24 else ""

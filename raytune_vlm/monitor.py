@@ -1,0 +1,81 @@
+"""What a person sees while a sweep runs: one line a stage, live bars on a terminal.
+
+On a terminal the bars are rich's; in a log file (CI, `ray job logs`) a plain line appears when
+something happened and at least every ten seconds.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+QUIET_S = 10.0
+"""Longest silence in a log file."""
+
+
+def duration(seconds: float) -> str:
+    """`95` -> `1:35`, `4000` -> `1:06:40`."""
+    whole = int(seconds)
+    hours, rest = divmod(whole, 3600)
+    minutes, left = divmod(rest, 60)
+    return f"{hours}:{minutes:02d}:{left:02d}" if hours else f"{minutes}:{left:02d}"
+
+
+class Monitor:
+    """The console of one run; a context manager."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(highlight=False, soft_wrap=True)
+        self._began = time.monotonic()
+        self._spoke = 0.0
+        self._bars: Progress | None = None
+        self._tasks: dict[str, Any] = {}
+
+    def __enter__(self) -> Monitor:
+        if self.console.is_terminal:
+            self._bars = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=28),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[detail]}"),
+                TimeElapsedColumn(),
+                console=self.console,
+                transient=True,
+            )
+            self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+            self._bars = None
+
+    def say(self, message: str) -> None:
+        """One line, with the time since the start."""
+        self._spoke = time.monotonic()
+        self.console.print(f"[{duration(time.monotonic() - self._began)}] {message}", markup=False)
+
+    def progress(self, name: str, done: int, total: int, detail: str = "") -> None:
+        """Where a stage stands; on a terminal a bar, in a log a line every ten seconds."""
+        if self._bars is None:
+            if time.monotonic() - self._spoke >= QUIET_S:
+                self.say(f"{name}: {done}/{total} {detail}".rstrip())
+            return
+        if name not in self._tasks:
+            self._tasks[name] = self._bars.add_task(name, total=total, detail=detail)
+        self._bars.update(self._tasks[name], completed=done, total=total, detail=detail)
+        if done >= total:
+            self._bars.remove_task(self._tasks.pop(name))
+
+    def table(self, title: str, columns: list[str], rows: list[list[str]]) -> None:
+        """A table on the console."""
+        table = Table(title=title, title_justify="left")
+        for place, column in enumerate(columns):
+            table.add_column(column, justify="left" if place == 0 else "right")
+        for row in rows:
+            table.add_row(*row)
+        self.console.print(table)

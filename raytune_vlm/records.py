@@ -1,0 +1,318 @@
+"""The typed records that stages exchange, and the one place that knows a sweep folder's layout.
+
+Everything a sweep leaves behind is plain JSON, JSON lines, Parquet, SQLite or safetensors, so that a
+copied folder can be read without Ray and without torch:
+
+    <storage_path>/<name>/
+      experiment.json        the resolved experiment and its fingerprint
+      ledger.jsonl           append-only: proposed, started, scored, stopped, failed, finished
+      lease.json             who drives this sweep
+      study.db               Optuna storage
+      result.json            the decision (`SweepResult`), written last
+      data/                  manifest.json, quarantine.jsonl, gallery/<sample_id>.jpg
+      trials/<trial_id>/     trial.json, metrics.jsonl, checkpoints/step_000200/,
+                             evaluations/<split>/step_000200/{predictions.parquet,scores.json}
+      report/                index.html, leaderboard.csv, leaderboard.json
+      best/                  the winner's PEFT adapter, processor, model card, experiment.yaml
+
+The untouched base model is the pseudo-trial `base` at step 0.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+Split = Literal["train", "select", "report"]
+SPLITS: tuple[Split, ...] = ("train", "select", "report")
+
+BASE_TRIAL = "base"
+"""The trial id under which the untouched base model is scored."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One conversation with its images.
+
+    `messages` holds `{"role", "content": [{"type": "image"} | {"type": "text", "text": str}]}`;
+    the n-th image part of the conversation is the n-th entry of `images` (encoded bytes, still
+    undecoded). `sample_id` is a hash of the content, `group_id` names what must not be split
+    (a document, an image family), `origin` is `file:row` for messages to people.
+    """
+
+    sample_id: str
+    group_id: str
+    origin: str
+    messages: list[dict[str, Any]]
+    images: list[bytes]
+
+    @property
+    def answer(self) -> str:
+        """The text of the last assistant turn: the reference that evaluation compares with."""
+        return "".join(part["text"] for part in self.messages[-1]["content"])
+
+
+@dataclass(frozen=True)
+class Quarantined:
+    """A sample that was refused, where it stood, and why."""
+
+    origin: str
+    reason: str
+    split: str
+
+
+@dataclass(frozen=True)
+class SplitStatistics:
+    """What became of the samples of one split, and their lengths in tokens."""
+
+    num_seen: int
+    num_used: int
+    num_quarantined: int
+    num_dropped_over_long: int
+    num_groups: int
+    num_images: int
+    max_length: int
+    mean_length: float
+    mean_labelled: float
+
+
+@dataclass(frozen=True)
+class DataManifest:
+    """`data/manifest.json`: the prepared store, by content address, and its statistics."""
+
+    digest: str
+    store: str
+    splits: dict[str, SplitStatistics]
+    quarantine_reasons: dict[str, int]
+    overlap: dict[str, int]
+    """`"train/report"` -> the number of groups or identical samples that stand in both splits."""
+    seconds: float = 0.0
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> DataManifest:
+        splits = {name: SplitStatistics(**entry) for name, entry in value["splits"].items()}
+        return cls(**{**value, "splits": splits})
+
+
+@dataclass(frozen=True)
+class MetricEstimate:
+    """A metric on n samples with its interval (clustered by group when groups repeat)."""
+
+    value: float
+    lower: float
+    upper: float
+    standard_error: float
+
+
+@dataclass(frozen=True)
+class Scores:
+    """`scores.json`: one checkpoint on one split."""
+
+    trial_id: str
+    step: int
+    split: str
+    num_samples: int
+    num_groups: int
+    metrics: dict[str, MetricEstimate]
+    """Metric variant (`nted@donut`) -> estimate."""
+    parse_failure_rate: float
+    empty_rate: float
+    truncation_rate: float
+    seconds: float = 0.0
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Scores:
+        metrics = {name: MetricEstimate(**entry) for name, entry in value["metrics"].items()}
+        return cls(**{**value, "metrics": metrics})
+
+
+PREDICTION_COLUMNS = (
+    "sample_id",
+    "group_id",
+    "prompt",
+    "reference",
+    "prediction",
+    "parsed",
+    "num_tokens",
+    "truncated",
+)
+"""Columns of `predictions.parquet`; one float column per metric variant follows, named by it.
+
+The float is the sample's own score (`nan` for a metric that has none); a second column
+`<metric>/weight` holds its weight in the aggregate (1 for means, the number of reference
+characters for `cer@micro`): aggregate = sum(score * weight) / sum(weight).
+"""
+
+
+@dataclass(frozen=True)
+class TrialRecord:
+    """`trial.json`: one point of the search space and how it ended."""
+
+    trial_id: str
+    number: int
+    recipe: dict[str, Any]
+    """Dotted key -> value: only what the search space varies."""
+    status: Literal["running", "finished", "stopped", "failed"]
+    step: int = 0
+    max_steps: int = 0
+    failure: str | None = None
+    seconds: float = 0.0
+    train_seconds: float = 0.0
+    evaluate_seconds: float = 0.0
+    trainable_parameters: int = 0
+    trainable_by_scope: dict[str, int] = field(default_factory=dict)
+    audit: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PairedTest:
+    """A paired comparison of two systems on the same samples (`first` minus `second`)."""
+
+    metric: str
+    first: str
+    second: str
+    difference: float
+    lower: float
+    upper: float
+    p_value: float
+    num_samples: int
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """`result.json`: the decision of a sweep, written once at its end."""
+
+    metric: str
+    mode: Literal["max", "min"]
+    winner: str
+    winner_step: int
+    default: str | None
+    """The trial that ran the experiment's own recipe, if the sweep included it."""
+    naive: float
+    """The winner's score on `select`: inflated by having been picked."""
+    corrected: MetricEstimate | None
+    """The same with the selection bias removed (bootstrap over trials x samples)."""
+    report: dict[str, str]
+    """Role (`base`, `default`, `winner`) -> trial id scored on the `report` split."""
+    paired: list[PairedTest]
+    indistinguishable: list[str]
+    """Trials whose `select` score cannot be told from the winner's, cheapest first."""
+    num_report_touches: int
+    seconds: float
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> SweepResult:
+        corrected = value["corrected"]
+        return cls(
+            **{
+                **value,
+                "corrected": MetricEstimate(**corrected) if corrected else None,
+                "paired": [PairedTest(**entry) for entry in value["paired"]],
+            }
+        )
+
+
+class TrialFolder:
+    """Paths of one trial inside a sweep folder."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.record_file = root / "trial.json"
+        self.metrics_file = root / "metrics.jsonl"
+        """One JSON object per logged step: step, loss, grad_norm, learning_rate, tokens, ..."""
+        self.checkpoints = root / "checkpoints"
+
+    def checkpoint(self, step: int) -> Path:
+        return self.checkpoints / f"step_{step:06d}"
+
+    def evaluation(self, split: str, step: int) -> Path:
+        return self.root / "evaluations" / split / f"step_{step:06d}"
+
+    def scores(self, split: str) -> list[Scores]:
+        """The scores of this trial on a split, by step."""
+        files = sorted((self.root / "evaluations" / split).glob("step_*/scores.json"))
+        return [Scores.from_json(read_json(file)) for file in files]
+
+    def record(self) -> TrialRecord:
+        return TrialRecord(**read_json(self.record_file))
+
+
+class SweepFolder:
+    """Paths of a sweep folder; knows the layout, writes nothing by itself."""
+
+    def __init__(self, root: Path | str) -> None:
+        self.root = Path(root)
+        self.experiment_file = self.root / "experiment.json"
+        self.ledger_file = self.root / "ledger.jsonl"
+        self.lease_file = self.root / "lease.json"
+        self.study_file = self.root / "study.db"
+        self.result_file = self.root / "result.json"
+        self.data = self.root / "data"
+        self.manifest_file = self.data / "manifest.json"
+        self.quarantine_file = self.data / "quarantine.jsonl"
+        self.gallery = self.data / "gallery"
+        self.report = self.root / "report"
+        self.best = self.root / "best"
+
+    def trial(self, trial_id: str) -> TrialFolder:
+        return TrialFolder(self.root / "trials" / trial_id)
+
+    def trial_ids(self) -> list[str]:
+        """All trials that have a record, by number; without the pseudo-trial `base`."""
+        found = (file.parent.name for file in (self.root / "trials").glob("*/trial.json"))
+        return sorted(trial_id for trial_id in found if trial_id != BASE_TRIAL)
+
+    def result(self) -> SweepResult | None:
+        """The decision, or None while the sweep has not ended."""
+        if not self.result_file.exists():
+            return None
+        return SweepResult.from_json(read_json(self.result_file))
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in a file."""
+    value: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return value
+
+
+def read_json_lines(file: Path) -> list[dict[str, Any]]:
+    """All objects of a JSON-lines file; a torn last line (a writer that was killed) is left out."""
+    if not file.exists():
+        return []
+    rows: list[dict[str, Any]] = []
+    lines = file.read_bytes().split(b"\n")
+    for number, line in enumerate(lines):
+        if not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            if number < len(lines) - 1:
+                raise
+    return rows
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Write JSON (a dataclass or plain data) so that readers see the old or the new file, whole."""
+    plain = asdict(value) if hasattr(value, "__dataclass_fields__") else value
+    write_text(file, json.dumps(plain, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a text file atomically: temporary name, fsync, rename."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, file)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

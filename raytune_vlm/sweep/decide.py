@@ -1,0 +1,241 @@
+"""The decision: the winner, what it is worth, and what it beats.
+
+Everything that the search scored on `select` is a configuration: each trial at each rung. The
+winner is the best of them; the bias of having been picked is estimated over all of them; `report`
+is then scored once for the base model, the default recipe and the winner.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from typing import Any
+
+from raytune_vlm.config.loader import render
+from raytune_vlm.errors import EvaluationError
+from raytune_vlm.evaluate.scoring import read_matrix
+from raytune_vlm.evaluate.statistics import corrected_winner, indistinguishable, paired_test
+from raytune_vlm.models.loading import load_processor
+from raytune_vlm.records import (
+    BASE_TRIAL,
+    PairedTest,
+    SweepFolder,
+    SweepResult,
+    read_json_lines,
+    write_json,
+    write_text,
+)
+from raytune_vlm.report.model_card import model_card
+from raytune_vlm.sweep.ledger import TrialState
+from raytune_vlm.sweep.runner import Session, evaluate
+
+GALLERY_SIZE = 48
+"""Pictures of `report` samples kept beside the report."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A trial at a rung, with its score on `select`."""
+
+    trial: TrialState
+    step: int
+    value: float
+
+
+def decide(running: Session) -> SweepResult:
+    """Pick the winner, score `report`, write `result.json` and `best/`.
+
+    Raises
+    ------
+    EvaluationError
+        If no trial was ever scored.
+    """
+    experiment, folder = running.experiment, running.folder
+    candidates = _candidates(running)
+    winner = _best(candidates, experiment.mode, folder)
+    statistics = _selection(running, candidates, winner)
+    running.monitor.say(
+        f"winner: {winner.trial.trial_id} at step {winner.step}; scoring `report` once each for "
+        "base, default and winner"
+    )
+    roles, paired = _report(running, candidates, winner)
+    result = SweepResult(
+        metric=experiment.metric,
+        mode="max" if experiment.mode == "max" else "min",
+        winner=winner.trial.trial_id,
+        winner_step=winner.step,
+        default=roles.get("default"),
+        naive=winner.value,
+        corrected=statistics["corrected"],
+        report=roles,
+        paired=paired,
+        indistinguishable=statistics["indistinguishable"],
+        num_report_touches=len(set(roles.values())),
+        seconds=_seconds(folder),
+    )
+    _write_gallery(running)
+    write_json(folder.result_file, result)
+    _write_best(running, winner)
+    running.ledger.append("decided", trial_id=winner.trial.trial_id, step=winner.step)
+    return result
+
+
+def _candidates(running: Session) -> list[Candidate]:
+    metric = running.experiment.metric
+    found = [
+        Candidate(state, step, scores[metric])
+        for state in running.states.values()
+        if state.ended != "failed"
+        for step, scores in sorted(state.scored.items())
+    ]
+    if not found:
+        reasons = sorted({str(state.message) for state in running.states.values()})
+        raise EvaluationError(f"no trial was scored: {'; '.join(reasons)}")
+    return found
+
+
+def _sign(mode: str) -> int:
+    return 1 if mode == "max" else -1
+
+
+def _cost(folder: SweepFolder, trial_id: str) -> int:
+    return folder.trial(trial_id).record().trainable_parameters
+
+
+def _best(candidates: list[Candidate], mode: str, folder: SweepFolder) -> Candidate:
+    """The best score; among equals the fewest trainable parameters, then steps, then number."""
+    sign = _sign(mode)
+    return min(
+        candidates,
+        key=lambda entry: (
+            -sign * entry.value,
+            _cost(folder, entry.trial.trial_id),
+            entry.step,
+            entry.trial.number,
+        ),
+    )
+
+
+def _selection(running: Session, candidates: list[Candidate], winner: Candidate) -> dict[str, Any]:
+    experiment, folder = running.experiment, running.folder
+    options: dict[str, Any] = {
+        "mode": experiment.mode,
+        "confidence": experiment.evaluation.confidence,
+        "num_bootstrap": experiment.evaluation.num_bootstrap,
+        "seed": experiment.seed,
+    }
+    files = [
+        folder.trial(entry.trial.trial_id).evaluation("select", entry.step) / "predictions.parquet"
+        for entry in candidates
+    ]
+    values, weights, groups, _ = read_matrix(files, experiment.metric)
+    corrected = None
+    if len(candidates) > 1 and len(set(groups)) > 1:
+        corrected = corrected_winner(values, weights, groups, **options)
+    best_rows = _best_rows(candidates, experiment.mode, winner)
+    same = indistinguishable(
+        values[best_rows],
+        weights[best_rows],
+        groups,
+        winner=best_rows.index(candidates.index(winner)),
+        **options,
+    )
+    ids = [candidates[best_rows[place]].trial.trial_id for place in same]
+    return {
+        "corrected": corrected,
+        "indistinguishable": sorted(ids, key=lambda trial_id: _cost(folder, trial_id)),
+    }
+
+
+def _best_rows(candidates: list[Candidate], mode: str, winner: Candidate) -> list[int]:
+    """For each trial the row of its best candidate; the winner's own row for its trial."""
+    best: dict[str, int] = {winner.trial.trial_id: candidates.index(winner)}
+    for row, entry in enumerate(candidates):
+        known = best.get(entry.trial.trial_id)
+        if known is None or (
+            known != candidates.index(winner)
+            and _sign(mode) * entry.value > _sign(mode) * candidates[known].value
+        ):
+            best[entry.trial.trial_id] = row
+    return sorted(best.values())
+
+
+def _report(
+    running: Session, candidates: list[Candidate], winner: Candidate
+) -> tuple[dict[str, str], list[PairedTest]]:
+    experiment, folder = running.experiment, running.folder
+    chosen: dict[str, tuple[TrialState | None, int]] = {"base": (None, 0)}
+    if experiment.sweep.include_default:
+        own = [entry for entry in candidates if entry.trial.number == 0]
+        if own:
+            default = _best(own, experiment.mode, folder)
+            chosen["default"] = (default.trial, default.step)
+    chosen["winner"] = (winner.trial, winner.step)
+    files = {}
+    for role, (trial, step) in chosen.items():
+        evaluate(running, trial, "report", step)
+        trial_id = trial.trial_id if trial else BASE_TRIAL
+        files[role] = folder.trial(trial_id).evaluation("report", step) / "predictions.parquet"
+    paired = []
+    for role in ("base", "default"):
+        if role in files and files[role] != files["winner"]:
+            for metric in experiment.evaluation.metrics:
+                values, weights, groups, _ = read_matrix([files["winner"], files[role]], metric)
+                paired.append(
+                    paired_test(
+                        values,
+                        weights,
+                        groups,
+                        metric=metric,
+                        first="winner",
+                        second=role,
+                        confidence=experiment.evaluation.confidence,
+                        num_bootstrap=experiment.evaluation.num_bootstrap,
+                        seed=experiment.seed,
+                    )
+                )
+    roles = {role: trial.trial_id if trial else BASE_TRIAL for role, (trial, _) in chosen.items()}
+    return roles, paired
+
+
+def _seconds(folder: SweepFolder) -> float:
+    """Wall time over all lives of the sweep: the gaps between a death and a resume left out."""
+    events = read_json_lines(folder.ledger_file)
+    pairs = zip(events, events[1:], strict=False)
+    return float(
+        sum(
+            later["time"] - earlier["time"]
+            for earlier, later in pairs
+            if later["event"] != "resumed"
+        )
+    )
+
+
+def _write_gallery(running: Session) -> None:
+    split = running.data.split("report")
+    rows = split.fixed_choice(running.experiment.data.max_report_samples)
+    folder = running.folder.gallery
+    folder.mkdir(parents=True, exist_ok=True)
+    for row in rows[:GALLERY_SIZE]:
+        picture = split.thumbnail(row)
+        if picture is not None:
+            (folder / f"{split.sample_ids[row]}.jpg").write_bytes(picture)
+
+
+def _write_best(running: Session, winner: Candidate) -> None:
+    """`best/`: the adapter in PEFT's format, the processor, the card, the experiment."""
+    folder, experiment = running.folder, running.experiment
+    best = folder.best
+    shutil.rmtree(best, ignore_errors=True)
+    best.mkdir(parents=True)
+    source = folder.trial(winner.trial.trial_id).checkpoint(winner.step)
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        shutil.copy2(source / name, best / name)
+    load_processor(experiment.model).save_pretrained(best)
+    evaluation = folder.trial(winner.trial.trial_id).evaluation("report", winner.step)
+    shutil.copytree(evaluation, best / "evaluation")
+    own = experiment.with_recipe(winner.trial.recipe)
+    plain = own.sweep.model_copy(update={"search_space": {}})
+    single = own.model_copy(update={"sweep": plain, "name": f"{experiment.name}-best"})
+    write_text(best / "experiment.yaml", render(single))
+    write_text(best / "README.md", model_card(folder))

@@ -1,0 +1,76 @@
+"""The lease: one driver a sweep folder. A second one is told who has it; a dead one's is taken."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from pathlib import Path
+from types import TracebackType
+
+from raytune_vlm.errors import LeaseError
+from raytune_vlm.records import read_json, write_json
+
+RENEW_EVERY_S = 10.0
+EXPIRES_AFTER_S = 60.0
+"""A lease of another host that was not renewed for so long is taken over."""
+
+
+class Lease:
+    """Held while a driver works on a folder; a context manager.
+
+    Raises
+    ------
+    LeaseError
+        On entering, if another living process holds it.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._stop = threading.Event()
+        self._fence = 1
+        self._thread = threading.Thread(target=self._renew, daemon=True)
+
+    def __enter__(self) -> Lease:
+        if self._file.exists():
+            held = read_json(self._file)
+            if _is_alive(held):
+                since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(held["renewed"]))
+                raise LeaseError(
+                    f"{self._file.parent} is driven by process {held['pid']} on {held['host']} "
+                    f"(last sign of life {since}); stop it first"
+                )
+            self._fence = held["fence"] + 1
+        self._write()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._file.unlink(missing_ok=True)
+
+    def _renew(self) -> None:
+        while not self._stop.wait(RENEW_EVERY_S):
+            self._write()
+
+    def _write(self) -> None:
+        entry = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "fence": self._fence,
+            "renewed": time.time(),
+        }
+        write_json(self._file, entry)
+
+
+def _is_alive(held: dict[str, object]) -> bool:
+    if held["host"] == socket.gethostname():
+        return held["pid"] != os.getpid() and Path(f"/proc/{held['pid']}").exists()
+    return time.time() - float(str(held["renewed"])) < EXPIRES_AFTER_S

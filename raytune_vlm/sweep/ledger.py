@@ -1,0 +1,104 @@
+"""The ledger: append-only JSON lines, numbered and synced to disk before anything acts on them.
+
+What a sweep knows is what its ledger says; `replay` rebuilds it, and `resume` starts from that.
+A torn last line (the writer was killed in the middle of it) is cut off; any other damage is an
+error that names the line.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from raytune_vlm.errors import CheckpointError
+
+EVENTS = ("proposed", "started", "scored", "stopped", "failed", "finished", "resumed", "decided")
+Ending = Literal["finished", "stopped", "failed"]
+
+
+@dataclass
+class TrialState:
+    """What the ledger says of one trial."""
+
+    trial_id: str
+    number: int
+    recipe: dict[str, Any]
+    scored: dict[int, dict[str, float]] = field(default_factory=dict)
+    """Step -> metric -> value on `select`."""
+    ended: Ending | None = None
+    message: str | None = None
+
+
+class Ledger:
+    """Appends events; one writer at a time (the lease sees to that)."""
+
+    def __init__(self, file: Path) -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        self._file = file
+        events, intact = _read(file)
+        self._next = len(events) + 1
+        self._lock = threading.Lock()
+        self._stream = file.open("ab")
+        self._stream.truncate(intact)
+
+    def append(self, event: str, **fields: Any) -> None:
+        """Write one event; it is on disk when this returns."""
+        if event not in EVENTS:
+            raise ValueError(f"event must be one of {EVENTS}, got {event!r}")
+        with self._lock:
+            row = {"seq": self._next, "time": time.time(), "event": event, **fields}
+            self._stream.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+            self._stream.flush()
+            os.fsync(self._stream.fileno())
+            self._next += 1
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+def replay(file: Path) -> dict[str, TrialState]:
+    """Every trial of a ledger, in the order in which they were proposed.
+
+    Raises
+    ------
+    CheckpointError
+        If a line other than the last is damaged, or the sequence numbers have a gap.
+    """
+    trials: dict[str, TrialState] = {}
+    for row in _read(file)[0]:
+        event, trial_id = row["event"], row.get("trial_id")
+        if event == "proposed":
+            trials[trial_id] = TrialState(trial_id, row["number"], row["recipe"])
+        elif event == "scored":
+            trials[trial_id].scored[row["step"]] = row["scores"]
+        elif event in ("finished", "stopped", "failed"):
+            trials[trial_id].ended = event
+            trials[trial_id].message = row.get("message")
+    return trials
+
+
+def _read(file: Path) -> tuple[list[dict[str, Any]], int]:
+    """The events of a ledger and the number of bytes that they take."""
+    if not file.exists():
+        return [], 0
+    events: list[dict[str, Any]] = []
+    intact = 0
+    content = file.read_bytes()
+    for number, line in enumerate(content.splitlines(keepends=True), start=1):
+        try:
+            event = json.loads(line)
+            whole = line.endswith(b"\n") and event["seq"] == number
+        except (ValueError, KeyError, TypeError):
+            whole = False
+        if not whole:
+            if intact + len(line) < len(content):
+                raise CheckpointError(f"{file}:{number}: the ledger is damaged in this line")
+            break
+        events.append(event)
+        intact += len(line)
+    return events, intact

@@ -1,0 +1,69 @@
+"""Polls the board and shows trials, steps and the time left."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+import ray
+
+from raytune_vlm.config.experiment import ExperimentConfig
+from raytune_vlm.monitor import Monitor, duration
+from raytune_vlm.sweep.ledger import TrialState
+
+POLL_S = 1.0
+
+
+class Watcher:
+    """A thread that shows where the executors are; a context manager."""
+
+    def __init__(
+        self,
+        monitor: Monitor,
+        board: Any,
+        experiment: ExperimentConfig,
+        states: dict[str, TrialState],
+        num_trials: int,
+    ) -> None:
+        self._monitor, self._board, self._states = monitor, board, states
+        self._experiment, self._num_trials = experiment, num_trials
+        self._stop = threading.Event()
+        self._began = time.monotonic()
+        self._first = self._steps({})
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> Watcher:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(POLL_S):
+            status = ray.get(self._board.status.remote())
+            ended = sum(state.ended is not None for state in self._states.values())
+            now = "; ".join(self._line(entry) for _, entry in sorted(status.items()))
+            left = self._time_left(status, ended)
+            self._monitor.progress("trials", ended, self._num_trials, f"{left} {now}".strip())
+
+    def _line(self, entry: dict[str, Any]) -> str:
+        step, most = entry.get("step"), entry.get("max_steps")
+        place = f" {step}/{most}" if most else f" step {step}"
+        return f"{entry.get('trial_id')} {entry.get('stage')}{place}"
+
+    def _steps(self, status: dict[str, dict[str, Any]]) -> int:
+        """Steps accounted for: an ended trial counts whole, since it needs no more time."""
+        ended = sum(state.ended is not None for state in list(self._states.values()))
+        running = sum(int(entry.get("step") or 0) for entry in status.values())
+        return ended * self._experiment.train.max_steps + running
+
+    def _time_left(self, status: dict[str, dict[str, Any]], ended: int) -> str:
+        done = self._steps(status) - self._first
+        total = self._num_trials * self._experiment.train.max_steps - self._first
+        if ended < 1 or done <= 0:
+            return ""
+        elapsed = time.monotonic() - self._began
+        return f"about {duration(elapsed * (total - done) / done)} left"

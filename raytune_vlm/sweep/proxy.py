@@ -1,0 +1,46 @@
+"""The proxy: Ray Tune's trial, without torch; it hands a recipe to the board and relays reports."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ray
+from ray import tune
+
+from raytune_vlm.sweep.board import Job
+
+PROXY_CPUS = 0.01
+"""Ray refuses 0; so little never keeps a trial from being placed."""
+
+
+class Proxy(tune.Trainable):
+    """One trial as Ray Tune sees it. `config` has `board`, `trial_id`, `recipe`, `reported`."""
+
+    def setup(self, config: dict[str, Any]) -> None:
+        self._board = config["board"]
+        self._submit(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self._submit(new_config)
+        return True
+
+    def _submit(self, config: dict[str, Any]) -> None:
+        self._trial_id = config["trial_id"]
+        job = Job(
+            job_id=self._trial_id,
+            kind="trial",
+            trial_id=self._trial_id,
+            recipe=config["recipe"],
+            reported=tuple(config["reported"]),
+        )
+        ray.get(self._board.submit.remote(job))
+
+    def step(self) -> dict[str, Any]:
+        report: dict[str, Any] = ray.get(self._board.next_report.remote(self._trial_id))
+        return {**report, "done": bool(report.get("done"))}
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """Nothing to save: the executor writes checkpoints, the ledger knows the rest."""
+
+    def load_checkpoint(self, checkpoint: Any) -> None:
+        """Nothing to load."""

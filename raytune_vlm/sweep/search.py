@@ -1,0 +1,170 @@
+"""The search: Ray Tune over proxies, with Optuna proposing and ASHA (or nobody) stopping."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray import tune
+from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
+
+from raytune_vlm.config.experiment import ExperimentConfig
+from raytune_vlm.config.sweep import AshaScheduler
+from raytune_vlm.sweep.ledger import TrialState
+from raytune_vlm.sweep.progress import Watcher
+from raytune_vlm.sweep.proxy import PROXY_CPUS, Proxy
+from raytune_vlm.sweep.runner import Session, interrupted, temporary_folder
+from raytune_vlm.sweep.searcher import OptunaSearcher
+
+
+def search(running: Session) -> None:
+    """Run every trial that has not ended.
+
+    Raises
+    ------
+    SweepInterrupted
+        If it was stopped before all trials had ended.
+    """
+    experiment, states = running.experiment, running.states
+    total = experiment.sweep.num_trials
+    left = total - sum(state.ended is not None for state in states.values())
+    if left == 0:
+        return
+    scheduler = build_scheduler(experiment, states)
+    searcher = OptunaSearcher(
+        experiment, running.ledger, states, running.folder.study_file, running.board
+    )
+    scratch = temporary_folder()
+    running.monitor.say(
+        f"sweep: {left} trials of up to {experiment.train.max_steps} steps on "
+        f"{experiment.sweep.num_executors} executors, scored at {list(experiment.rungs)}"
+    )
+    tuner = tune.Tuner(
+        tune.with_resources(Proxy, {"cpu": PROXY_CPUS}),
+        tune_config=tune.TuneConfig(
+            search_alg=searcher,
+            scheduler=scheduler,
+            num_samples=left,
+            max_concurrent_trials=experiment.sweep.num_executors,
+            reuse_actors=True,
+        ),
+        run_config=tune.RunConfig(
+            name="tune",
+            storage_path=scratch,
+            verbose=0,
+            callbacks=[LedgerCallback(running, searcher)],
+            failure_config=tune.FailureConfig(max_failures=0),
+        ),
+    )
+    try:
+        with Watcher(running.monitor, running.board, experiment, states, total):
+            tuner.fit()
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    ended = sum(state.ended is not None for state in states.values())
+    if ended < total:
+        raise interrupted(running.folder, ended, total)
+
+
+@dataclass(frozen=True)
+class _Replayed:
+    """Stands for a trial of an earlier life of the sweep when a scheduler is rebuilt."""
+
+    trial_id: str
+
+
+def build_scheduler(experiment: ExperimentConfig, states: dict[str, TrialState]) -> TrialScheduler:
+    """The scheduler, told everything that the ledger says (Ray's own snapshot forgets rungs)."""
+    config = experiment.sweep.scheduler
+    if not isinstance(config, AshaScheduler):
+        return FIFOScheduler()
+    scheduler = AsyncHyperBandScheduler(
+        time_attr="step",
+        metric=experiment.metric,
+        mode=experiment.mode,
+        max_t=experiment.train.max_steps,
+        grace_period=config.grace_period,
+        reduction_factor=config.reduction_factor,
+    )
+    for state in states.values():
+        trial: Any = _Replayed(state.trial_id)
+        controller: Any = None
+        scheduler.on_trial_add(controller, trial)
+        for step, scores in sorted(state.scored.items()):
+            result = {"step": step, experiment.metric: scores[experiment.metric]}
+            scheduler.on_trial_result(controller, trial, result)
+    return scheduler
+
+
+class LedgerCallback(tune.Callback):
+    """Writes what happens to the ledger, stops executors of stopped trials, tells Optuna."""
+
+    def __init__(self, running: Session, searcher: OptunaSearcher) -> None:
+        self._running = running
+        self._searcher = searcher
+        self._experiment = running.experiment
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        trial_id = trial.config["trial_id"]
+        self._running.ledger.append("started", trial_id=trial_id)
+        recipe = self._running.states[trial_id].recipe
+        values = ", ".join(f"{key}={show(value)}" for key, value in recipe.items())
+        self._running.monitor.say(f"{trial_id} started: {values}")
+
+    def on_trial_result(
+        self,
+        iteration: int,
+        trials: list[Any],
+        trial: Any,
+        result: dict[str, Any],
+        **info: Any,
+    ) -> None:
+        trial_id = trial.config["trial_id"]
+        state = self._running.states[trial_id]
+        if "failed" in result:
+            state.message = f"{result['failed']}: {result['message']}"
+            return
+        step = int(result["step"])
+        scores = {name: float(result[name]) for name in self._experiment.evaluation.metrics}
+        if step in state.scored:
+            return
+        state.scored[step] = scores
+        self._running.ledger.append("scored", trial_id=trial_id, step=step, scores=scores)
+        shown = ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
+        self._running.monitor.say(f"{trial_id} step {step}: {shown}")
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._end(trial.config["trial_id"])
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        state = self._running.states[trial.config["trial_id"]]
+        state.message = state.message or "infrastructure: the trial's proxy died"
+        self._end(state.trial_id)
+
+    def _end(self, trial_id: str) -> None:
+        state = self._running.states[trial_id]
+        if state.ended is not None:
+            return
+        ray.get(self._running.board.stop.remote(trial_id))
+        last = max(state.scored, default=0)
+        if state.message is not None:
+            state.ended = "failed"
+        else:
+            complete = last >= self._experiment.train.max_steps
+            state.ended = "finished" if complete else "stopped"
+        self._running.ledger.append(
+            state.ended, trial_id=trial_id, step=last, message=state.message
+        )
+        self._searcher.tell(state)
+        if state.ended != "finished":
+            self._running.monitor.say(
+                f"{trial_id} {state.ended} at step {last}"
+                + (f": {state.message}" if state.message else "")
+            )
+
+
+def show(value: Any) -> str:
+    """A recipe's value for people: three digits of a float."""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

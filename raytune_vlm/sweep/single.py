@@ -1,0 +1,103 @@
+"""One recipe trained, or one checkpoint scored, on the same executors that a sweep uses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import ray
+
+from raytune_vlm.config.experiment import ExperimentConfig
+from raytune_vlm.errors import ConfigError, RaytuneVlmError, did_you_mean
+from raytune_vlm.monitor import Monitor
+from raytune_vlm.records import BASE_TRIAL, Scores, SweepFolder, read_json
+from raytune_vlm.sweep import runner
+from raytune_vlm.sweep.board import Job
+from raytune_vlm.sweep.lease import Lease
+from raytune_vlm.sweep.ledger import TrialState, replay
+from raytune_vlm.sweep.progress import Watcher
+from raytune_vlm.train.checkpoint import newest
+
+TRAINED = "t0000"
+"""The trial id of a recipe that `train` runs."""
+
+
+def train_one(experiment: ExperimentConfig, *, command: str, monitor: Monitor) -> Path:
+    """Train the experiment's own recipe to its end; returns the last checkpoint's folder.
+
+    Called again for the same folder it goes on from the newest checkpoint.
+
+    Raises
+    ------
+    ConfigError
+        If the folder holds another experiment.
+    """
+    single = experiment.model_copy(
+        update={"sweep": experiment.sweep.model_copy(update={"num_executors": 1})}
+    )
+    folder = SweepFolder(Path(single.storage_path) / single.name)
+    jobs = runner.plan_of(single)
+    if folder.experiment_file.exists():
+        before = read_json(folder.experiment_file)["fingerprint"]
+        if before != single.fingerprint():
+            raise ConfigError(f"{folder.root} holds another experiment; choose another name=")
+    with runner.ray_session(single):
+        data = runner.prepare_data(single, jobs, monitor)
+        runner.write_head(folder, single, data, command)
+        with Lease(folder.lease_file), runner.session(single, folder, data, monitor) as running:
+            states = running.states or {TRAINED: TrialState(TRAINED, 0, {})}
+            state = states[TRAINED]
+            if not running.states:
+                running.ledger.append("proposed", trial_id=TRAINED, number=0, recipe={})
+            if state.ended != "finished":
+                with Watcher(monitor, running.board, single, states, 1):
+                    _follow(running, state)
+    found, _ = newest(folder.trial(TRAINED).checkpoints)
+    assert found is not None
+    return found
+
+
+def _follow(running: runner.Session, state: TrialState) -> None:
+    job = Job(TRAINED, "trial", TRAINED, {}, reported=tuple(state.scored))
+    ray.get(running.board.submit.remote(job))
+    report: dict[str, object] = {}
+    while not report.get("done"):
+        report = ray.get(running.board.next_report.remote(TRAINED))
+        if "failed" in report:
+            running.ledger.append("failed", trial_id=TRAINED, message=report["message"])
+            raise RaytuneVlmError(f"{report['failed']}: {report['message']}")
+        step = int(str(report["step"]))
+        scores = {name: float(str(report[name])) for name in running.experiment.evaluation.metrics}
+        running.ledger.append("scored", trial_id=TRAINED, step=step, scores=scores)
+        shown = ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
+        running.monitor.say(f"step {step}: {shown}")
+    running.ledger.append("finished", trial_id=TRAINED, step=step, message=None)
+
+
+def evaluate_one(root: Path, trial_id: str, split: str, *, monitor: Monitor) -> Scores:
+    """Score the newest checkpoint of a trial (or the base model) of a sweep folder on a split.
+
+    Raises
+    ------
+    ConfigError
+        If the folder holds no sweep or no such trial.
+    """
+    folder = SweepFolder(root)
+    if not folder.experiment_file.exists():
+        raise ConfigError(f"{root} is not a sweep folder: it has no experiment.json")
+    known = replay(folder.ledger_file)
+    if trial_id != BASE_TRIAL and trial_id not in known:
+        near = did_you_mean(trial_id, [*known, BASE_TRIAL])
+        raise ConfigError(f"{root} has no trial {trial_id!r}{near}")
+    experiment = ExperimentConfig.model_validate(read_json(folder.experiment_file)["experiment"])
+    trial = known.get(trial_id)
+    step = 0
+    if trial is not None:
+        checkpoint, _ = newest(folder.trial(trial_id).checkpoints)
+        if checkpoint is None:
+            raise ConfigError(f"{folder.trial(trial_id).root} has no whole checkpoint")
+        step = int(checkpoint.name.removeprefix("step_"))
+    jobs = runner.plan_of(experiment)
+    with Lease(folder.lease_file), runner.ray_session(experiment):
+        data = runner.prepare_data(experiment, jobs, monitor)
+        with runner.session(experiment, folder, data, monitor) as running:
+            return Scores.from_json(runner.evaluate(running, trial, split, step))

@@ -1,0 +1,166 @@
+"""Checkpoints that are whole or not there: temporary name, manifest, rename. No pickle.
+
+checkpoints/step_000200/
+  adapter_model.safetensors, adapter_config.json   PEFT's own format
+  optimizer.safetensors                            AdamW moments by parameter name, torch RNG
+  state.json                                       step, plan digest, samples seen
+  manifest.json                                    sha256 and bytes of each of these
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from raytune_vlm.errors import CheckpointError
+from raytune_vlm.records import read_json, write_json
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+_MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Where a run stands; with the plan's digest, all that the data cursor needs."""
+
+    step: int
+    plan_digest: str
+    recipe_digest: str
+    samples_seen: int
+
+
+def save(folder: Path, model: PeftModel, optimizer: torch.optim.Optimizer, state: RunState) -> Path:
+    """Write a checkpoint folder; readers see it whole or not at all."""
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
+    temporary.mkdir(parents=True)
+    try:
+        model.save_pretrained(str(temporary), safe_serialization=True)
+        (temporary / "README.md").unlink(missing_ok=True)
+        save_file(_optimizer_tensors(model, optimizer), temporary / "optimizer.safetensors")
+        write_json(temporary / "state.json", state)
+        manifest = {
+            file.name: {"sha256": _sha256(file), "bytes": file.stat().st_size}
+            for file in sorted(temporary.iterdir())
+        }
+        write_json(temporary / _MANIFEST, manifest)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.rename(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def verify(folder: Path) -> None:
+    """Check every file of a checkpoint against its manifest.
+
+    Raises
+    ------
+    CheckpointError
+        Naming the file that is missing, truncated or altered.
+    """
+    if not (folder / _MANIFEST).exists():
+        raise CheckpointError(f"{folder}: no {_MANIFEST}: the checkpoint was never finished")
+    try:
+        manifest = read_json(folder / _MANIFEST)
+    except ValueError as error:
+        raise CheckpointError(f"{folder}/{_MANIFEST} is damaged: {error}") from None
+    for name, entry in manifest.items():
+        file = folder / name
+        if not file.exists():
+            raise CheckpointError(f"{file} is missing")
+        if file.stat().st_size != entry["bytes"]:
+            raise CheckpointError(
+                f"{file} has {file.stat().st_size} bytes instead of {entry['bytes']}"
+            )
+        if _sha256(file) != entry["sha256"]:
+            raise CheckpointError(f"{file} was altered: its sha256 is not the manifest's")
+
+
+def newest(checkpoints: Path) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint, and what was wrong with newer ones that were passed over."""
+    damaged: list[str] = []
+    for folder in sorted(checkpoints.glob("step_*"), reverse=True):
+        try:
+            verify(folder)
+        except CheckpointError as error:
+            damaged.append(error.message)
+        else:
+            return folder, damaged
+    return None, damaged
+
+
+def load(folder: Path, model: PeftModel, optimizer: torch.optim.Optimizer) -> RunState:
+    """Load adapter, optimizer and torch RNG from a verified checkpoint, in place.
+
+    Raises
+    ------
+    CheckpointError
+        If the adapter's tensors are not those of the model.
+    """
+    load_adapter(folder, model)
+    tensors = load_file(folder / "optimizer.safetensors")
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            name = names[parameter]
+            if f"{name}/exp_avg" in tensors:
+                optimizer.state[parameter] = {
+                    key: tensors[f"{name}/{key}"].to(parameter.device if key != "step" else "cpu")
+                    for key in ("step", "exp_avg", "exp_avg_sq")
+                }
+    torch.set_rng_state(tensors["torch_rng"])
+    return RunState(**read_json(folder / "state.json"))
+
+
+def load_adapter(folder: Path, model: PeftModel) -> None:
+    """Load the adapter's weights only.
+
+    Raises
+    ------
+    CheckpointError
+        If the adapter's tensors are not those of the model.
+    """
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    weights = load_file(folder / "adapter_model.safetensors")
+    expected = {name: tuple(t.shape) for name, t in get_peft_model_state_dict(model).items()}
+    found = {name: tuple(t.shape) for name, t in weights.items()}
+    if expected != found:
+        odd = sorted(set(expected.items()) ^ set(found.items()))[0]
+        raise CheckpointError(f"{folder}: the adapter does not fit the model at {odd[0]} {odd[1]}")
+    set_peft_model_state_dict(model, weights)
+
+
+def retain(checkpoints: Path, keep: int, pinned: set[int]) -> None:
+    """Delete all but the newest `keep` checkpoints and those of the pinned steps."""
+    folders = sorted(checkpoints.glob("step_*"))
+    for folder in folders[:-keep]:
+        if int(folder.name.removeprefix("step_")) not in pinned:
+            shutil.rmtree(folder)
+
+
+def _optimizer_tensors(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer
+) -> dict[str, torch.Tensor]:
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    tensors = {"torch_rng": torch.get_rng_state()}
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            tensors[f"{names[parameter]}/{key}"] = value.detach().cpu().contiguous()
+    return tensors
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,248 @@
+"""One fine-tuning run: an adapter on a base model, stepped from outside.
+
+The caller owns the loop: `run.step()` does one optimizer step, `run.save()` a checkpoint,
+`run.close()` takes the adapter off and leaves the base as it was, ready for the next trial.
+
+    run = Run(base, split, experiment, world, data_digest=digest)
+    while run.steps_done < experiment.train.max_steps:
+        metrics = run.step()
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from raytune_vlm.collate.batch import IGNORED, PixelTable, collate
+from raytune_vlm.config.experiment import ExperimentConfig, digest_of
+from raytune_vlm.errors import CheckpointError, TrialDiverged, TrialInfeasible
+from raytune_vlm.models.audit import check_effects, check_gradients
+from raytune_vlm.models.loading import Base
+from raytune_vlm.models.lora import attach, trainable_by_scope
+from raytune_vlm.prepare.plan import Plan
+from raytune_vlm.prepare.store import PreparedSplit
+from raytune_vlm.train import checkpoint
+from raytune_vlm.train.schedule import learning_rate
+from raytune_vlm.train.world import World
+
+MAX_SKIPPED_STEPS = 3
+"""Optimizer steps with a loss or gradient that is not finite before a trial counts as diverged."""
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """What one optimizer step did."""
+
+    step: int
+    """Steps done, this one included."""
+    loss: float
+    """Cross-entropy per labelled token of the global batch, in nats."""
+    grad_norm: float
+    """Global norm of the gradients before clipping."""
+    learning_rate: float
+    labelled_tokens: int
+    tokens: int
+    """Tokens of the global batch, padding not counted."""
+    seconds: float
+    skipped: bool
+
+
+class Run:
+    """A trial in training.
+
+    Parameters
+    ----------
+    base
+        The resident base model; its modules are wrapped until `close`.
+    split
+        The prepared training samples.
+    experiment
+        The experiment with the trial's recipe applied.
+    world
+        This worker's place.
+    data_digest
+        Digest of the prepared data; goes into the plan's.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        split: PreparedSplit,
+        experiment: ExperimentConfig,
+        world: World,
+        *,
+        data_digest: str,
+    ) -> None:
+        self.experiment = experiment
+        self.config = experiment.train
+        self.steps_done = 0
+        self.audit: dict[str, Any] = {}
+        self._base, self._split, self._world = base, split, world
+        self._pixels = PixelTable(base.processor.image_processor, base.family, world.device)
+        self._pad = base.processor.tokenizer.pad_token_id
+        self._skipped = 0
+        self.model = attach(base.model, base.family, experiment.lora, seed=experiment.seed)
+        self.trainable = trainable_by_scope(self.model, base.family)
+        self.plan = Plan(
+            len(split),
+            batch_size=self.config.batch_size,
+            seed=experiment.seed,
+            data_digest=data_digest,
+        )
+        self._parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self._optimizer = torch.optim.AdamW(
+            self._parameters, lr=self.config.learning_rate, weight_decay=self.config.weight_decay
+        )
+        self._forward: Any = self.model
+        if world.size > 1:
+            self._forward = torch.nn.parallel.DistributedDataParallel(self.model)
+        # Dropout must not depend on how many random numbers the initialisation drew.
+        torch.manual_seed(experiment.seed * 1009 + world.rank)
+
+    @property
+    def recipe_digest(self) -> str:
+        """Digest of what a checkpoint must agree with to be continued."""
+        train = self.config.model_dump(exclude={"log_every", "checkpoint_every", "num_workers"})
+        return digest_of({"lora": self.experiment.lora.model_dump(), "train": train})
+
+    def step(self) -> StepMetrics:
+        """One optimizer step on the plan's next global batch.
+
+        Raises
+        ------
+        TrialDiverged
+            If the loss or the gradients were not finite more than `MAX_SKIPPED_STEPS` times.
+        TrialInfeasible
+            If the accelerator is out of memory.
+        AuditFailed
+            At the first step, if the adapter does not train or has no effect.
+        """
+        began = time.monotonic()
+        rows = self.plan.step(self.steps_done)
+        labelled = int(self._split.num_labelled[rows].sum())
+        rate = learning_rate(self.config, self.steps_done)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        self.model.train()
+        try:
+            loss = self._backward(rows[self._world.rank :: self._world.size], labelled)
+        except torch.OutOfMemoryError as error:
+            raise TrialInfeasible(
+                f"out of memory at micro_batch_size={self.config.micro_batch_size}: {error}"
+            ) from None
+        norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, self.config.max_grad_norm))
+        first = self.steps_done == 0
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        if finite:
+            if first:
+                self.audit["gradients"] = check_gradients(self.model)
+            self._optimizer.step()
+        else:
+            self._count_skip(loss, norm)
+        self._optimizer.zero_grad(set_to_none=True)
+        self.steps_done += 1
+        if first and finite:
+            self.audit.update(check_effects(self.model, self._batch(rows[:2])[0]))
+        return StepMetrics(
+            step=self.steps_done,
+            loss=loss,
+            grad_norm=norm,
+            learning_rate=rate,
+            labelled_tokens=labelled,
+            tokens=int(self._split.lengths[rows].sum()),
+            seconds=time.monotonic() - began,
+            skipped=not finite,
+        )
+
+    def _backward(self, mine: Any, labelled: int) -> float:
+        """Accumulate gradients of the global batch's loss; returns that loss, on every rank."""
+        size = self.config.micro_batch_size
+        micro_batches = [mine[start : start + size] for start in range(0, len(mine), size)]
+        total = torch.zeros((), device=self._world.device)
+        for number, rows in enumerate(micro_batches):
+            last = number == len(micro_batches) - 1
+            batch, labels = self._batch(rows)
+            local = self._world.size == 1 or last
+            with contextlib.nullcontext() if local else self._forward.no_sync():
+                logits = self._forward(**batch).logits
+                summed = summed_cross_entropy(logits, labels) / labelled
+                # DDP averages gradients over the ranks, the loss is a sum over them.
+                (summed * self._world.size).backward()
+            total += summed.detach()
+        if self._world.size > 1:
+            torch.distributed.all_reduce(total)
+        return float(total)
+
+    def _batch(self, rows: Any) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        samples = [self._split.encoded(int(row)) for row in rows]
+        batch = collate(samples, self._base.family, pad_token_id=self._pad)
+        batch = {name: tensor.to(self._world.device) for name, tensor in batch.items()}
+        labels = batch.pop("labels")
+        return self._pixels(batch), labels
+
+    def _count_skip(self, loss: float, norm: float) -> None:
+        self._skipped += 1
+        if self._skipped > MAX_SKIPPED_STEPS:
+            raise TrialDiverged(
+                f"loss {loss} and gradient norm {norm} at step {self.steps_done + 1}: "
+                f"more than {MAX_SKIPPED_STEPS} steps were not finite"
+            )
+
+    def save(self, folder: Path) -> None:
+        """Write a checkpoint (rank 0 only; the adapter is the same on all ranks)."""
+        if self._world.rank == 0:
+            state = checkpoint.RunState(
+                step=self.steps_done,
+                plan_digest=self.plan.digest,
+                recipe_digest=self.recipe_digest,
+                samples_seen=self.steps_done * self.config.batch_size,
+            )
+            checkpoint.save(folder, self.model, self._optimizer, state)
+
+    def restore(self, folder: Path) -> None:
+        """Continue from a checkpoint.
+
+        Raises
+        ------
+        CheckpointError
+            If it was made with another recipe or other data.
+        """
+        state = checkpoint.load(folder, self.model, self._optimizer)
+        for name, ours in (("recipe", self.recipe_digest), ("plan", self.plan.digest)):
+            if getattr(state, f"{name}_digest") != ours:
+                raise CheckpointError(f"{folder} was made with another {name}")
+        self.steps_done = state.step
+
+    def close(self) -> None:
+        """Take the adapter off; the base model is again what it was."""
+        self._optimizer.zero_grad(set_to_none=True)
+        self._forward = None
+        self._base.model = self._unloaded()
+
+    def _unloaded(self) -> torch.nn.Module:
+        model: torch.nn.Module = self.model.unload()
+        model.requires_grad_(False)
+        model.eval()
+        return model
+
+
+def summed_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Sum of the next-token cross-entropy over labelled positions, in float32.
+
+    Parameters
+    ----------
+    logits
+        `[batch, length, vocabulary]`.
+    labels
+        int64 `[batch, length]`, not shifted, -100 where there is no loss.
+    """
+    targets = labels[:, 1:]
+    chosen = targets != IGNORED
+    return F.cross_entropy(logits[:, :-1][chosen].float(), targets[chosen], reduction="sum")
