@@ -13,6 +13,7 @@ import numpy as np
 
 from raytune_vlm.collate.labels import (
     Span,
+    control_tokens,
     find_markers,
     spans_of_markers,
     spans_of_mask,
@@ -71,7 +72,7 @@ class Encoder:
         self.family = family
         self._has_generation = "{% generation" in template or "{%- generation" in template
         self._markers = None if self._has_generation else find_markers(processor)
-        self._control = [token for token in processor.tokenizer.all_special_tokens if token]
+        self._control = sorted(filter(None, control_tokens(processor.tokenizer).values()))
         self._media_ids = _media_ids(processor)
 
     def training(self, messages: list[dict[str, Any]], images: list[Image.Image]) -> Encoded:

@@ -59,6 +59,17 @@ def spans_of_markers(input_ids: Sequence[int], markers: TurnMarkers) -> list[Spa
     return spans
 
 
+def control_tokens(tokenizer: Any) -> dict[int, str]:
+    """Every special token, by id.
+
+    `all_special_tokens` alone is not enough: since transformers 5 it leaves out tokens that were
+    added as special without a name of their own, such as `<|im_start|>`.
+    """
+    added = tokenizer.added_tokens_decoder.items()
+    named = zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True)
+    return {**{number: token.content for number, token in added if token.special}, **dict(named)}
+
+
 def find_markers(processor: Any) -> TurnMarkers:
     """The markers of a chat template without a generation block.
 
@@ -91,7 +102,7 @@ def find_markers(processor: Any) -> TurnMarkers:
     between = text.split(user_1, 1)[1].split(answer_1, 1)[0]
     if not header_text.endswith(between[-1:]) or not between:
         raise ModelError(f"the chat template of {name} opens assistant turns in two ways")
-    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    special = control_tokens(tokenizer)
     header_ids = tokenizer(header_text, add_special_tokens=False)["input_ids"]
     begins = [place for place, token in enumerate(header_ids) if token in special]
     tail = tokenizer(text.rsplit(answer_2, 1)[1], add_special_tokens=False)["input_ids"]
