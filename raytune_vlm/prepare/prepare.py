@@ -7,6 +7,7 @@ shard redoes one shard; interrupted, it goes on.
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -30,7 +31,7 @@ from raytune_vlm.records import (
     read_json,
     write_json,
 )
-from raytune_vlm.sources import SOURCES
+from raytune_vlm.sources import SOURCES, Shard
 
 FORMAT = 1
 """Version of the store's format; a change of it makes every shard anew."""
@@ -77,9 +78,23 @@ def list_shards(experiment: ExperimentConfig) -> list[ShardJob]:
             own |= {"split": data.split.model_dump(), "seed": experiment.seed}
         reader = SOURCES[source.type]
         for shard in reader.list_shards(source, Path(data.root), data.allow_network):
-            key = digest_of({**own, "shard": asdict(shard)})
+            key = digest_of({**own, "shard": asdict(shard), "files": _state_of(shard)})
             jobs.append(ShardJob(source=number, shard=shard, key=key))
     return jobs
+
+
+def _state_of(shard: Shard) -> list[tuple[str, int, int]]:
+    """Name, size and time of change of a shard's own files, so that a changed one is made anew.
+
+    Image files that rows refer to are not looked at one by one: whoever replaces one under its old
+    name has to touch the shard.
+    """
+    path = Path(shard.path)
+    if path.is_file():
+        files = [path]
+    else:
+        files = sorted(file for stem in shard.members for file in path.glob(f"*/{stem}.*"))
+    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
 def prepare(
@@ -135,6 +150,7 @@ def _run(
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
     workers = max(1, min(len(missing), int(ray.cluster_resources().get("CPU", 1)) - 1))
 
     class Preparer:

@@ -168,7 +168,7 @@ class PreparedSplit:
         return self._files[shard].get_batch(batch), place
 
     def fixed_choice(self, limit: int | None) -> list[int]:
-        """At most `limit` rows, chosen by hash of their ids (the same choice for ever), in order."""
+        """At most `limit` rows in order: those whose ids hash lowest, always the same ones."""
         rows = list(range(len(self)))
         if limit is None or limit >= len(rows):
             return rows

@@ -7,6 +7,7 @@ is then scored once for the base model, the default recipe and the winner.
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from dataclasses import dataclass
 from typing import Any
@@ -201,11 +202,10 @@ def _report(
 def _seconds(folder: SweepFolder) -> float:
     """Wall time over all lives of the sweep: the gaps between a death and a resume left out."""
     events = read_json_lines(folder.ledger_file)
-    pairs = zip(events, events[1:], strict=False)
     return float(
         sum(
             later["time"] - earlier["time"]
-            for earlier, later in pairs
+            for earlier, later in itertools.pairwise(events)
             if later["event"] != "resumed"
         )
     )

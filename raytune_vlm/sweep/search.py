@@ -106,6 +106,10 @@ class LedgerCallback(tune.Callback):
         self._searcher = searcher
         self._experiment = running.experiment
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Ray Tune pickles a snapshot of itself; the ledger is ours, so there is nothing to it."""
+        return {}
+
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         trial_id = trial.config["trial_id"]
         self._running.ledger.append("started", trial_id=trial_id)

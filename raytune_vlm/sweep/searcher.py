@@ -207,6 +207,10 @@ class OptunaSearcher(Searcher):
             )
         )
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Ray Tune pickles a snapshot of itself; the ledger is ours, so there is nothing to it."""
+        return {}
+
     def our_id(self, tune_id: str) -> str:
         """Our trial id for Ray Tune's."""
         return self._ids[tune_id]
