@@ -18,7 +18,6 @@ from raytune_vlm.errors import RaytuneVlmError
 
 if TYPE_CHECKING:
     from raytune_vlm.config import ExperimentConfig
-    from raytune_vlm.records import SweepFolder
 
 _EXPERIMENT = click.argument("experiment", type=click.Path(path_type=Path))
 _OVERRIDES = click.argument("overrides", nargs=-1)
@@ -140,10 +139,10 @@ def sweep(experiment: Path, overrides: tuple[str, ...]) -> None:
 
 
 def _sweep(experiment: ExperimentConfig, monitor: Any) -> None:
+    from raytune_vlm.sweep.conclusion import conclude
     from raytune_vlm.sweep.runner import run_sweep
 
-    folder = run_sweep(experiment, command=_command(), monitor=monitor)
-    _conclude(folder, monitor)
+    conclude(run_sweep(experiment, command=_command(), monitor=monitor), monitor)
 
 
 @cli.command()
@@ -153,9 +152,10 @@ def resume(folder: Path) -> None:
     from raytune_vlm.monitor import Monitor
 
     with Monitor() as monitor:
+        from raytune_vlm.sweep.conclusion import conclude
         from raytune_vlm.sweep.runner import resume_sweep
 
-        _conclude(resume_sweep(folder, monitor=monitor), monitor)
+        conclude(resume_sweep(folder, monitor=monitor), monitor)
 
 
 @cli.command()
@@ -195,19 +195,6 @@ def schema(output: Path | None) -> None:
         write_schema(output)
     else:
         click.echo(json.dumps(json_schema(), indent=2))
-
-
-def _conclude(folder: SweepFolder, monitor: Any) -> None:
-    """The end of a sweep on the console: leaderboard, verdict, report, next command."""
-    from raytune_vlm.report.console import leaderboard_rows, verdict_lines
-
-    title, columns, rows = leaderboard_rows(folder)
-    monitor.table(title, columns, rows)
-    for line in verdict_lines(folder):
-        monitor.say(line)
-    monitor.say(f"report: {folder.report / 'index.html'}")
-    monitor.say(f"winner: {folder.best} (a PEFT adapter)")
-    monitor.say(f"next: raytune-vlm train {folder.best / 'experiment.yaml'}")
 
 
 def _command() -> str:

@@ -15,6 +15,9 @@ import re
 from typing import Any
 
 SEPARATOR = "<sep/>"
+MAX_DEPTH = 64
+"""Deeper nesting is read as plain text: a model stuck in a loop writes such things."""
+
 _OPEN = re.compile(r"<s_(.*?)>", re.DOTALL)
 
 
@@ -58,7 +61,9 @@ def is_parsable(text: str) -> bool:
     return False
 
 
-def _parse(text: str, *, inner: bool) -> Any:
+def _parse(text: str, *, inner: bool, depth: int = 0) -> Any:
+    """The items that `<sep/>` joins at this level; a single one stands for itself outside."""
+    items: list[dict[str, Any]] = []
     output: dict[str, Any] = {}
     while match := _OPEN.search(text):
         key = match.group(1)
@@ -67,17 +72,20 @@ def _parse(text: str, *, inner: bool) -> Any:
             text = text[: match.start()] + text[match.end() :]
             continue
         content = text[match.end() : end].strip()
-        if "<s_" in content and "</s_" in content:
-            value = _parse(content, inner=True)
+        if "<s_" in content and "</s_" in content and depth < MAX_DEPTH:
+            value = _parse(content, inner=True, depth=depth + 1)
             if value:
-                output[key] = value[0] if isinstance(value, list) and len(value) == 1 else value
+                output[key] = value[0] if len(value) == 1 else value
         else:
             leaves = [leaf.strip() for leaf in content.split(SEPARATOR)]
             output[key] = leaves[0] if len(leaves) == 1 else leaves
         text = text[end + len(f"</s_{key}>") :].strip()
         if text.startswith(SEPARATOR):
-            rest = _parse(text[len(SEPARATOR) :], inner=True)
-            return [output, *(rest if isinstance(rest, list) else [rest])]
-    if output:
-        return [output] if inner else output
-    return [] if inner else {}
+            text = text[len(SEPARATOR) :].strip()
+            items.append(output)
+            output = {}
+    if items:
+        return [*items, output] if output else items
+    if inner:
+        return [output] if output else []
+    return output

@@ -1,7 +1,7 @@
 """The typed records that stages exchange, and the one place that knows a sweep folder's layout.
 
-Everything a sweep leaves behind is plain JSON, JSON lines, Parquet, SQLite or safetensors, so that a
-copied folder can be read without Ray and without torch:
+Everything a sweep leaves behind is plain JSON, JSON lines, Parquet, SQLite or safetensors, so that
+a copied folder can be read without Ray and without torch:
 
     <storage_path>/<name>/
       experiment.json        the resolved experiment and its fingerprint
@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -306,13 +306,13 @@ def write_json(file: Path, value: Any) -> None:
 def write_text(file: Path, text: str) -> None:
     """Write a text file atomically: temporary name, fsync, rename."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
+    temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}")
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+        with temporary.open("x", encoding="utf-8") as stream:
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())
-        os.replace(temporary, file)
+        temporary.replace(file)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise

@@ -189,7 +189,7 @@ def _gather(
     """
     index: list[dict[str, Any]] = []
     quarantine: list[Quarantined] = []
-    over_long = dict.fromkeys(SPLITS, 0)
+    over_long: dict[str, int] = dict.fromkeys(SPLITS, 0)
     first: dict[tuple[str, str], str] = {}
     for job in jobs:
         folder = store / job.key

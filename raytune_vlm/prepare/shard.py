@@ -7,7 +7,6 @@ under a temporary name and renamed when it is whole; one that is there is never 
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -72,7 +71,7 @@ class ShardPreparer:
         try:
             self._write(job, temporary)
             try:
-                os.rename(temporary, final)
+                temporary.rename(final)
             except OSError:
                 if not final.exists():
                     raise

@@ -14,7 +14,6 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -63,6 +62,8 @@ class ExecutorSetup:
     index_file: str
     data_digest: str
     board: Any
+    scratch: str
+    """Where Ray Train keeps its own state; nothing of it outlives the session."""
 
 
 def executor_loop(config: dict[str, Any]) -> None:
@@ -217,6 +218,7 @@ class TrialJob:
         self.began = time.monotonic()
         self.train_seconds = self.evaluate_seconds = 0.0
         self.best: tuple[float, int] | None = None
+        self.notes: list[str] = []
 
     def run(self) -> None:
         """Train and score until the last rung, a stop, or an error; leaves the base as it was."""
@@ -246,8 +248,7 @@ class TrialJob:
         from raytune_vlm.train.checkpoint import newest
 
         folder, damaged = newest(self.folder.checkpoints)
-        for message in damaged:
-            print(f"{self.job.trial_id}: checkpoint passed over: {message}", flush=True)
+        self.notes += [f"checkpoint passed over: {message}" for message in damaged]
         if folder is not None:
             run.restore(folder)
         if self.worker.world.rank == 0:
@@ -273,7 +274,9 @@ class TrialJob:
             if last:
                 self._record(run, "finished")
             if last or rung not in self.job.reported:
-                self.worker.report(self.job, {"step": rung, **values, "done": last})
+                report = {"step": rung, **values, "done": last, "notes": self.notes}
+                self.worker.report(self.job, report)
+                self.notes = []
         return True
 
     def _train_to(self, run: Any, rung: int) -> bool:
@@ -411,7 +414,7 @@ def _trainer(setup: ExecutorSetup) -> Any:
         ),
         run_config=RunConfig(
             name=f"{setup.experiment.name}-{setup.name}",
-            storage_path=str(Path(setup.folder).resolve() / ".ray_train"),
+            storage_path=setup.scratch,
             failure_config=FailureConfig(
                 max_failures=setup.experiment.sweep.max_failures, controller_failure_limit=0
             ),

@@ -17,7 +17,17 @@ from typing import Any, Literal
 
 from raytune_vlm.errors import CheckpointError
 
-EVENTS = ("proposed", "started", "scored", "stopped", "failed", "finished", "resumed", "decided")
+EVENTS = (
+    "proposed",
+    "started",
+    "noted",
+    "scored",
+    "stopped",
+    "failed",
+    "finished",
+    "resumed",
+    "decided",
+)
 Ending = Literal["finished", "stopped", "failed"]
 
 
@@ -71,7 +81,7 @@ def replay(file: Path) -> dict[str, TrialState]:
     """
     trials: dict[str, TrialState] = {}
     for row in _read(file)[0]:
-        event, trial_id = row["event"], row.get("trial_id")
+        event, trial_id = row["event"], str(row.get("trial_id"))
         if event == "proposed":
             trials[trial_id] = TrialState(trial_id, row["number"], row["recipe"])
         elif event == "scored":

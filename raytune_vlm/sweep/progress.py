@@ -9,7 +9,8 @@ from typing import Any
 import ray
 
 from raytune_vlm.config.experiment import ExperimentConfig
-from raytune_vlm.monitor import Monitor, duration
+from raytune_vlm.monitor import Monitor
+from raytune_vlm.report.formatting import duration
 from raytune_vlm.sweep.ledger import TrialState
 
 POLL_S = 1.0

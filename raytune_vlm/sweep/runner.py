@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import signal
 import tempfile
 import time
@@ -23,11 +24,11 @@ from raytune_vlm.models.loading import check_model
 from raytune_vlm.monitor import Monitor
 from raytune_vlm.prepare.prepare import (
     PreparedData,
-    ShardJob,
     list_shards,
     prepare,
     write_quarantine,
 )
+from raytune_vlm.prepare.shard import ShardJob
 from raytune_vlm.records import BASE_TRIAL, SweepFolder, read_json, write_json
 from raytune_vlm.sweep.lease import Lease
 from raytune_vlm.sweep.ledger import Ledger, TrialState, replay
@@ -186,12 +187,14 @@ def session(
         index_file=str(data.index_file),
         data_digest=data.manifest.digest,
         board=board,
+        scratch=tempfile.mkdtemp(prefix="raytune_vlm-"),
     )
     try:
         with executors(setup, names):
             yield Session(experiment, folder, monitor, data, board, ledger, states, began)
     finally:
         ledger.close()
+        shutil.rmtree(setup.scratch, ignore_errors=True)
 
 
 def evaluate(running: Session, trial: TrialState | None, split: str, step: int) -> dict[str, Any]:
@@ -285,6 +288,7 @@ def _check_resources(experiment: ExperimentConfig, there: dict[str, float]) -> N
 def prepare_data(
     experiment: ExperimentConfig, jobs: list[ShardJob], monitor: Monitor
 ) -> PreparedData:
+    """Prepare the data and say what it is; see `prepare.prepare`."""
     monitor.say(f"data: {len(jobs)} shards of {len(experiment.data.sources)} sources")
     data = prepare(
         experiment, jobs, lambda done, total: monitor.progress("data shards", done, total)
@@ -312,6 +316,8 @@ def _require_splits(data: PreparedData, *names: str) -> None:
 def write_head(
     folder: SweepFolder, experiment: ExperimentConfig, data: PreparedData, command: str
 ) -> None:
+    """`experiment.json` and `data/`: written last before trials start, so that bad input
+    leaves no sweep folder."""
     folder.root.mkdir(parents=True, exist_ok=True)
     write_json(folder.manifest_file, data.manifest)
     write_quarantine(folder.quarantine_file, data.quarantine)
@@ -338,8 +344,3 @@ def interrupted(folder: SweepFolder, ended: int, total: int) -> SweepInterrupted
         f"stopped with {ended} of {total} trials ended; "
         f"`raytune-vlm resume {folder.root}` goes on from here"
     )
-
-
-def temporary_folder() -> str:
-    """A folder for what Ray Tune writes and nobody reads: the ledger has it all."""
-    return tempfile.mkdtemp(prefix="raytune_vlm-")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +13,11 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialSch
 
 from raytune_vlm.config.experiment import ExperimentConfig
 from raytune_vlm.config.sweep import AshaScheduler
+from raytune_vlm.report.formatting import recipe_value
 from raytune_vlm.sweep.ledger import TrialState
 from raytune_vlm.sweep.progress import Watcher
 from raytune_vlm.sweep.proxy import PROXY_CPUS, Proxy
-from raytune_vlm.sweep.runner import Session, interrupted, temporary_folder
+from raytune_vlm.sweep.runner import Session, interrupted
 from raytune_vlm.sweep.searcher import OptunaSearcher
 
 
@@ -36,7 +38,8 @@ def search(running: Session) -> None:
     searcher = OptunaSearcher(
         experiment, running.ledger, states, running.folder.study_file, running.board
     )
-    scratch = temporary_folder()
+    # What Ray Tune writes, nobody reads: the ledger has it all.
+    scratch = tempfile.mkdtemp(prefix="raytune_vlm-")
     running.monitor.say(
         f"sweep: {left} trials of up to {experiment.train.max_steps} steps on "
         f"{experiment.sweep.num_executors} executors, scored at {list(experiment.rungs)}"
@@ -114,7 +117,7 @@ class LedgerCallback(tune.Callback):
         trial_id = trial.config["trial_id"]
         self._running.ledger.append("started", trial_id=trial_id)
         recipe = self._running.states[trial_id].recipe
-        values = ", ".join(f"{key}={show(value)}" for key, value in recipe.items())
+        values = ", ".join(f"{key}={recipe_value(value)}" for key, value in recipe.items())
         self._running.monitor.say(f"{trial_id} started: {values}")
 
     def on_trial_result(
@@ -127,6 +130,9 @@ class LedgerCallback(tune.Callback):
     ) -> None:
         trial_id = trial.config["trial_id"]
         state = self._running.states[trial_id]
+        for note in result.get("notes", ()):
+            self._running.ledger.append("noted", trial_id=trial_id, message=note)
+            self._running.monitor.say(f"{trial_id}: {note}")
         if "failed" in result:
             state.message = f"{result['failed']}: {result['message']}"
             return
@@ -167,8 +173,3 @@ class LedgerCallback(tune.Callback):
                 f"{trial_id} {state.ended} at step {last}"
                 + (f": {state.message}" if state.message else "")
             )
-
-
-def show(value: Any) -> str:
-    """A recipe's value for people: three digits of a float."""
-    return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -10,7 +10,6 @@ checkpoints/step_000200/
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import uuid
 from dataclasses import dataclass
@@ -55,7 +54,7 @@ def save(folder: Path, model: PeftModel, optimizer: torch.optim.Optimizer, state
         write_json(temporary / _MANIFEST, manifest)
         if folder.exists():
             shutil.rmtree(folder)
-        os.rename(temporary, folder)
+        temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from torch.nn.functional import cross_entropy
 
 from raytune_vlm.collate.batch import IGNORED, PixelTable, collate
 from raytune_vlm.config.experiment import ExperimentConfig, digest_of
@@ -245,4 +245,4 @@ def summed_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Te
     """
     targets = labels[:, 1:]
     chosen = targets != IGNORED
-    return F.cross_entropy(logits[:, :-1][chosen].float(), targets[chosen], reduction="sum")
+    return cross_entropy(logits[:, :-1][chosen].float(), targets[chosen], reduction="sum")

@@ -1,0 +1,89 @@
+"""Batched greedy generation for the prompts of a prepared split."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from raytune_vlm.collate.batch import PixelTable, collate
+from raytune_vlm.config.evaluation import EvaluationConfig
+from raytune_vlm.evaluate.scoring import Prediction
+from raytune_vlm.models.loading import Base
+from raytune_vlm.prepare.store import PreparedSplit
+
+
+@torch.no_grad()
+def generate(
+    model: Any,
+    base: Base,
+    split: PreparedSplit,
+    rows: Sequence[int],
+    config: EvaluationConfig,
+    *,
+    device: str = "cpu",
+    keep_going: Callable[[], bool] = lambda: True,
+) -> list[Prediction] | None:
+    """The model's answers to the prompts of some rows, in the order of the rows.
+
+    Prompts are sorted by length, padded on the left and answered greedily until the end-of-turn
+    token or `max_new_tokens`.
+
+    Returns
+    -------
+    list of Prediction, or None
+        None if `keep_going` said no between two batches.
+    """
+    pixels = PixelTable(base.processor.image_processor, base.family, device)
+    tokenizer = base.processor.tokenizer
+    ends = _end_tokens(model, tokenizer)
+    order = sorted(rows, key=lambda row: int(split.lengths[row]))
+    found: dict[int, Prediction] = {}
+    model.eval()
+    for start in range(0, len(order), config.batch_size):
+        if not keep_going():
+            return None
+        chunk = order[start : start + config.batch_size]
+        batch = collate(
+            [split.encoded(row) for row in chunk],
+            base.family,
+            pad_token_id=tokenizer.pad_token_id,
+            padding_side="left",
+        )
+        del batch["labels"]
+        batch = pixels({name: tensor.to(device) for name, tensor in batch.items()})
+        output = model.generate(
+            **batch,
+            do_sample=False,
+            num_beams=1,
+            max_new_tokens=config.max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=ends,
+        )
+        answers = output[:, batch["input_ids"].shape[1] :].tolist()
+        for row, tokens in zip(chunk, answers, strict=True):
+            found[row] = _prediction(split, row, tokens, ends, tokenizer)
+    return [found[row] for row in rows]
+
+
+def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    configured = model.generation_config.eos_token_id
+    ends = configured if isinstance(configured, list) else [configured]
+    return sorted({int(token) for token in [*ends, tokenizer.eos_token_id] if token is not None})
+
+
+def _prediction(
+    split: PreparedSplit, row: int, tokens: list[int], ends: list[int], tokenizer: Any
+) -> Prediction:
+    stop = next((place for place, token in enumerate(tokens) if token in ends), None)
+    text = tokenizer.decode(tokens[:stop], skip_special_tokens=True)
+    return Prediction(
+        sample_id=split.sample_ids[row],
+        group_id=split.group_ids[row],
+        prompt=split.text(row, "prompt"),
+        reference=split.text(row, "reference"),
+        text=text,
+        num_tokens=len(tokens) if stop is None else stop + 1,
+        truncated=stop is None,
+    )

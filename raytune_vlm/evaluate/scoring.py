@@ -1,0 +1,290 @@
+"""From generated texts to `predictions.parquet` and `scores.json`, and back without a model.
+
+Every sample keeps its own score and weight, so that any later stage (intervals, paired tests, the
+choice of a winner) works from the files alone.
+"""
+
+import json
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from raytune_vlm.errors import EvaluationError, did_you_mean
+from raytune_vlm.evaluate.metrics import METRICS, Metric
+from raytune_vlm.evaluate.statistics import estimate
+from raytune_vlm.json_tokens import is_parsable
+from raytune_vlm.records import PREDICTION_COLUMNS, Scores, write_json
+
+Answer = Literal["text", "json_tags"]
+
+PREDICTIONS_FILE = "predictions.parquet"
+SCORES_FILE = "scores.json"
+
+_TYPES = dict.fromkeys(PREDICTION_COLUMNS, pa.string()) | {
+    "parsed": pa.bool_(),
+    "num_tokens": pa.int32(),
+    "truncated": pa.bool_(),
+}
+_METADATA_KEY = b"raytune_vlm"
+_WEIGHT = "/weight"
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model generated for one sample."""
+
+    sample_id: str
+    group_id: str
+    prompt: str
+    reference: str
+    text: str
+    num_tokens: int
+    truncated: bool
+    """Whether generation stopped at `max_new_tokens` and not at an end token."""
+
+
+def score(
+    predictions: Sequence[Prediction],
+    *,
+    trial_id: str,
+    step: int,
+    split: str,
+    metrics: Sequence[str],
+    answer: Answer,
+    confidence: float,
+    num_bootstrap: int,
+    seed: int,
+    seconds: float,
+) -> tuple[Scores, pa.Table]:
+    """Score predictions with every metric.
+
+    Returns
+    -------
+    The scores, and a table of one row a prediction: `records.PREDICTION_COLUMNS`, then for every
+    metric its value and `<metric>/weight`. The table's metadata says which trial, step and split it
+    is of, so that `rescore` needs nothing else. Characters that UTF-8 cannot hold (lone surrogates)
+    are scored as they are and stored as `?`.
+
+    Raises
+    ------
+    EvaluationError
+        There are no predictions, a sample stands twice, or a metric is unknown.
+    """
+    _refuse_repeats([prediction.sample_id for prediction in predictions], f"{trial_id} on {split}")
+    if not predictions:
+        raise EvaluationError(f"{trial_id} at step {step} has no predictions on {split!r}")
+    chosen = {name: _metric(name) for name in metrics}
+    parsed = [_is_answer(prediction.text, answer) for prediction in predictions]
+    columns = _text_columns(predictions, parsed)
+    groups = [prediction.group_id for prediction in predictions]
+    estimates = {}
+    for name, metric in chosen.items():
+        results = [metric.score(row.text, [row.reference]) for row in predictions]
+        values, weights = [x.value for x in results], [x.weight for x in results]
+        columns[name] = pa.array(values, pa.float64())
+        columns[name + _WEIGHT] = pa.array(weights, pa.float64())
+        estimates[name] = estimate(
+            values, weights, groups, confidence=confidence, num_bootstrap=num_bootstrap, seed=seed
+        )
+    scores = Scores(
+        trial_id=trial_id,
+        step=step,
+        split=split,
+        num_samples=len(predictions),
+        num_groups=len(set(groups)),
+        metrics=estimates,
+        parse_failure_rate=1 - sum(parsed) / len(predictions),
+        empty_rate=sum(not row.text.strip() for row in predictions) / len(predictions),
+        truncation_rate=sum(row.truncated for row in predictions) / len(predictions),
+        seconds=seconds,
+    )
+    origin = {"trial_id": trial_id, "step": step, "split": split, "answer": answer}
+    metadata = {_METADATA_KEY: json.dumps(origin | {"seconds": seconds}).encode()}
+    return scores, pa.table(columns).replace_schema_metadata(metadata)
+
+
+def write_evaluation(folder: Path, scores: Scores, table: pa.Table) -> None:
+    """Write `predictions.parquet`, then `scores.json`: where the scores are, all is there.
+
+    Each file appears whole or not at all.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=f".{PREDICTIONS_FILE}.")
+    try:
+        with os.fdopen(descriptor, "wb") as stream:
+            pq.write_table(table, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        Path(temporary).replace(folder / PREDICTIONS_FILE)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    write_json(folder / SCORES_FILE, scores)
+
+
+def rescore(
+    folder: Path,
+    *,
+    metrics: Sequence[str] | None = None,
+    confidence: float,
+    num_bootstrap: int,
+    seed: int,
+) -> Scores:
+    """Score the stored predictions again and replace both files; no model is needed.
+
+    Without `metrics`, those that the file holds are computed.
+
+    Raises
+    ------
+    EvaluationError
+        `folder` has no readable predictions of ours, or a metric is unknown.
+    """
+    file = folder / PREDICTIONS_FILE
+    table = _read(file)
+    origin = json.loads((table.schema.metadata or {}).get(_METADATA_KEY, b"null"))
+    missing = [name for name in PREDICTION_COLUMNS if name not in table.column_names]
+    if origin is None or missing:
+        what = f"the columns {', '.join(missing)}" if missing else "its trial, step and split"
+        raise EvaluationError(f"{file} does not hold {what}: evaluate the checkpoint again")
+    stored = [name.removesuffix(_WEIGHT) for name in table.column_names if name.endswith(_WEIGHT)]
+    predictions = [
+        Prediction(
+            sample_id=row["sample_id"],
+            group_id=row["group_id"],
+            prompt=row["prompt"],
+            reference=row["reference"],
+            text=row["prediction"],
+            num_tokens=row["num_tokens"],
+            truncated=row["truncated"],
+        )
+        for row in table.select(list(PREDICTION_COLUMNS)).to_pylist()
+    ]
+    scores, table = score(
+        predictions,
+        **origin,
+        metrics=stored if metrics is None else metrics,
+        confidence=confidence,
+        num_bootstrap=num_bootstrap,
+        seed=seed,
+    )
+    write_evaluation(folder, scores, table)
+    return scores
+
+
+def read_matrix(
+    files: Sequence[Path], metric: str
+) -> tuple[NDArray[np.float64], NDArray[np.float64], list[str], list[str]]:
+    """One metric of many trials on the same samples.
+
+    Parameters
+    ----------
+    files
+        T files of predictions.
+
+    Returns
+    -------
+    values [T, S], weights [T, S], groups [S], sample_ids [S]
+        In the order of the first file's samples.
+
+    Raises
+    ------
+    EvaluationError
+        There is no file, one cannot be read or lacks the metric, or two differ in their samples or
+        in how these are grouped.
+    """
+    if not files:
+        raise EvaluationError(f"there are no predictions to compare by {metric}")
+    values, weights = [], []
+    reference: dict[str, str] = {}
+    for file in files:
+        table = _metric_columns(file, metric)
+        ids, groups = table["sample_id"].to_pylist(), table["group_id"].to_pylist()
+        _refuse_repeats(ids, str(file))
+        grouped = dict(zip(ids, groups, strict=True))
+        reference = reference or grouped
+        if grouped != reference:
+            raise EvaluationError(_difference(files[0], reference, file, grouped))
+        rows = {sample_id: row for row, sample_id in enumerate(ids)}
+        order = np.array([rows[sample_id] for sample_id in reference], dtype=int)
+        values.append(table[metric].to_numpy()[order])
+        weights.append(table[metric + _WEIGHT].to_numpy()[order])
+    return np.stack(values), np.stack(weights), list(reference.values()), list(reference)
+
+
+def _metric(name: str) -> Metric:
+    if name not in METRICS:
+        raise EvaluationError(f"unknown metric {name!r}{did_you_mean(name, METRICS)}")
+    return METRICS[name]
+
+
+def _is_answer(text: str, answer: Answer) -> bool:
+    return is_parsable(text) if answer == "json_tags" else bool(text.strip())
+
+
+def _text_columns(predictions: Sequence[Prediction], parsed: list[bool]) -> dict[str, pa.Array]:
+    """The columns of `PREDICTION_COLUMNS`, in their order."""
+    columns: dict[str, pa.Array] = {}
+    for name in PREDICTION_COLUMNS:
+        attribute = "text" if name == "prediction" else name
+        cells: list[Any] = (
+            parsed if name == "parsed" else [getattr(row, attribute) for row in predictions]
+        )
+        if _TYPES[name] == pa.string():
+            cells = [cell.encode("utf-8", "replace").decode() for cell in cells]
+        columns[name] = pa.array(cells, _TYPES[name])
+    return columns
+
+
+def _read(file: Path, columns: list[str] | None = None) -> pa.Table:
+    """All columns, or those of the named ones that the file has."""
+    try:
+        with pq.ParquetFile(file) as parquet:
+            return parquet.read(columns=columns)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise EvaluationError(f"cannot read the predictions {file}: {error}") from error
+
+
+def _metric_columns(file: Path, metric: str) -> pa.Table:
+    """The columns of one metric, and the samples they belong to."""
+    wanted = ["sample_id", "group_id", metric, metric + _WEIGHT]
+    table = _read(file, wanted)
+    if missing := [name for name in wanted if name not in table.column_names]:
+        names = pq.read_schema(file).names
+        known = [name.removesuffix(_WEIGHT) for name in names if name.endswith(_WEIGHT)]
+        hint = did_you_mean(metric, known) if missing[0] == metric else ""
+        raise EvaluationError(f"{file} has no column {missing[0]!r}{hint}")
+    return table
+
+
+def _refuse_repeats(sample_ids: Sequence[str], where: str) -> None:
+    repeated = [name for name, count in Counter(sample_ids).items() if count > 1]
+    if repeated:
+        raise EvaluationError(
+            f"{where}: {len(repeated)} samples stand more than once, the first is {repeated[0]!r}"
+        )
+
+
+def _difference(first: Path, expected: dict[str, str], second: Path, found: dict[str, str]) -> str:
+    """In words, how two files differ in their samples or groups."""
+    lacking = [name for name in expected if name not in found]
+    added = [name for name in found if name not in expected]
+    if lacking or added:
+        example = (lacking or added)[0]
+        return (
+            f"{first} and {second} are not of the same samples: {len(lacking)} only in the first, "
+            f"{len(added)} only in the second, for example {example!r}"
+        )
+    moved = next(name for name, group in expected.items() if found[name] != group)
+    return (
+        f"{first} and {second} group the sample {moved!r} differently: "
+        f"{expected[moved]!r} and {found[moved]!r}"
+    )

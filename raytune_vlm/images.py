@@ -1,0 +1,212 @@
+"""Bytes to an upright RGB image within limits: the only place of the project that opens an image.
+
+The policy (`docs/`, and PITFALLS: a plain `Image.open(...).convert("RGB")` is wrong in each point):
+
+- refused before anything is decoded: empty data, too many bytes, a format outside `FORMATS`
+  (EPS would start Ghostscript), too many pixels by the header;
+- the first frame of an animation; the orientation that EXIF or XMP gives is applied;
+- deep greys are scaled to 8 bits (Pillow clips them), transparency is laid over white;
+- a truncated or broken file is an error: `ImageFile.LOAD_TRUNCATED_IMAGES` stays False.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import warnings
+from collections.abc import Iterator
+
+import numpy
+from PIL import (
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    JpegImagePlugin,
+    PngImagePlugin,
+    TiffImagePlugin,
+    UnidentifiedImageError,
+    WebPImagePlugin,
+)
+
+from raytune_vlm.config.data import ImageLimits
+from raytune_vlm.errors import DataError
+
+# Named so that Pillow finds them loaded: otherwise it imports every plugin it has, EPS included.
+_PLUGINS = (
+    JpegImagePlugin,
+    PngImagePlugin,
+    WebPImagePlugin,
+    GifImagePlugin,
+    BmpImagePlugin,
+    TiffImagePlugin,
+)
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+"""The formats that are opened, as Pillow names them."""
+
+_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_DEEP_MODES = frozenset({"I", "F", "I;16", "I;16B", "I;16L", "I;16N"})
+
+# For the whole process rather than in a `catch_warnings` block, which is not safe between threads
+# (images are decoded in several). Our own pixel limit holds also where someone resets the filters.
+warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+
+
+class ImageError(DataError):
+    """An image is refused; the message says why, in a few words, without its name."""
+
+
+def decode(data: bytes, limits: ImageLimits) -> Image.Image:
+    """The image upright and in RGB, detached from its file.
+
+    Raises ImageError for whatever is wrong with the data, and nothing else.
+    """
+    image, orientation = _open(data, limits)
+    if image.format == "PNG" and all(kind != b"IEND" for kind, _, _ in _png_chunks(data)):
+        raise ImageError("cannot decode the PNG image: truncated")  # Pillow does not always see it
+    try:
+        image.load()
+        if orientation in _TURNS and image.format != "TIFF":  # Pillow turns TIFF by itself
+            upright = image.transpose(_TURNS[orientation])
+        else:
+            upright = image
+        result = _to_rgb(upright)
+    except ImageError:
+        raise
+    except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, ...
+        raise ImageError(f"cannot decode the {image.format} image: {_short(error)}") from error
+    result.info.clear()  # colour profiles and comments would be written again by `save`
+    return result
+
+
+def size_of(data: bytes, limits: ImageLimits) -> tuple[int, int]:
+    """Width and height of the upright image, from the header, without decoding it.
+
+    Raises ImageError as `decode` does, except for damage beyond the header.
+    """
+    image, orientation = _open(data, limits)
+    width, height = image.size
+    turned = orientation >= 5 and image.format != "TIFF"
+    return (height, width) if turned else (width, height)
+
+
+def thumbnail(data: bytes, limits: ImageLimits, max_side: int) -> bytes:
+    """A JPEG whose longer side has at most `max_side` pixels, for reports.
+
+    Raises ImageError as `decode` does.
+    """
+    image = decode(data, limits)
+    image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    image.save(buffer, format="JPEG", quality=85)
+    return buffer.getvalue()
+
+
+def encode_png(image: Image.Image) -> bytes:
+    """The image as a PNG file."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def _open(data: bytes, limits: ImageLimits) -> tuple[Image.Image, int]:
+    """The opened, undecoded image and its EXIF orientation (1 to 8); raises ImageError."""
+    if not data:
+        raise ImageError("the image is empty (0 bytes)")
+    if len(data) > limits.max_bytes:
+        raise ImageError(f"the image has {len(data)} bytes, the limit is {limits.max_bytes}")
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        cap = min(limits.max_pixels, Image.MAX_IMAGE_PIXELS or limits.max_pixels)
+        raise ImageError(f"the image has more than {cap} pixels") from error
+    except UnidentifiedImageError as error:
+        raise ImageError(f"not an image, or of a format outside {', '.join(FORMATS)}") from error
+    except Exception as error:  # headers are parsed here; see `decode`
+        raise ImageError(f"cannot read the image's header: {_short(error)}") from error
+    width, height = image.size
+    if width < 1 or height < 1:
+        raise ImageError(f"the image is empty ({width} x {height} pixels)")
+    if width * height > limits.max_pixels:
+        raise ImageError(
+            f"the image has {width} x {height} pixels, the limit is {limits.max_pixels}"
+        )
+    return image, _orientation(image, data)
+
+
+def _orientation(image: Image.Image, data: bytes) -> int:
+    """The orientation that EXIF or XMP gives; 1 where there is none or it cannot be read."""
+    try:
+        if image.format == "PNG" and "exif" not in image.info:
+            late = _png_exif(data)
+            if late is not None:
+                image.info["exif"] = late
+        # The base class's method: that of PNG decodes the image to look for a late EXIF chunk.
+        value = Image.Image.getexif(image).get(_ORIENTATION, 1)
+    except Exception:  # broken metadata around good pixels: viewers show them as they stand
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _png_exif(data: bytes) -> bytes | None:
+    """The EXIF chunk of a PNG file, which may stand behind the pixels."""
+    for kind, start, end in _png_chunks(data):
+        if kind == b"eXIf":
+            return b"Exif\x00\x00" + data[start:end]
+    return None
+
+
+def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Kind, start and end of each chunk that is whole."""
+    position = 8
+    while position + 12 <= len(data):
+        (length,) = struct.unpack_from(">I", data, position)
+        start, end = position + 8, position + 8 + length
+        if end + 4 > len(data):
+            return
+        yield data[position + 4 : start], start, end
+        position = end + 4
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode to RGB: deep greys scaled, transparency over white; never the same object."""
+    if image.mode in _DEEP_MODES:
+        return _scale_to_8_bits(image).convert("RGB")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _scale_to_8_bits(image: Image.Image) -> Image.Image:
+    """A grey image of 16 or 32 bits as 8 bits.
+
+    16-bit modes span 0 to 65535 by definition. 32-bit integers and floats do not say what white
+    is: it is the smallest of 1 (floats only), 255 and 65535 that no pixel exceeds. Raises
+    ImageError where no such range fits: stretching it would be a guess.
+    """
+    pixels = numpy.asarray(image, dtype=numpy.float64)
+    low, high = float(pixels.min()), float(pixels.max())
+    if not (low >= 0 and high <= 65535):  # False for NaN too
+        raise ImageError(f"grey values from {low:g} to {high:g} are outside 0 to 65535")
+    if image.mode.startswith("I;16"):
+        white = 65535.0
+    else:
+        ranges = (1.0, 255.0, 65535.0) if image.mode == "F" else (255.0, 65535.0)
+        white = next(value for value in ranges if high <= value)
+    return Image.fromarray(numpy.rint(pixels * (255.0 / white)).astype(numpy.uint8))
+
+
+def _short(error: Exception) -> str:
+    """The error in one short line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 120 else f"{text[:117]}..."

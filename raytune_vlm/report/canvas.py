@@ -1,0 +1,114 @@
+"""What all plots share: style, palette, and how they become SVG images in data URIs.
+
+matplotlib's object interface only: no pyplot, no state that outlives a plot. The colours are Okabe
+and Ito's (2008, "Color Universal Design"), which colour-blind readers can tell apart, and no
+meaning rests on colour alone. Letters stay text (`svg.fonttype: none`), so that the browser sets
+them in the page's own type. The same folder gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+INK, MUTED, GRID, QUIET = "#1b2430", "#5d6b7c", "#e6eaef", "#b4bfcb"
+WINNER, BASE, DEFAULT = "#0072b2", "#d55e00", "#009e73"
+MARKERS = {"finished": "o", "stopped": "v", "failed": "X", "running": "D"}
+WORDS = {
+    "finished": "finished",
+    "stopped": "stopped early",
+    "failed": "failed",
+    "running": "running",
+}
+
+_STYLE: dict[str, Any] = {
+    "svg.hashsalt": "raytune_vlm",
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.titlelocation": "left",
+    "axes.labelsize": 9,
+    "axes.labelcolor": MUTED,
+    "axes.edgecolor": QUIET,
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "xtick.color": QUIET,
+    "ytick.color": QUIET,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": MUTED,
+    "xtick.minor.visible": False,
+    "text.parse_math": False,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "legend.labelcolor": INK,
+    "lines.solid_capstyle": "round",
+}
+
+
+@dataclass(frozen=True)
+class Plot:
+    """An image with its title, a sentence for those who cannot see it, and a note."""
+
+    uri: str
+    title: str
+    alt: str
+    note: str = ""
+
+
+@contextmanager
+def canvas(width: float, height: float) -> Iterator[tuple[Figure, Axes]]:
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        yield figure, figure.add_subplot()
+
+
+def data_uri(figure: Figure) -> str:
+    stream = io.BytesIO()
+    blank = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    figure.savefig(stream, format="svg", transparent=True, metadata=blank)
+    text = (
+        stream.getvalue()
+        .decode()
+        .replace("'DejaVu Sans'", "system-ui, 'Segoe UI', Helvetica, Arial, 'DejaVu Sans'")
+    )
+    return "data:image/svg+xml;base64," + base64.b64encode(text.encode()).decode()
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value can be a coordinate."""
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def legend_above(axes: Axes) -> None:
+    """The legend as one line above the plot, where there is anything to explain."""
+    handles, labels = axes.get_legend_handles_labels()
+    if not labels:
+        return
+    first = ("winner", "default", "base model")
+    places = {label: first.index(label) if label in first else len(first) for label in labels}
+    order = sorted(range(len(labels)), key=lambda index: places[labels[index]])
+    axes.legend(
+        [handles[index] for index in order],
+        [labels[index] for index in order],
+        loc="lower left",
+        bbox_to_anchor=(-0.02, 1.0),
+        ncols=6,
+        handlelength=1.5,
+        columnspacing=1.0,
+        handletextpad=0.5,
+    )

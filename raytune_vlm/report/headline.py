@@ -1,0 +1,205 @@
+"""What a sweep found, in words and three numbers; says plainly when it found nothing."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import Literal
+
+from raytune_vlm.records import MetricEstimate, PairedTest
+from raytune_vlm.report import formatting
+from raytune_vlm.report.loading import SweepView, lookup
+
+Tone = Literal["good", "unclear", "bad", "running"]
+
+
+@dataclass(frozen=True)
+class Station:
+    """One of base, default, winner on the untouched split, with its place on a common scale."""
+
+    role: str
+    trial_id: str
+    estimate: MetricEstimate
+    num_samples: int
+    num_groups: int
+    start: float = 0.0
+    """Percent of the scale at which the interval starts, the value stands, the interval ends."""
+    middle: float = 0.0
+    end: float = 0.0
+
+
+@dataclass(frozen=True)
+class Headline:
+    """The first screen of the report."""
+
+    tone: Tone
+    status: str
+    verdict: str
+    detail: str
+    stations: list[Station]
+    facts: list[tuple[str, str, str]]
+    """(label, value, explanation)."""
+
+
+def headline(view: SweepView) -> Headline:
+    """The verdict with the numbers that it rests on."""
+    tone, verdict, detail = _verdict(view)
+    status = "finished" if view.result else "running"
+    return Headline(tone, status, verdict, detail, _stations(view), _facts(view))
+
+
+def tally(view: SweepView) -> str:
+    """How many trials ended how: `9 finished, 4 stopped early, 1 failed`."""
+    counts = Counter(trial.record.status for trial in view.trials)
+    parts = [
+        f"{counts['finished']} finished" if counts["finished"] else "",
+        f"{counts['stopped']} stopped early" if counts["stopped"] else "",
+        f"{counts['failed']} failed" if counts["failed"] else "",
+        f"{counts['running']} {'never ended' if view.result else 'running'}"
+        if counts["running"]
+        else "",
+    ]
+    return ", ".join(filter(None, parts)) or "none started"
+
+
+def clearly(test: PairedTest, mode: str) -> Tone:
+    """Whether `first` is better than `second` beyond its interval."""
+    lower, upper = (test.lower, test.upper) if mode == "max" else (-test.upper, -test.lower)
+    if lower > 0:
+        return "good"
+    return "bad" if upper < 0 else "unclear"
+
+
+def interval(lower: float, upper: float, form: str = "score") -> str:
+    """`0.801 to 0.873`."""
+    write = formatting.FILTERS[form]
+    return f"{write(lower)} to {write(upper)}"
+
+
+def _verdict(view: SweepView) -> tuple[Tone, str, str]:
+    result = view.result
+    if result is None:
+        planned = lookup(view.experiment, "sweep.num_trials", None)
+        of = f" of {planned} planned" if planned else ""
+        started = f"{len(view.trials)}{of} trials so far: {tally(view)}."
+        return "running", "The sweep is running: no winner has been chosen.", started
+    test = view.against_base()
+    if test is None:
+        verdict = f"{result.winner} was chosen, without a paired test against the base model."
+        return "unclear", verdict, "Whether it is better than the base model is not established."
+    tone = clearly(test, view.mode)
+    confidence = formatting.percent(view.confidence)
+    numbers = (
+        f"Paired difference in {test.metric} on {test.num_samples} samples of the untouched report "
+        f"split: {formatting.signed(test.difference)} ({confidence} interval "
+        f"{interval(test.lower, test.upper, 'signed')}, {formatting.p_value(test.p_value)})"
+    )
+    if tone == "good":
+        return tone, f"{result.winner} is clearly better than the base model.", f"{numbers}."
+    if tone == "bad":
+        return tone, f"{result.winner} is worse than the base model.", f"{numbers}. Do not use it."
+    detail = f"{numbers}. The interval includes 0: this may be chance. Do not rely on the winner."
+    return tone, f"{result.winner} is NOT clearly better than the base model.", detail
+
+
+def _stations(view: SweepView) -> list[Station]:
+    stations = []
+    for role in ("base", "default", "winner"):
+        scores = view.report_scores(role)
+        if scores is None or view.metric not in scores.metrics:
+            continue
+        estimate = scores.metrics[view.metric]
+        trial_id = view.role_of(role)
+        sizes = (scores.num_samples, scores.num_groups)
+        stations.append(Station(role, trial_id, estimate, *sizes))
+    if not stations:
+        return []
+    low = min(station.estimate.lower for station in stations)
+    high = max(station.estimate.upper for station in stations)
+    width = (high - low) or 1.0
+    low, width = low - 0.08 * width, 1.16 * width
+
+    def place(value: float) -> float:
+        return round(100 * (value - low) / width, 2)
+
+    return [
+        replace(
+            station,
+            start=place(station.estimate.lower),
+            middle=place(station.estimate.value),
+            end=place(station.estimate.upper),
+        )
+        for station in stations
+    ]
+
+
+def _facts(view: SweepView) -> list[tuple[str, str, str]]:
+    total = (
+        "wall time" if view.result else "from the first to the last event of the ledger",
+        formatting.duration(view.seconds),
+    )
+    trials = ("Trials", str(len(view.trials)), tally(view))
+    time = ("Total time", total[1], total[0])
+    if view.result is None:
+        return [*_best_so_far(view), trials, time, _last_event(view)]
+    result = view.result
+    corrected = result.corrected
+    touches = result.num_report_touches
+    facts = [
+        (
+            "Naive select score",
+            formatting.score(result.naive),
+            f"at step {result.winner_step:,}; flattered by having been picked",
+        )
+    ]
+    if corrected:
+        reach = interval(corrected.lower, corrected.upper)
+        confidence = formatting.percent(view.confidence)
+        text = f"selection bias removed; {confidence} interval {reach}"
+        facts.append(("Bias-corrected", formatting.score(corrected.value), text))
+    times = "once" if touches == 1 else f"{touches} times"
+    touched = ("Report split touched", times, "every scoring on it is counted")
+    return [*facts, *_ties(view), touched, trials, time]
+
+
+def _ties(view: SweepView) -> list[tuple[str, str, str]]:
+    """The trials that cannot be told from the winner, and the cheapest of them."""
+    result = view.result
+    if result is None:
+        return []
+    scored = [trial for trial in view.trials if view.best(trial) and trial is not view.winner]
+    others = [name for name in result.indistinguishable if name != result.winner]
+    value = f"{len(others)} of {len(scored)}"
+    if not others:
+        return [("Tied with the winner", value, "no other trial is within its interval")]
+    cheapest = result.indistinguishable[0]
+    if cheapest == result.winner:
+        text = "cannot be told apart from the winner, which is itself the cheapest of them"
+    else:
+        trial = view.trial(cheapest)
+        cost = ""
+        if trial:
+            parameters = formatting.compact(trial.record.trainable_parameters)
+            cost = f" ({parameters} parameters, {formatting.duration(trial.record.seconds)})"
+        text = f"cannot be told apart from the winner; the cheapest of them is {cheapest}{cost}"
+    return [("Tied with the winner", value, text)]
+
+
+def _best_so_far(view: SweepView) -> list[tuple[str, str, str]]:
+    best = [(trial, found) for trial in view.trials if (found := view.best(trial))]
+    if not best:
+        return []
+    sign = -1.0 if view.mode == "max" else 1.0
+    trial, (step, estimate) = min(best, key=lambda pair: sign * pair[1][1].value)
+    text = f"{trial.trial_id} at step {step:,}, on select; nothing is decided by it"
+    return [("Best so far", formatting.score(estimate.value), text)]
+
+
+def _last_event(view: SweepView) -> tuple[str, str, str]:
+    if not view.ledger or "time" not in view.ledger[-1]:
+        return "Last event", formatting.MISSING, "the ledger is empty"
+    event = view.ledger[-1]
+    when = datetime.fromtimestamp(float(event["time"]), UTC)
+    text = f"{event.get('event', '')} {event.get('trial_id', '')}".strip()
+    return "Last event", f"{when:%H:%M}", f"UTC, {when:%Y-%m-%d}: {text}"

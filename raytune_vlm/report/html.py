@@ -1,0 +1,158 @@
+"""The report page: one HTML file without scripts that needs no network.
+
+Everything that comes from data, models or messages is escaped by jinja2; the page's own
+Content-Security-Policy forbids scripts, frames, forms and every request.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from raytune_vlm.records import SplitStatistics, TrialRecord, write_text
+from raytune_vlm.report.formatting import FILTERS
+from raytune_vlm.report.gallery import NUM_OPENING, gallery
+from raytune_vlm.report.headline import clearly, headline
+from raytune_vlm.report.leaderboard import leaderboard, write_leaderboard
+from raytune_vlm.report.loading import SweepView, load_view
+from raytune_vlm.report.plots import learning_curves
+from raytune_vlm.report.space_plots import space_plots
+
+POLICY = (
+    "default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
+    "base-uri 'none'; form-action 'none'"
+)
+MAX_QUARANTINED_ROWS = 50
+
+
+def build_report(folder: Path) -> Path:
+    """Write `report/index.html` and the leaderboard files of a sweep folder; the page's path.
+
+    Raises
+    ------
+    DataError
+        If the folder is not a sweep folder.
+    """
+    view = load_view(folder)
+    write_leaderboard(view, leaderboard(view))
+    page = view.folder.report / "index.html"
+    write_text(page, render(view))
+    return page
+
+
+def render(view: SweepView) -> str:
+    """The page as text."""
+    environment = Environment(
+        loader=PackageLoader("raytune_vlm.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(FILTERS)
+    wide, panels = space_plots(view)
+    return environment.get_template("index.html.j2").render(
+        policy=POLICY,
+        view=view,
+        headline=headline(view),
+        rows=leaderboard(view),
+        paired=_paired(view),
+        metric_table=_metric_table(view),
+        curves=learning_curves(view),
+        wide_plots=wide,
+        panels=panels,
+        exhibits=gallery(view),
+        num_opening=NUM_OPENING,
+        splits=_splits(view),
+        quarantined=view.quarantined[:MAX_QUARANTINED_ROWS],
+        times=_times(view),
+        audit=_audit(view),
+        experiment_yaml=yaml.safe_dump(view.experiment, sort_keys=False, allow_unicode=True),
+        has_best=view.folder.best.is_dir(),
+    )
+
+
+def _paired(view: SweepView) -> list[dict[str, Any]]:
+    """The paired tests, with the split that they were made on and what they say."""
+    if view.result is None:
+        return []
+    words = {"good": "better", "bad": "worse", "unclear": "cannot tell"}
+    return [
+        {
+            "test": test,
+            "split": "report" if view.is_on_report(test) else "select",
+            "says": words[clearly(test, view.mode_of(test.metric))],
+        }
+        for test in view.result.paired
+    ]
+
+
+def _metric_table(view: SweepView) -> list[dict[str, Any]]:
+    """All metrics of the roles that were scored on the untouched split."""
+    table = []
+    for role in ("base", "default", "winner"):
+        scores = view.report_scores(role)
+        if scores is not None:
+            table.append({"role": role, "trial_id": view.role_of(role), "scores": scores})
+    return table
+
+
+def _splits(view: SweepView) -> list[dict[str, Any]]:
+    """The account of every split: seen = used + quarantined + dropped, and whether it holds."""
+    if view.manifest is None:
+        return []
+    return [
+        {"name": name, "statistics": entry, "balances": _balances(entry)}
+        for name, entry in view.manifest.splits.items()
+    ]
+
+
+def _balances(entry: SplitStatistics) -> bool:
+    accounted = entry.num_used + entry.num_quarantined + entry.num_dropped_over_long
+    return accounted == entry.num_seen
+
+
+def _times(view: SweepView) -> list[dict[str, Any]]:
+    """Per trial the seconds of train, evaluate, other, and widths in percent of the longest."""
+    longest = max((_total(trial.record) for trial in view.trials), default=0.0) or 1.0
+    times = []
+    for trial in view.trials:
+        record, total = trial.record, _total(trial.record)
+        other = total - record.train_seconds - record.evaluate_seconds
+        parts = {"train": record.train_seconds, "evaluate": record.evaluate_seconds, "other": other}
+        bars = [
+            {"part": part, "seconds": seconds, "width": round(100 * seconds / longest, 2)}
+            for part, seconds in parts.items()
+        ]
+        times.append({"trial_id": trial.trial_id, "total": total, "bars": bars})
+    return times
+
+
+def _total(record: TrialRecord) -> float:
+    return max(record.seconds, record.train_seconds + record.evaluate_seconds)
+
+
+def _audit(view: SweepView) -> dict[str, Any]:
+    """Audit results as a matrix: trials by names, whatever the names are."""
+    audited = [trial for trial in view.trials if trial.record.audit]
+    names = list(dict.fromkeys(name for trial in audited for name in trial.record.audit))
+    lines = [
+        (trial.trial_id, [_verdict(trial.record.audit.get(name)) for name in names])
+        for trial in audited
+    ]
+    verdicts = [verdict for _, line in lines for verdict, _ in line]
+    num_failed, num_passed = verdicts.count("failed"), verdicts.count("passed")
+    return {"names": names, "lines": lines, "failed": num_failed, "passed": num_passed}
+
+
+def _verdict(entry: Any) -> tuple[str, Any]:
+    """(`passed`, `failed` or nothing, the details) of one audit entry."""
+    if isinstance(entry, bool):
+        return ("passed" if entry else "failed"), {}
+    if isinstance(entry, dict) and isinstance(entry.get("passed"), bool):
+        details = {key: value for key, value in entry.items() if key != "passed"}
+        return ("passed" if entry["passed"] else "failed"), details
+    return "", entry

@@ -1,0 +1,185 @@
+"""What a source is: two functions over shards, and the checks that every sample passes.
+
+A reader is `Reader(list_shards, read_shard)`:
+
+- `list_shards(config, root, allow_network)` runs on the driver and is cheap. It raises DataError,
+  in one line, where the path is wrong.
+- `read_shard(config, shard, limits)` runs on a Ray worker. One row in, one `Sample` or one
+  `Quarantined` out, streaming; a bad row never raises and never costs its neighbours. Images are
+  read but not decoded.
+
+`max_samples` counts rows (samples and quarantined ones alike) in the order of the shards: where it
+is set, `list_shards` counts the rows and gives each shard its `limit`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from raytune_vlm.config.data import ImageLimits
+from raytune_vlm.errors import DataError
+from raytune_vlm.records import Quarantined, Sample
+
+PLACEHOLDER = "<image>"
+"""Where an image stands in a turn that is plain text."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A part of a source that one task reads: plain data, picklable."""
+
+    path: str
+    """The file (for SROIE the folder): an absolute local path or a URL."""
+    index: int
+    """Position among the shards of the source."""
+    shown: str
+    """`path` as people are shown it: relative to `data.root` where it lies inside."""
+    folders: tuple[str, ...]
+    """Relative image paths are looked up in these, in order, and must stay inside one of them."""
+    limit: int | None = None
+    """Read at most so many rows; None: all."""
+    row_groups: tuple[int, ...] | None = None
+    """Parquet: the row groups of this shard; None: not known, or not Parquet."""
+    first_row: int = 1
+    """Number of the shard's first row in its file."""
+    members: tuple[str, ...] = ()
+    """SROIE: the stems of the receipts of this shard."""
+
+
+@dataclass(frozen=True)
+class Reader:
+    """The contract of a source format. The config is the model of the source's `type`."""
+
+    list_shards: Callable[[Any, Path, bool], list[Shard]]
+    read_shard: Callable[[Any, Shard, ImageLimits], Iterator[Sample | Quarantined]]
+
+
+class RowError(DataError):
+    """A row is refused; readers turn it into a `Quarantined`, it never leaves a source."""
+
+
+def number_shards(
+    shards: Sequence[Shard], max_samples: int | None, count: Callable[[Shard, int], int]
+) -> list[Shard]:
+    """The shards with their index, and with their `limit` where `max_samples` is set.
+
+    `count(shard, at_most)` gives the number of rows of a shard, as far as `at_most`.
+    """
+    if max_samples is None:
+        return [replace(shard, index=index) for index, shard in enumerate(shards)]
+    left = max_samples
+    kept: list[Shard] = []
+    for shard in shards:
+        if left <= 0:
+            break
+        rows = min(count(shard, left), left)
+        kept.append(replace(shard, index=len(kept), limit=rows))
+        left -= rows
+    return kept
+
+
+def text_parts(text: str) -> list[dict[str, Any]]:
+    """A plain text turn as parts, each `<image>` in it expanded in place."""
+    parts: list[dict[str, Any]] = []
+    for number, piece in enumerate(text.split(PLACEHOLDER)):
+        if number:
+            parts.append({"type": "image"})
+        if piece:
+            parts.append({"type": "text", "text": piece})
+    return parts
+
+
+def check_counts(placeholders: int, images: int, hint: str = "") -> None:
+    """Raise RowError unless each placeholder has its image and each image its placeholder."""
+    if placeholders != images:
+        raise RowError(
+            f"{placeholders} {PLACEHOLDER} placeholder{'s' * (placeholders != 1)} "
+            f"but {images} image{'s' * (images != 1)}{hint}"
+        )
+
+
+def make_sample(
+    *,
+    origin: str,
+    messages: list[dict[str, Any]],
+    images: Sequence[bytes],
+    group_id: str | None = None,
+) -> Sample:
+    """A checked sample with its ids.
+
+    `sample_id` is the hash of messages and images; `group_id`, where the row gives none, the hash
+    of the images (the same images are the same group), and without images the `sample_id`.
+    Raises RowError where turns are missing, empty or in odd order, where the last one is not an
+    answer, or where images and placeholders differ in number.
+    """
+    clean = [_clean_turn(number, turn) for number, turn in enumerate(messages, 1)]
+    _check_order([turn["role"] for turn in clean])
+    placeholders = sum(part["type"] == "image" for turn in clean for part in turn["content"])
+    check_counts(placeholders, len(images))
+    try:
+        text = json.dumps(clean, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode()
+    except UnicodeEncodeError as error:
+        raise RowError("the text holds half of a surrogate pair: not valid Unicode") from error
+    digests = [hashlib.sha256(image).digest() for image in images]
+    sample_id = hashlib.sha256(hashlib.sha256(text).digest() + b"".join(digests)).hexdigest()[:16]
+    if group_id is None and digests:
+        group_id = hashlib.sha256(b"".join(digests)).hexdigest()[:16]
+    return Sample(
+        sample_id=sample_id,
+        group_id=sample_id if group_id is None else group_id,
+        origin=origin,
+        messages=clean,
+        images=list(images),
+    )
+
+
+def question(instruction: str, answer: str) -> list[dict[str, Any]]:
+    """The two turns of a sample that shows one image, asks, and is answered."""
+    asked = [{"type": "image"}, {"type": "text", "text": instruction}]
+    return [
+        {"role": "user", "content": asked},
+        {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+    ]
+
+
+def shorten(value: Any, length: int = 80) -> str:
+    """A value of a row for a message: one line, never long."""
+    text = " ".join(str(value).split())
+    return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
+def _clean_turn(number: int, turn: dict[str, Any]) -> dict[str, Any]:
+    """The turn with nothing but role, image parts and non-empty text parts."""
+    role = turn["role"]
+    parts: list[dict[str, Any]] = []
+    for part in turn["content"]:
+        if part["type"] == "image":
+            if role != "user":
+                raise RowError(f"turn {number} ({role}) holds an image: only user turns may")
+            parts.append({"type": "image"})
+        elif not isinstance(part["text"], str):
+            kind = type(part["text"]).__name__
+            raise RowError(f"turn {number} ({role}): text must be a string, not {kind}")
+        elif part["text"]:
+            parts.append({"type": "text", "text": part["text"]})
+    if not any(part["type"] == "image" or part["text"].strip() for part in parts):
+        raise RowError(f"turn {number} ({role}) is empty")
+    return {"role": role, "content": parts}
+
+
+def _check_order(roles: list[str]) -> None:
+    """Raise RowError unless the roles are system?, then user and assistant in turn to the end."""
+    if not roles:
+        raise RowError("the conversation is empty")
+    talk = roles[1:] if roles[0] == "system" else roles
+    for number, role in enumerate(talk, 1 + len(roles) - len(talk)):
+        expected = "assistant" if (number - (len(roles) - len(talk))) % 2 == 0 else "user"
+        if role != expected:
+            raise RowError(f"turn {number} is '{shorten(role, 24)}' where '{expected}' is expected")
+    if not talk or talk[-1] != "assistant":
+        raise RowError(f"the last turn is '{roles[-1]}', not 'assistant'")

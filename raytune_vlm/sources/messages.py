@@ -1,0 +1,95 @@
+"""`messages`: conversations as OpenAI and transformers write them.
+
+`content` is a text, in which `<image>` is a placeholder, or a list of parts:
+`{"type": "text", "text": ...}`, `{"type": "image", "image": <image>}`,
+`{"type": "image_url", "image_url": <path or data URI, or {"url": ...}>}`, and
+`{"type": "image"}`, which takes the next entry of the images column. Parquet fills the fields that
+a part does not have with null: these are ignored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+from raytune_vlm.config.data import ImageLimits, MessagesSource
+from raytune_vlm.records import Quarantined, Sample
+from raytune_vlm.sources.base import Reader, RowError, Shard, shorten, text_parts
+from raytune_vlm.sources.rows import Row, list_table_shards, read_table
+
+_IMAGE_KEYS = ("image", "image_url", "url")
+_FROM_COLUMN = object()
+"""Stands for an image that the images column holds."""
+
+
+def read_shard(
+    config: MessagesSource, shard: Shard, limits: ImageLimits
+) -> Iterator[Sample | Quarantined]:
+    """The conversations of a shard."""
+    columns = (config.messages_column, config.images_column)
+    return read_table(config, shard, limits, columns, partial(_convert, config))
+
+
+def _convert(config: MessagesSource, row: Row) -> Sample:
+    turns = row.column(config.messages_column)
+    if not isinstance(turns, list):
+        kind = type(turns).__name__
+        raise RowError(f"column '{config.messages_column}' must be a list, not {kind}")
+    images: list[Any] = []
+    messages = [_turn(number, turn, images) for number, turn in enumerate(turns, 1)]
+    row.check_images(sum(image is _FROM_COLUMN for image in images), config.images_column)
+    column = iter(row.images(config.images_column))
+    return row.sample(messages, [next(column) if i is _FROM_COLUMN else i for i in images])
+
+
+def _turn(number: int, turn: Any, images: list[Any]) -> dict[str, Any]:
+    """A turn with typed parts; appends each image of it, or `_FROM_COLUMN`, to `images`."""
+    if not isinstance(turn, dict):
+        raise RowError(f"turn {number} must be an object, not {type(turn).__name__}")
+    role, content = turn.get("role"), turn.get("content")
+    if not isinstance(role, str):
+        raise RowError(f"turn {number} has no 'role'")
+    if turn.get("tool_calls"):
+        raise RowError(f"turn {number} has tool calls, which are not supported")
+    if isinstance(content, str):
+        parts = text_parts(content)
+        images.extend(_FROM_COLUMN for part in parts if part["type"] == "image")
+    elif isinstance(content, list):
+        parts = [_part(number, part, images) for part in content]
+    else:
+        kind = type(content).__name__
+        raise RowError(f"turn {number} ({shorten(role, 24)}): content is {kind}, not text or parts")
+    return {"role": role, "content": parts}
+
+
+def _part(number: int, part: Any, images: list[Any]) -> dict[str, Any]:
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    if not isinstance(part, dict):
+        raise RowError(f"turn {number}: a part must be an object, not {type(part).__name__}")
+    kind = part.get("type")
+    if kind == "text":
+        return {"type": "text", "text": part.get("text")}
+    if kind not in ("image", "image_url"):
+        raise RowError(f"turn {number}: part type '{shorten(kind, 24)}' is not supported")
+    if part.get("text"):
+        raise RowError(f"turn {number}: an image part carries text")
+    given = [part[key] for key in _IMAGE_KEYS if part.get(key) is not None]
+    if part.get("bytes") is not None or part.get("path") is not None:
+        given.append({"bytes": part.get("bytes"), "path": part.get("path")})
+    if len(given) > 1:
+        raise RowError(f"turn {number}: an image part names {len(given)} images")
+    if not given and kind == "image_url":
+        raise RowError(f"turn {number}: an 'image_url' part without its image_url")
+    image = given[0] if given else _FROM_COLUMN
+    if isinstance(image, dict) and "url" in image:
+        image = image["url"]
+    expected = sum(earlier is _FROM_COLUMN for earlier in images)
+    if image is _FROM_COLUMN and part.get("index") not in (None, expected):
+        raise RowError(f"turn {number}: image index {part['index']} where {expected} is expected")
+    images.append(image)
+    return {"type": "image"}
+
+
+READER = Reader(list_table_shards, read_shard)
