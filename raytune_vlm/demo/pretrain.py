@@ -38,8 +38,7 @@ from raytune_vlm.demo.base_model import END, IMAGE_SIZE, PATCH_SIZE, TOKEN_IDS
 from raytune_vlm.demo.lines import Glyph, Rng, choice
 from raytune_vlm.json_tokens import SEPARATOR, json2token
 
-NUM_STEPS = 2600
-NUM_HELD_OUT = 256
+NUM_STEPS, NUM_HELD_OUT = 2600, 256
 LINE_BATCH, RECEIPT_BATCH = 24, 12
 MATRIX_LEARNING_RATE, OTHER_LEARNING_RATE, WARMUP_STEPS, WEIGHT_DECAY = 8e-3, 2e-3, 60, 0.01
 PATCH_LOSS_UNTIL = 0.7  # the part of the training in which the patch loss fades from 1 to 0

@@ -72,12 +72,14 @@ class Plot:
 
 @contextmanager
 def canvas(width: float, height: float) -> Iterator[tuple[Figure, Axes]]:
+    """A figure of that size in inches with one pair of axes, in the house style."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure, figure.add_subplot()
 
 
 def data_uri(figure: Figure) -> str:
+    """The figure as an SVG image, set in the page's type, without date or version."""
     stream = io.BytesIO()
     blank = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     figure.savefig(stream, format="svg", transparent=True, metadata=blank)

@@ -6,6 +6,8 @@ import math
 from typing import Any
 
 MISSING = "–"  # noqa: RUF001  (an en dash is what a table shows for nothing)
+SPACE = "\u00a0"
+"""A space that does not break between a number and its unit."""
 
 
 def score(value: float | None) -> str:
@@ -29,26 +31,26 @@ def compact(value: float) -> str:
     """A large number in three digits: `4.19 M`."""
     for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= limit:
-            return f"{value / limit:.3g} {unit}"
+            return f"{value / limit:.3g}{SPACE}{unit}"
     return f"{value:g}"
 
 
 def percent(value: float | None) -> str:
     """A share: `2.5 %`."""
-    return MISSING if value is None else f"{100 * value:.3g} %"
+    return MISSING if value is None else f"{100 * value:.3g}{SPACE}%"
 
 
 def duration(seconds: float) -> str:
     """A time in its two largest units: `2 h 05 min`."""
     if seconds < 1:
-        return f"{1000 * seconds:.0f} ms" if seconds > 0 else "0 s"
+        return f"{1000 * seconds:.0f}{SPACE}ms" if seconds > 0 else f"0{SPACE}s"
     if seconds < 60:
-        return f"{seconds:.3g} s"
+        return f"{seconds:.3g}{SPACE}s"
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:
-        return f"{minutes} min {rest:02d} s"
+        return f"{minutes}{SPACE}min{SPACE}{rest:02d}{SPACE}s"
     hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min"
+    return f"{hours}{SPACE}h{SPACE}{minutes:02d}{SPACE}min"
 
 
 def p_value(value: float) -> str:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Literal
 
-from raytune_vlm.records import MetricEstimate, PairedTest
+from raytune_vlm.records import BASE_TRIAL, MetricEstimate, PairedTest
 from raytune_vlm.report import formatting
-from raytune_vlm.report.loading import SweepView, lookup
+from raytune_vlm.report.loading import SweepView, TrialView, lookup
 
 Tone = Literal["good", "unclear", "bad", "running"]
 
@@ -84,7 +85,7 @@ def _verdict(view: SweepView) -> tuple[Tone, str, str]:
         of = f" of {planned} planned" if planned else ""
         started = f"{len(view.trials)}{of} trials so far: {tally(view)}."
         return "running", "The sweep is running: no winner has been chosen.", started
-    test = view.against_base()
+    test = view.against(BASE_TRIAL)
     if test is None:
         verdict = f"{result.winner} was chosen, without a paired test against the base model."
         return "unclear", verdict, "Whether it is better than the base model is not established."
@@ -96,11 +97,31 @@ def _verdict(view: SweepView) -> tuple[Tone, str, str]:
         f"{interval(test.lower, test.upper, 'signed')}, {formatting.p_value(test.p_value)})"
     )
     if tone == "good":
-        return tone, f"{result.winner} is clearly better than the base model.", f"{numbers}."
+        detail = f"{numbers}. {_against_default(view)}".rstrip()
+        return tone, f"{result.winner} is clearly better than the base model.", detail
     if tone == "bad":
         return tone, f"{result.winner} is worse than the base model.", f"{numbers}. Do not use it."
     detail = f"{numbers}. The interval includes 0: this may be chance. Do not rely on the winner."
     return tone, f"{result.winner} is NOT clearly better than the base model.", detail
+
+
+def _against_default(view: SweepView) -> str:
+    """Whether searching paid: the winner against the experiment's own recipe."""
+    result = view.result
+    if result is None or result.default is None:
+        return ""
+    if result.default == result.winner:
+        own = "The winner is the experiment's own recipe"
+        return f"{own}: the search found nothing better." if len(view.trials) > 1 else f"{own}."
+    test = view.against(result.default)
+    if test is None:
+        return ""
+    words = {"good": "clearly better", "unclear": "not clearly better", "bad": "worse"}
+    return (
+        f"Against the experiment's own recipe ({result.default}) it is "
+        f"{words[clearly(test, view.mode)]}: {formatting.signed(test.difference)} "
+        f"({interval(test.lower, test.upper, 'signed')})."
+    )
 
 
 def _stations(view: SweepView) -> list[Station]:
@@ -109,19 +130,22 @@ def _stations(view: SweepView) -> list[Station]:
         scores = view.report_scores(role)
         if scores is None or view.metric not in scores.metrics:
             continue
+        if role == "default" and view.role_of(role) == view.role_of("winner"):
+            continue
         estimate = scores.metrics[view.metric]
         trial_id = view.role_of(role)
         sizes = (scores.num_samples, scores.num_groups)
         stations.append(Station(role, trial_id, estimate, *sizes))
     if not stations:
         return []
-    low = min(station.estimate.lower for station in stations)
-    high = max(station.estimate.upper for station in stations)
+    ends = [end for s in stations for end in (s.estimate.lower, s.estimate.upper)]
+    ends = [end for end in (*ends, *(s.estimate.value for s in stations)) if math.isfinite(end)]
+    low, high = min(ends, default=0.0), max(ends, default=1.0)
     width = (high - low) or 1.0
     low, width = low - 0.08 * width, 1.16 * width
 
     def place(value: float) -> float:
-        return round(100 * (value - low) / width, 2)
+        return round(100 * (value - low) / width, 2) if math.isfinite(value) else 0.0
 
     return [
         replace(
@@ -142,7 +166,7 @@ def _facts(view: SweepView) -> list[tuple[str, str, str]]:
     trials = ("Trials", str(len(view.trials)), tally(view))
     time = ("Total time", total[1], total[0])
     if view.result is None:
-        return [*_best_so_far(view), trials, time, _last_event(view)]
+        return [*_best_so_far(view), time, _last_event(view)]
     result = view.result
     corrected = result.corrected
     touches = result.num_report_touches
@@ -163,16 +187,22 @@ def _facts(view: SweepView) -> list[tuple[str, str, str]]:
     return [*facts, *_ties(view), touched, trials, time]
 
 
+def _rivals(view: SweepView) -> list[TrialView]:
+    """The trials that could have won: scored and not failed."""
+    return [t for t in view.trials if view.best(t) and t.record.status != "failed"]
+
+
 def _ties(view: SweepView) -> list[tuple[str, str, str]]:
     """The trials that cannot be told from the winner, and the cheapest of them."""
     result = view.result
     if result is None:
         return []
-    scored = [trial for trial in view.trials if view.best(trial) and trial is not view.winner]
+    scored = [trial for trial in _rivals(view) if trial is not view.winner]
     others = [name for name in result.indistinguishable if name != result.winner]
     value = f"{len(others)} of {len(scored)}"
     if not others:
-        return [("Tied with the winner", value, "no other trial is within its interval")]
+        text = "no other trial is within its interval" if scored else "no other trial was scored"
+        return [("Tied with the winner", value, text)]
     cheapest = result.indistinguishable[0]
     if cheapest == result.winner:
         text = "cannot be told apart from the winner, which is itself the cheapest of them"
@@ -187,7 +217,7 @@ def _ties(view: SweepView) -> list[tuple[str, str, str]]:
 
 
 def _best_so_far(view: SweepView) -> list[tuple[str, str, str]]:
-    best = [(trial, found) for trial in view.trials if (found := view.best(trial))]
+    best = [(trial, found) for trial in _rivals(view) if (found := view.best(trial))]
     if not best:
         return []
     sign = -1.0 if view.mode == "max" else 1.0

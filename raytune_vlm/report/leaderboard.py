@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -146,8 +147,13 @@ def flat_rows(view: SweepView, rows: list[Row]) -> list[dict[str, Any]]:
                 values = (estimate.value, estimate.lower, estimate.upper, step)
                 names = (f"{metric}/{which}{part}" for part in _PARTS)
                 entry.update(zip(names, values, strict=True))
-        flat.append({name: entry.get(name) for name in columns(view)})
+        flat.append({name: _finite(entry.get(name)) for name in columns(view)})
     return flat
+
+
+def _finite(value: Any) -> Any:
+    """Strict JSON has no NaN: an interval that could not be computed is empty."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_leaderboard(view: SweepView, rows: list[Row]) -> None:

@@ -6,8 +6,9 @@ a note on the page. Only a folder without `experiment.json` is refused.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -45,8 +46,9 @@ class TrialView:
     """Lines of `metrics.jsonl`, one a step; of a step that was repeated, the last."""
 
     def estimates(self, metric: str) -> list[tuple[int, MetricEstimate]]:
-        """(step, estimate) of a metric on `select`, by step."""
-        return [(s.step, s.metrics[metric]) for s in self.select if metric in s.metrics]
+        """(step, estimate) of a metric on `select`, by step; without those that are not numbers."""
+        found = [(s.step, s.metrics[metric]) for s in self.select if metric in s.metrics]
+        return [(step, estimate) for step, estimate in found if math.isfinite(estimate.value)]
 
 
 @dataclass(frozen=True)
@@ -154,15 +156,31 @@ class SweepView:
         scored = set(self.result.report.values()) if self.result else set()
         return {self.role_of(test.first), self.role_of(test.second)} <= scored
 
-    def against_base(self) -> PairedTest | None:
-        """The paired test winner minus base in the deciding metric."""
+    def against(self, trial_id: str | None) -> PairedTest | None:
+        """The paired test winner minus another trial in the deciding metric, if it was made."""
         if self.result is None:
             return None
         for test in self.result.paired:
             sides = (self.role_of(test.first), self.role_of(test.second))
-            if test.metric == self.metric and sides == (self.result.winner, BASE_TRIAL):
+            if test.metric != self.metric or trial_id not in sides:
+                continue
+            if sides == (self.result.winner, trial_id):
                 return test
+            if sides == (trial_id, self.result.winner):
+                return reverse(test)
         return None
+
+
+def reverse(test: PairedTest) -> PairedTest:
+    """The same comparison told the other way round."""
+    return replace(
+        test,
+        first=test.second,
+        second=test.first,
+        difference=-test.difference,
+        lower=-test.upper,
+        upper=-test.lower,
+    )
 
 
 def lookup(mapping: Any, dotted: str, default: Any = None) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from raytune_vlm.errors import DataError
-from raytune_vlm.records import SweepFolder
+from raytune_vlm.records import BASE_TRIAL, SweepFolder
 from raytune_vlm.report import formatting
 from raytune_vlm.report.headline import clearly, headline, interval
 from raytune_vlm.report.loading import SweepView, TrialView, load_view
@@ -71,7 +71,7 @@ def _front_matter(view: SweepView) -> dict[str, Any]:
 
 
 def _verdict(view: SweepView) -> str:
-    test, top = view.against_base(), headline(view)
+    test, top = view.against(BASE_TRIAL), headline(view)
     strong = test is None or clearly(test, view.mode) != "good"
     verdict = f"**{top.verdict}**" if strong else top.verdict
     return f"{verdict} {top.detail}"

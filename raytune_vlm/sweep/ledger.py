@@ -53,8 +53,8 @@ class Ledger:
         events, intact = _read(file)
         self._next = len(events) + 1
         self._lock = threading.Lock()
-        self._stream = file.open("ab")
-        self._stream.truncate(intact)
+        with file.open("ab") as stream:
+            stream.truncate(intact)
 
     def append(self, event: str, **fields: Any) -> None:
         """Write one event; it is on disk when this returns."""
@@ -62,13 +62,11 @@ class Ledger:
             raise ValueError(f"event must be one of {EVENTS}, got {event!r}")
         with self._lock:
             row = {"seq": self._next, "time": time.time(), "event": event, **fields}
-            self._stream.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-            self._stream.flush()
-            os.fsync(self._stream.fileno())
+            with self._file.open("ab") as stream:
+                stream.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+                stream.flush()
+                os.fsync(stream.fileno())
             self._next += 1
-
-    def close(self) -> None:
-        self._stream.close()
 
 
 def replay(file: Path) -> dict[str, TrialState]:

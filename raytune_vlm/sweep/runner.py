@@ -193,7 +193,6 @@ def session(
         with executors(setup, names):
             yield Session(experiment, folder, monitor, data, board, ledger, states, began)
     finally:
-        ledger.close()
         shutil.rmtree(setup.scratch, ignore_errors=True)
 
 

@@ -1,0 +1,99 @@
+"""The board's logic: jobs go round, stops arrive, dead executors' jobs come back."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+from raytune_vlm.sweep.board import BoardState, Job
+
+JOB = Job("t0000", "trial", "t0000", {"lora.rank": 4})
+
+
+def play(scene):
+    """Run a coroutine that gets a fresh board for two executors and one retry."""
+    return asyncio.run(scene(BoardState(["a", "b"], 1)))
+
+
+def test_jobs_are_taken_in_order_and_reported_to_who_waits():
+    async def scene(board):
+        other = replace(JOB, job_id="t0001")
+        await board.submit(JOB)
+        await board.submit(other)
+        assert await board.take("a") == JOB
+        assert await board.take("b") == other
+        waiting = asyncio.create_task(board.next_report("t0001"))
+        await board.report("t0001", {"step": 5})
+        assert await waiting == {"step": 5}
+
+    play(scene)
+
+
+def test_take_waits_for_a_job_and_ends_when_the_board_closes():
+    async def scene(board):
+        taking = asyncio.create_task(board.take("a"))
+        await asyncio.sleep(0)
+        assert not taking.done()
+        await board.submit(JOB)
+        assert await taking == JOB
+        await board.finish("a", JOB.job_id)
+        idle = asyncio.create_task(board.take("a"))
+        await asyncio.sleep(0)
+        await board.close()
+        assert await idle is None
+
+    play(scene)
+
+
+def test_a_stop_reaches_the_executor_and_takes_down_a_waiting_job():
+    async def scene(board):
+        await board.submit(JOB)
+        await board.take("a")
+        assert await board.push("a", JOB.job_id, {"step": 1}) is False
+        await board.stop(JOB.job_id)
+        assert await board.push("a", JOB.job_id, {"step": 2}) is True
+        assert (await board.status())["a"]["step"] == 2
+        waiting = replace(JOB, job_id="t0009")
+        await board.submit(waiting)
+        await board.stop("t0009")
+        await board.finish("a", JOB.job_id)
+        await board.close()
+        assert await board.take("a") is None
+
+    play(scene)
+
+
+def test_an_executor_that_died_with_a_job_gets_it_again_until_failures_are_used_up():
+    async def scene(board):
+        await board.submit(JOB)
+        assert (await board.take("a")).attempt == 1
+        assert (await board.take("a")).attempt == 2
+        await board.submit(replace(JOB, job_id="t0001"))
+        assert (await board.take("a")).job_id == "t0001"
+        report = await board.next_report(JOB.job_id)
+        assert report["failed"] == "infrastructure" and "attempt 2" in report["message"]
+
+    play(scene)
+
+
+def test_the_job_of_an_abandoned_executor_goes_to_another_one():
+    async def scene(board):
+        await board.submit(JOB)
+        await board.take("a")
+        await board.abandon("a", "a is gone")
+        assert (await board.take("b")).attempt == 2
+
+    play(scene)
+
+
+def test_with_no_executor_alive_every_job_fails_instead_of_waiting_for_ever():
+    async def scene(board):
+        await board.submit(JOB)
+        await board.abandon("a", "gone")
+        await board.abandon("b", "gone")
+        assert (await board.next_report(JOB.job_id))["failed"] == "infrastructure"
+        late = replace(JOB, job_id="t0002")
+        await board.submit(late)
+        assert (await board.next_report("t0002"))["failed"] == "infrastructure"
+
+    play(scene)

@@ -1,0 +1,424 @@
+"""The report page, its files and the model card, on example sweep folders."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from sweep_folder_example import build_example
+
+from raytune_vlm.errors import DataError
+from raytune_vlm.json_tokens import json2token, token2json
+from raytune_vlm.records import (
+    PairedTest,
+    SweepFolder,
+    read_json,
+    read_json_lines,
+    write_json,
+    write_text,
+)
+from raytune_vlm.report import build_report
+from raytune_vlm.report.formatting import duration, recipe_value
+from raytune_vlm.report.gallery import compare, gallery, tree_of
+from raytune_vlm.report.headline import clearly, headline
+from raytune_vlm.report.leaderboard import leaderboard
+from raytune_vlm.report.loading import load_view
+from raytune_vlm.report.model_card import model_card
+from raytune_vlm.report.plots import learning_curves
+from raytune_vlm.report.space_plots import space_plots
+
+Copy = Callable[..., SweepFolder]
+
+
+@pytest.fixture(scope="session")
+def examples(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., SweepFolder]:
+    """Example folders, each built once."""
+    built: dict[str, SweepFolder] = {}
+
+    def get(mode: Any = "max", state: Any = "finished", hostile: bool = False) -> SweepFolder:
+        name = f"{mode}-{state}-{hostile}"
+        if name not in built:
+            root = tmp_path_factory.mktemp("example") / name
+            built[name] = build_example(root, mode=mode, state=state, hostile=hostile)
+        return built[name]
+
+    return get
+
+
+@pytest.fixture
+def copy(examples: Copy, tmp_path: Path) -> Copy:
+    """A copy that the test may alter."""
+
+    def get(**options: Any) -> SweepFolder:
+        shutil.copytree(examples(**options).root, tmp_path / "sweep")
+        return SweepFolder(tmp_path / "sweep")
+
+    return get
+
+
+class _Page(HTMLParser):
+    """Collects tags, attributes and text, and checks that tags nest."""
+
+    void = frozenset({"meta", "img", "link", "br", "wbr", "hr"})
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.open: list[str] = []
+        self.feed(text)
+        self.text = re.sub(r"[\s\u00a0]+", " ", self.text)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.void:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open[-1:] != ["style"]:
+            self.text += data
+
+
+@functools.cache
+def page_of(folder: SweepFolder) -> _Page:
+    """The page of a folder, built once for each folder object."""
+    return _Page(build_report(folder.root).read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("mode", ["max", "min"])
+@pytest.mark.parametrize("state", ["finished", "running", "empty", "single", "unclear"])
+def test_page_is_self_contained_in_every_state(examples: Copy, mode: str, state: str) -> None:
+    page = page_of(examples(mode=mode, state=state))
+    names = {tag for tag, _ in page.tags}
+    assert not names & {"script", "iframe", "object", "embed", "form", "link", "base", "svg"}
+    for tag, attributes in page.tags:
+        assert not any(name.startswith("on") for name in attributes), (tag, attributes)
+        for name in ("src", "href"):
+            value = attributes.get(name) or ""
+            assert value == "" or value.startswith(("data:image/", "#")), (tag, value)
+    policy = next(a["content"] for t, a in page.tags if t == "meta" and "http-equiv" in a)
+    assert policy is not None and policy.startswith("default-src 'none'; img-src data:;")
+    anchors = {a["href"] for t, a in page.tags if t == "a"}
+    assert anchors == {f"#{a['id']}" for t, a in page.tags if t == "section"}
+
+
+def test_style_sheet_fetches_nothing(examples: Copy) -> None:
+    text = build_report(examples().root).read_text(encoding="utf-8")
+    style = text.split("<style>")[1].split("</style>")[0]
+    assert "url(" not in style
+    assert "@import" not in style
+
+
+def test_everything_from_outside_is_escaped(examples: Copy) -> None:
+    text = build_report(examples(hostile=True).root).read_text(encoding="utf-8")
+    assert "<script" not in text
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
+    assert "&lt;script&gt;alert(4)&lt;/script&gt;" in text
+    assert "&lt;b onclick=&#34;alert(3)&#34;&gt;boom&lt;/b&gt; &amp;" in text
+    assert "&lt;img src=x onerror=alert(2)&gt;" in text
+    assert "alert(1)</script>" in _Page(text).text
+
+
+def test_headline_of_a_clear_winner(examples: Copy) -> None:
+    folder = examples()
+    result = folder.result()
+    assert result is not None
+    page = page_of(folder)
+    assert f"{result.winner} is clearly better than the base model." in page.text
+    assert "NOT clearly" not in page.text
+    assert "3 of 13 cannot be told apart from the winner; the cheapest of them is" in page.text
+    assert "Against the experiment's own recipe (trial_000) it is clearly better" in page.text
+    assert "Report split touched 3 times" in page.text
+    assert "2 h 05 min" in page.text
+    roles = [station.role for station in headline(load_view(folder.root)).stations]
+    assert roles == ["base", "default", "winner"]
+
+
+def test_unclear_winner_is_said_plainly(examples: Copy) -> None:
+    page = page_of(examples(state="unclear"))
+    assert "is NOT clearly better than the base model." in page.text
+    assert "The interval includes 0" in page.text
+
+
+@pytest.mark.parametrize(
+    ("mode", "lower", "upper", "tone"),
+    [
+        ("max", 0.1, 0.2, "good"),
+        ("max", -0.1, 0.2, "unclear"),
+        ("max", -0.2, -0.1, "bad"),
+        ("min", -0.2, -0.1, "good"),
+        ("min", -0.1, 0.2, "unclear"),
+        ("min", 0.1, 0.2, "bad"),
+        ("max", float("nan"), float("nan"), "unclear"),
+        ("max", 0.0, 0.2, "unclear"),
+    ],
+)
+def test_clearly_follows_the_mode(mode: str, lower: float, upper: float, tone: str) -> None:
+    middle = (lower + upper) / 2
+    assert clearly(PairedTest("m", "a", "b", middle, lower, upper, 0.5, 9), mode) == tone
+
+
+def test_a_test_told_the_other_way_round_is_turned(copy: Copy) -> None:
+    folder = copy()
+    result = folder.result()
+    assert result is not None
+    test = result.paired[0]
+    turned = replace(
+        test,
+        first="base",
+        second="winner",
+        difference=-test.difference,
+        lower=-test.upper,
+        upper=-test.lower,
+    )
+    write_json(folder.result_file, replace(result, paired=[turned]))
+    view = load_view(folder.root)
+    found = view.against("base")
+    assert found is not None
+    assert (found.lower, found.upper) == (test.lower, test.upper)
+    assert headline(view).tone == "good"
+
+
+def test_running_sweep_names_no_winner(examples: Copy) -> None:
+    page = page_of(examples(state="running"))
+    assert "The sweep is running: no winner has been chosen." in page.text
+    assert "16 of 16 planned trials so far" in page.text
+    assert "clearly better" not in page.text
+    assert "No answers on the report split yet" in page.text
+
+
+def test_empty_sweep(examples: Copy) -> None:
+    folder = examples(state="empty")
+    page = page_of(folder)
+    assert "0 of 16 planned trials so far: none started." in page.text
+    assert read_json(folder.report / "leaderboard.json")["rows"] == []
+    assert (folder.report / "leaderboard.csv").read_text().startswith("rank,trial_id,")
+
+
+@pytest.mark.parametrize("mode", ["max", "min"])
+def test_leaderboard_is_sorted_best_first_and_failed_last(examples: Copy, mode: str) -> None:
+    view = load_view(examples(mode=mode).root)
+    rows = leaderboard(view)
+    values = [row.cells[view.metric].best.value for row in rows if row.record.status != "failed"]
+    assert values == sorted(values, reverse=mode == "max")
+    assert rows[0].roles == ("winner",)
+    assert [row.record.status for row in rows[-2:]] == ["failed", "failed"]
+    ranks = [row.rank for row in rows]
+    assert [rank for rank in ranks if rank] == list(range(1, 15))
+    base = next(row for row in rows if row.roles == ("base",))
+    assert base.rank is None and base.record.recipe == {}
+
+
+def test_best_and_last_rung_may_differ(copy: Copy) -> None:
+    folder = copy()
+    file = folder.trial("trial_000").evaluation("select", 50) / "scores.json"
+    plain = read_json(file)
+    plain["metrics"]["nted@donut"]["value"] = 0.81234
+    write_json(file, plain)
+    row = next(r for r in leaderboard(load_view(folder.root)) if r.trial_id == "trial_000")
+    cell = row.cells["nted@donut"]
+    assert (cell.best_step, cell.last_step) == (50, 400)
+    assert "at step 50; last" in page_of(folder).text
+
+
+@pytest.mark.parametrize("mode", ["max", "min"])
+def test_csv_and_json_hold_the_same(examples: Copy, mode: str) -> None:
+    folder = examples(mode=mode)
+    build_report(folder.root)
+    document = read_json(folder.report / "leaderboard.json")
+    with (folder.report / "leaderboard.csv").open(newline="", encoding="utf-8") as stream:
+        lines = list(csv.DictReader(stream))
+    assert document["mode"] == mode
+    assert len(lines) == len(document["rows"]) == 17
+    for line, row in zip(lines, document["rows"], strict=True):
+        assert list(line) == list(row)
+        for name, value in row.items():
+            assert line[name] == ("" if value is None else str(value)), name
+    assert {"lora.rank", "train.learning_rate", "lora.scope"} <= set(lines[0])
+
+
+def test_leaderboard_files_are_strict_json(copy: Copy) -> None:
+    folder = copy(state="single")
+    file = folder.trial("trial_000").evaluation("select", 400) / "scores.json"
+    plain = read_json(file)
+    plain["metrics"]["nted@donut"] |= {"lower": float("nan"), "upper": float("nan")}
+    write_json(file, plain)
+    build_report(folder.root)
+
+    def refuse(name: str) -> None:
+        raise AssertionError(name)
+
+    json.loads((folder.report / "leaderboard.json").read_text(), parse_constant=refuse)
+
+
+def test_same_folder_gives_the_same_page(examples: Copy) -> None:
+    first = build_report(examples().root).read_bytes()
+    assert build_report(examples().root).read_bytes() == first
+
+
+def test_plots_cover_every_varied_key(examples: Copy) -> None:
+    view = load_view(examples().root)
+    wide, panels = space_plots(view)
+    assert [plot.title for plot in wide] == ["Rank and learning rate"]
+    assert [plot.title for plot in panels] == view.varied_keys
+    assert all(plot.note == "n = 15" for plot in panels)
+    titles = [plot.title for plot in learning_curves(view)]
+    assert titles == ["Score on select by step", "Training loss by step"]
+
+
+def test_any_search_space_can_be_drawn(copy: Copy) -> None:
+    """Conditional keys, truth values, texts with dollar signs, integers without a distribution."""
+    folder = copy()
+    for number, file in enumerate(sorted(folder.root.glob("trials/*/trial.json"))):
+        if file.parent.name == "base":
+            continue
+        plain = read_json(file)
+        plain["recipe"] = {"lora.dora": number % 2 == 0, "note": f"$x_{number % 3}$ & <b>"}
+        plain["recipe"] |= {"train.warmup_steps": number * 7} if number % 3 else {}
+        write_json(file, plain)
+    view = load_view(folder.root)
+    wide, panels = space_plots(view)
+    assert wide == []
+    assert [plot.title for plot in panels] == ["lora.dora", "note", "train.warmup_steps"]
+    assert "$x_0$ & <b>" in page_of(folder).text
+
+
+def test_gallery_opens_with_every_kind(examples: Copy) -> None:
+    exhibits = gallery(load_view(examples().root))
+    assert len(exhibits) == 12
+    kinds = [exhibit.change for exhibit in exhibits[:4]]
+    assert kinds == ["improved", "improved", "worse", "both right"]
+    assert all((e.image or "").startswith("data:image/jpeg;base64,") for e in exhibits)
+
+
+def test_gallery_reads_only_pictures_of_the_gallery(copy: Copy) -> None:
+    folder = copy()
+    view = load_view(folder.root)
+    first = gallery(view)[0].sample_id
+    write_text(folder.gallery / f"{first}.jpg", "not a picture")
+    assert gallery(view)[0].image is None
+    shutil.rmtree(folder.gallery)
+    assert all(exhibit.image is None for exhibit in gallery(view))
+    assert "no image stored" in page_of(folder).text
+
+
+def test_tree_marks_wrong_missing_and_extra_fields() -> None:
+    truth = {"menu": [{"nm": "TEA", "price": "5"}, {"nm": "BUN"}], "total": "9"}
+    answer = {"menu": {"nm": "TEA", "price": "6"}, "tax": "1"}
+    lines = compare(answer, truth)
+    assert [(line.key, line.value, line.mark) for line in lines] == [
+        ("menu", None, ""),
+        ("nm", "TEA", "right"),
+        ("price", "6", "wrong"),
+        ("menu", None, "missing"),
+        ("nm", "BUN", "missing"),
+        ("total", "9", "missing"),
+        ("tax", "1", "extra"),
+    ]
+    same = compare(token2json(json2token(truth)), token2json(json2token(truth)))
+    assert {line.mark for line in same} <= {"", "right"}
+    assert [line.depth for line in tree_of({"a": {"b": ["x", "y"]}})] == [0, 1, 1]
+
+
+def test_data_and_audit_are_told(examples: Copy) -> None:
+    page = page_of(examples())
+    assert page.text.count("balances") == 3
+    assert "2 shared" in page.text
+    assert "cord-v2/train-00000.parquet:7" in page.text
+    assert "59 checks passed, 1 failed." in page.text
+
+
+def test_an_account_that_does_not_balance_is_told(copy: Copy) -> None:
+    folder = copy(state="single")
+    plain = read_json(folder.manifest_file)
+    plain["splits"]["train"]["num_used"] -= 1
+    write_json(folder.manifest_file, plain)
+    assert "does not add up" in page_of(folder).text
+
+
+def test_provenance(examples: Copy) -> None:
+    folder = examples()
+    page = page_of(folder)
+    header = read_json(folder.experiment_file)
+    assert header["command"] in page.text
+    assert header["fingerprint"] in page.text
+    assert "learning_rate: 0.001" in page.text
+
+
+def test_not_a_sweep_folder(tmp_path: Path) -> None:
+    with pytest.raises(DataError) as error:
+        build_report(tmp_path)
+    assert error.value.message == f"{tmp_path} is not a sweep folder: no experiment.json"
+
+
+def test_unreadable_parts_become_notes(copy: Copy) -> None:
+    folder = copy()
+    write_text(folder.manifest_file, "{")
+    write_text(folder.trial("trial_002").record_file, '{"unknown": 1}')
+    with folder.trial("trial_003").metrics_file.open("a") as stream:
+        stream.write('{"step": 405, "lo')
+    view = load_view(folder.root)
+    assert len(view.trials) == 15
+    assert [note.split(" cannot")[0] for note in view.notes] == [
+        "trials/trial_002/trial.json",
+        "data/manifest.json",
+    ]
+    logged = next(trial for trial in view.trials if trial.trial_id == "trial_003").logs
+    assert logged[-1]["step"] == read_json_lines(folder.trial("trial_003").metrics_file)[-1]["step"]
+    assert "trials/trial_002/trial.json cannot be read" in page_of(folder).text
+
+
+@pytest.mark.parametrize("mode", ["max", "min"])
+def test_model_card(examples: Copy, mode: str) -> None:
+    card = model_card(examples(mode=mode))
+    _, front, text = card.split("---\n", 2)
+    matter = yaml.safe_load(front)
+    assert matter["base_model"] == "Qwen/Qwen2.5-VL-3B-Instruct"
+    assert matter["library_name"] == "peft"
+    metrics = matter["model-index"][0]["results"][0]["metrics"]
+    assert metrics[0]["type"] == ("nted" if mode == "max" else "cer")
+    assert "PeftModel.from_pretrained" in text
+    for heading in ("Scores on untouched data", "Recipe", "How to load it", "Limits", "Reproduce"):
+        assert f"\n## {heading}\n" in text
+    assert "3 other trials cannot be told apart" in text
+    assert "touched 3 times" in text
+
+
+def test_model_card_needs_a_winner_and_tells_an_unclear_one(examples: Copy) -> None:
+    with pytest.raises(DataError, match="no winner yet"):
+        model_card(examples(state="running"))
+    assert "is NOT clearly better than the base model.**" in model_card(examples(state="unclear"))
+
+
+def test_numbers_as_people_read_them() -> None:
+    assert [recipe_value(v) for v in (1e-3, 3.2e-4, 0.05, 16, True, "text", 0.0, None)] == [
+        *("1e-3", "3.2e-4", "0.05", "16", "true", "text", "0", "\u2013")
+    ]
+    spoken = [duration(s).replace("\u00a0", " ") for s in (0, 0.5, 9.4, 59.7, 119.8, 7512, 86400)]
+    assert spoken == ["0 s", "500 ms", "9.4 s", "59.7 s", "2 min 00 s", "2 h 05 min", "24 h 00 min"]
+
+
+def test_report_imports_neither_torch_nor_ray() -> None:
+    code = (
+        "import sys, raytune_vlm.report, raytune_vlm.report.model_card;"
+        "print([m for m in ('torch', 'ray', 'transformers', 'matplotlib.pyplot')"
+        " if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
