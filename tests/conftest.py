@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
-
 import torch
+import yaml
+from made import picture, turn, write_data
 
 from raytune_vlm.collate.encode import Encoder
-from raytune_vlm.config import ExperimentConfig
 from raytune_vlm.config.model import ModelConfig
 from raytune_vlm.models.loading import Base, load_base
 from raytune_vlm.models.tiny import write_tiny_model
@@ -24,7 +21,6 @@ from raytune_vlm.prepare.store import (
     open_split,
     write_index,
 )
-
 
 torch.set_num_threads(1)
 
@@ -54,18 +50,6 @@ def tiny_base(tiny_model: Callable[[str], Path]) -> Callable[[str], Base]:
         return loaded[model_type]
 
     return base
-
-
-def picture(seed: int, width: int = 64, height: int = 48) -> Image.Image:
-    """A random RGB image."""
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
-
-
-def turn(role: str, text: str, images: int = 0) -> dict[str, Any]:
-    """A message with so many images before its text."""
-    content: list[dict[str, Any]] = [{"type": "image"} for _ in range(images)]
-    return {"role": role, "content": [*content, {"type": "text", "text": text}]}
 
 
 @pytest.fixture(scope="session")
@@ -123,12 +107,45 @@ def tiny_split(
     return cached
 
 
-def experiment(model: Path | str = "demo", **sections: Any) -> ExperimentConfig:
-    """A small experiment; sections are merged into it."""
-    plain: dict[str, Any] = {
-        "name": "test",
-        "model": {"name": str(model)},
-        "data": {"sources": [{"type": "messages", "path": "train.jsonl"}]},
-        **sections,
-    }
-    return ExperimentConfig.model_validate(plain)
+@pytest.fixture
+def write_experiment(
+    tmp_path: Path, tiny_model: Callable[[str], Path]
+) -> Callable[..., tuple[Path, Path]]:
+    """Write data and a sweep of three short trials; returns the file and the sweep folder."""
+
+    def write(name: str = "small", **sections: object) -> tuple[Path, Path]:
+        data = tmp_path / "data"
+        if not data.exists():
+            write_data(data)
+        plain: dict[str, object] = {
+            "name": name,
+            "storage_path": str(tmp_path / "runs"),
+            "model": {"name": str(tiny_model("idefics3"))},
+            "data": {
+                "root": str(data),
+                "sources": [
+                    {"type": "messages", "path": f"{split}.jsonl", "split": split}
+                    for split in ("train", "select", "report")
+                ],
+            },
+            "train": {"max_steps": 12, "warmup_steps": 2, "batch_size": 6, "micro_batch_size": 4},
+            "evaluation": {
+                "metrics": ["cer@micro", "exact_match@strip"],
+                "max_new_tokens": 6,
+                "num_bootstrap": 200,
+            },
+            "sweep": {
+                "num_trials": 3,
+                "scheduler": {"type": "asha", "grace_period": 4, "reduction_factor": 3},
+                "search_space": {
+                    "lora.rank": {"type": "choice", "values": [2, 4]},
+                    "train.learning_rate": {"type": "loguniform", "lower": 1e-3, "upper": 1e-1},
+                },
+            },
+            **sections,
+        }
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(yaml.safe_dump(plain, sort_keys=False))
+        return file, tmp_path / "runs" / name
+
+    return write

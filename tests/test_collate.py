@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import picture, turn
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from made import picture, turn
 
 from raytune_vlm.collate.batch import IGNORED, PixelTable, collate
 from raytune_vlm.collate.encode import Encoded, Encoder, SampleRefused
@@ -51,8 +51,7 @@ def test_random_conversations_are_labelled_exactly(model_type, tiny_base, data):
     encoder = Encoder(base.processor, base.family)
     control = control_tokens(base.processor.tokenizer).values()
     word = st.text(alphabet="abc XYZ:.assistantmodel<>|", min_size=1, max_size=24).filter(
-        lambda text: text.strip() == text
-        and not any(token in text for token in control)
+        lambda text: text.strip() == text and not any(token in text for token in control)
     )
     pairs = data.draw(st.lists(st.tuples(word, word), min_size=1, max_size=3))
     conversation = [

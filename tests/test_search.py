@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import optuna
 import pytest
-from conftest import experiment
+from made import experiment
 from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
 
 from raytune_vlm.config.sweep import (
@@ -130,7 +130,7 @@ def test_a_grid_is_walked_whole(tmp_path):
         "lora.rank": {"type": "grid", "values": [1, 2]},
         "lora.scope": {"type": "choice", "values": ["text", "text+vision"]},
     }
-    _, searcher, states, ledger = setup(
+    _, searcher, *_ = setup(
         tmp_path,
         search_space=space,
         searcher={"type": "grid"},

@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import experiment
+from made import experiment
 from safetensors.torch import load_file
 
 from raytune_vlm.config.train import TrainConfig
@@ -30,9 +30,7 @@ def start(tiny_base, tiny_split):
     def begin(model_type="idefics3", lora=None, **train):
         settings = {"max_steps": 12, "warmup_steps": 2, "batch_size": 8, "micro_batch_size": 8}
         config = experiment(lora={"rank": 4, **(lora or {})}, train={**settings, **train})
-        run = Run(
-            tiny_base(model_type), tiny_split(model_type), config, World(), data_digest="d"
-        )
+        run = Run(tiny_base(model_type), tiny_split(model_type), config, World(), data_digest="d")
         opened.append(run)
         return run
 

@@ -18,7 +18,11 @@ from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+from raytune_vlm.report.formatting import recipe_value
 
 INK, MUTED, GRID, QUIET = "#1b2430", "#5d6b7c", "#e6eaef", "#b4bfcb"
 WINNER, BASE, DEFAULT = "#0072b2", "#d55e00", "#009e73"
@@ -68,6 +72,18 @@ class Plot:
     title: str
     alt: str
     note: str = ""
+
+
+def log_ticks(axis: Axis, low: float, high: float) -> None:
+    """Ticks of a logarithmic axis in plain numbers: several also where it spans under a decade."""
+    steps: tuple[float, ...] = (1.0,)
+    if high / low < 10:
+        steps = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
+    elif high / low < 3000:
+        steps = (1.0, 3.0)
+    axis.set_major_locator(LogLocator(base=10, subs=steps))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: recipe_value(float(value))))
+    axis.set_minor_locator(NullLocator())
 
 
 @contextmanager

@@ -71,9 +71,16 @@ class _Pair:
     gain: float
     """How much better the winner is; positive is better in both modes."""
 
+    @property
+    def sample_id(self) -> str:
+        return str(self.winner["sample_id"])
+
 
 def gallery(view: SweepView) -> list[Exhibit]:
-    """Up to twelve samples: the largest gains, some that got worse, some right in both."""
+    """Up to twelve samples: the largest gains, some that got worse, some right in both.
+
+    Only of those whose picture was kept, if any was.
+    """
     if view.result is None:
         return []
     base = _predictions(view, BASE_TRIAL, None)
@@ -86,7 +93,8 @@ def gallery(view: SweepView) -> list[Exhibit]:
         gain = sign * (values[0] - values[1])
         if math.isfinite(gain):
             pairs.append(_Pair(base[sample_id], winner[sample_id], gain))
-    return [_exhibit(view, pair) for pair in _choose(view, pairs)]
+    pictured = [pair for pair in pairs if _image_file(view.folder.gallery, pair.sample_id)]
+    return [_exhibit(view, pair) for pair in _choose(view, pictured or pairs)]
 
 
 def _choose(view: SweepView, pairs: list[_Pair]) -> list[_Pair]:
@@ -94,7 +102,7 @@ def _choose(view: SweepView, pairs: list[_Pair]) -> list[_Pair]:
 
     The first four show every kind: they are what the page opens with.
     """
-    ordered = sorted(pairs, key=lambda pair: (-pair.gain, str(pair.winner["sample_id"])))
+    ordered = sorted(pairs, key=lambda pair: (-pair.gain, pair.sample_id))
     gains = [pair for pair in ordered if pair.gain > 0]
     losses = [pair for pair in reversed(ordered) if pair.gain < 0]
     right = [pair for pair in ordered if pair.gain == 0 and _is_right(view, pair.winner)]
@@ -131,9 +139,9 @@ def _exhibit(view: SweepView, pair: _Pair) -> Exhibit:
     if pair.gain == 0 and _is_right(view, pair.winner):
         change = "both right"
     return Exhibit(
-        sample_id=str(pair.winner["sample_id"]),
+        sample_id=pair.sample_id,
         prompt=str(pair.winner.get("prompt") or ""),
-        image=_image(view.folder.gallery, str(pair.winner["sample_id"])),
+        image=_image(view.folder.gallery, pair.sample_id),
         change=change,
         truth=_truth(reference),
         base=_answer(view, pair.base, reference),
@@ -141,14 +149,18 @@ def _exhibit(view: SweepView, pair: _Pair) -> Exhibit:
     )
 
 
-def _image(folder: Path, sample_id: str) -> str | None:
-    """The thumbnail as a data URI; None if there is none, or it is not a JPEG of sensible size."""
+def _image_file(folder: Path, sample_id: str) -> Path | None:
+    """Where the thumbnail lies; None if there is none of sensible size."""
     if not _SAFE_NAME.fullmatch(sample_id):
         return None
     file = folder / f"{sample_id}.jpg"
-    if not file.is_file() or file.stat().st_size > MAX_IMAGE_BYTES:
-        return None
-    content = file.read_bytes()
+    return file if file.is_file() and file.stat().st_size <= MAX_IMAGE_BYTES else None
+
+
+def _image(folder: Path, sample_id: str) -> str | None:
+    """The thumbnail as a data URI; None if there is none, or it is no JPEG."""
+    file = _image_file(folder, sample_id)
+    content = file.read_bytes() if file else b""
     if not content.startswith(b"\xff\xd8\xff"):
         return None
     return "data:image/jpeg;base64," + base64.b64encode(content).decode()

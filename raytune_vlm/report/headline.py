@@ -46,7 +46,9 @@ class Headline:
 def headline(view: SweepView) -> Headline:
     """The verdict with the numbers that it rests on."""
     tone, verdict, detail = _verdict(view)
-    status = "finished" if view.result else "running"
+    ended = [trial.record.status != "running" for trial in view.trials]
+    is_single_run = not view.search_space and bool(ended) and all(ended)
+    status = "finished" if view.result or is_single_run else "running"
     return Headline(tone, status, verdict, detail, _stations(view), _facts(view))
 
 
@@ -81,6 +83,9 @@ def interval(lower: float, upper: float, form: str = "score") -> str:
 def _verdict(view: SweepView) -> tuple[Tone, str, str]:
     result = view.result
     if result is None:
+        if not view.search_space:
+            numbers = tally(view)
+            return "running", "A single training run: nothing is compared.", f"Runs: {numbers}."
         planned = lookup(view.experiment, "sweep.num_trials", None)
         of = f" of {planned} planned" if planned else ""
         started = f"{len(view.trials)}{of} trials so far: {tally(view)}."

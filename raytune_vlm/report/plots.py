@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from raytune_vlm.report.canvas import (
     BASE,
@@ -19,6 +18,7 @@ from raytune_vlm.report.canvas import (
     data_uri,
     is_number,
     legend_above,
+    log_ticks,
 )
 from raytune_vlm.report.loading import SweepView, TrialView
 
@@ -111,17 +111,7 @@ def _loss_by_step(view: SweepView) -> Plot | None:
             return None
         axes.set(xlabel="step", ylabel="loss per labelled token", yscale="log")
         axes.set_xlim(left=0)
-        _plain_log_ticks(axes)
+        log_ticks(axes.yaxis, *axes.get_ylim())
         legend_above(axes)
         alt = "Curves of the training loss by step on a logarithmic scale, one a trial."
         return Plot(data_uri(figure), "Training loss by step", alt, "Logarithmic scale.")
-
-
-def _plain_log_ticks(axes: Axes) -> None:
-    """Write a log axis in plain numbers; several of them also where it spans less than a decade."""
-    low, high = axes.get_ylim()
-    narrow = high / low < 30
-    axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5) if narrow else (1,)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.yaxis.set_minor_locator(NullLocator())

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from raytune_vlm.report.canvas import (
     BASE,
@@ -24,6 +23,7 @@ from raytune_vlm.report.canvas import (
     data_uri,
     is_number,
     legend_above,
+    log_ticks,
 )
 from raytune_vlm.report.formatting import recipe_value
 from raytune_vlm.report.loading import SweepView
@@ -83,7 +83,7 @@ def _rank_by_learning_rate(view: SweepView) -> Plot | None:
         _ring(axes, [(p.value, ranks.index(p.other)) for p in points if p.is_winner])
         axes.set(xlabel=LEARNING_RATE, ylabel=RANK, ylim=(-0.6, len(ranks) - 0.4))
         axes.set_xscale("log")
-        _log_ticks(axes)
+        log_ticks(axes.xaxis, *axes.get_xlim())
         axes.set_yticks(range(len(ranks)), [recipe_value(rank) for rank in ranks])
         legend_above(axes)
         bar = figure.colorbar(drawn, ax=axes, aspect=28, pad=0.02, label=view.metric)
@@ -106,7 +106,6 @@ def _panel(view: SweepView, key: str) -> Plot | None:
             xs = [float(value) for value in values]
             if _is_logarithmic(view, key, xs):
                 axes.set_xscale("log")
-                _log_ticks(axes)
         else:
             xs = _categories(axes, points)
         for x, point in zip(xs, points, strict=True):
@@ -114,6 +113,8 @@ def _panel(view: SweepView, key: str) -> Plot | None:
             look |= {"markersize": 8 if point.is_winner else 6, "markeredgecolor": "white"}
             look |= {"markeredgewidth": 0.6, "zorder": 4 if point.is_winner else 3}
             axes.plot([x], [point.score], MARKERS[point.status], **look)
+        if axes.get_xscale() == "log":
+            log_ticks(axes.xaxis, *axes.get_xlim())
         base = view.best(view.base) if view.base else None
         if base:
             axes.axhline(base[1].value, color=BASE, linestyle=(0, (5, 3)), linewidth=1.1, zorder=2)
@@ -171,10 +172,3 @@ def _ring(axes: Axes, places: list[tuple[float, float]]) -> None:
         ring: dict[str, Any] = {"markersize": 14, "markeredgecolor": WINNER, "markeredgewidth": 2}
         axes.plot([x], [y], "o", color="none", zorder=4, **ring)
         axes.plot([], [], "o", color="none", label="winner", **(ring | {"markersize": 8}))
-
-
-def _log_ticks(axes: Axes) -> None:
-    axes.xaxis.set_major_locator(LogLocator(base=10, subs=(1, 3)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: recipe_value(float(value))))
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.xaxis.set_minor_locator(NullLocator())

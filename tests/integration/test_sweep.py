@@ -1,0 +1,142 @@
+"""Whole sweeps on real Ray: to the report, killed and resumed, with two workers, one recipe."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import signal
+import subprocess
+import time
+
+import pyarrow.parquet as pq
+import pytest
+from made import cli_command, cli_environment, run_cli
+
+from raytune_vlm.records import SweepFolder, read_json_lines
+
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
+
+
+def outcome(root):
+    """Everything that must not depend on what happened on the way."""
+    folder = SweepFolder(root)
+    result = folder.result()
+    trials = {}
+    for trial_id in folder.trial_ids():
+        trial = folder.trial(trial_id)
+        weights = sorted(trial.checkpoints.glob("*/adapter_model.safetensors"))
+        trials[trial_id] = {
+            "recipe": trial.record().recipe,
+            "status": trial.record().status,
+            "scores": {s.step: s.metrics for s in trial.scores("select")},
+            "weights": {
+                file.parent.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in weights
+            },
+        }
+    answers = pq.read_table(
+        folder.trial(result.winner).evaluation("report", result.winner_step) / "predictions.parquet"
+    )
+    return {
+        "winner": (result.winner, result.winner_step, result.naive, result.corrected),
+        "paired": result.paired,
+        "trials": trials,
+        "answers": answers.to_pydict(),
+    }
+
+
+def steps_logged(root, trial_id):
+    return [row["step"] for row in read_json_lines(SweepFolder(root).trial(trial_id).metrics_file)]
+
+
+def wait_for_events(file, event, count, process):
+    end = time.monotonic() + 240
+    while time.monotonic() < end:
+        rows = read_json_lines(file)
+        if sum(row["event"] == event for row in rows) >= count:
+            return
+        assert process.poll() is None, "the sweep ended before it could be killed"
+        time.sleep(0.05)
+    raise AssertionError(f"no {count} x {event} in {file}")
+
+
+def test_a_sweep_killed_in_the_middle_and_resumed_equals_the_undisturbed_one(write_experiment):
+    file, whole = write_experiment("whole")
+    done = run_cli("sweep", file)
+    assert "Leaderboard of whole" in done.stdout and "next: raytune-vlm train" in done.stdout
+
+    file, broken = write_experiment("broken")
+    driver = subprocess.Popen(
+        cli_command("sweep", file),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=cli_environment(),
+    )
+    wait_for_events(broken / "ledger.jsonl", "scored", 4, driver)
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    before = read_json_lines(broken / "ledger.jsonl")
+    assert not (broken / "result.json").exists()
+    run_cli("resume", broken)
+
+    assert outcome(broken) == outcome(whole)
+    after = read_json_lines(broken / "ledger.jsonl")
+    assert after[: len(before)] == before
+    for event in ("proposed", "finished", "stopped"):
+        ids = [row["trial_id"] for row in after if row["event"] == event]
+        assert len(ids) == len(set(ids)), f"a trial was {event} twice"
+    assert steps_logged(broken, "t0000") == steps_logged(whole, "t0000")
+
+    page = (broken / "report" / "index.html").read_text()
+    assert "t0000" in page and "<script" not in page
+    for name in ("adapter_model.safetensors", "adapter_config.json", "README.md"):
+        assert (broken / "best" / name).stat().st_size > 0
+    again = run_cli("resume", broken)
+    assert "has ended already" in again.stdout
+    validated = run_cli("validate", broken / "best" / "experiment.yaml")
+    assert "valid" in validated.stdout
+    refused = run_cli("sweep", file, check=False)
+    assert refused.returncode == 2 and "holds a sweep already" in refused.stderr
+
+
+def test_two_workers_give_the_losses_of_one(write_experiment):
+    losses = {}
+    for workers in (1, 2):
+        file, folder = write_experiment(
+            f"workers{workers}", train={"max_steps": 6, "warmup_steps": 1, "batch_size": 6}
+        )
+        run_cli("train", file, f"train.num_workers={workers}", "train.log_every=1")
+        rows = read_json_lines(SweepFolder(folder).trial("t0000").metrics_file)
+        losses[workers] = [row["loss"] for row in rows]
+    assert len(losses[1]) == 6
+    assert losses[2] == pytest.approx(losses[1], abs=1e-5)
+    again = run_cli("train", file, "train.num_workers=2", "train.log_every=1")
+    assert "step_000006" in again.stdout
+    scored = run_cli("evaluate", folder, "--trial", "t0000", "--split", "report")
+    assert "cer@micro" in scored.stdout
+    assert (
+        json.loads(
+            (folder / "trials/t0000/evaluations/report/step_000006/scores.json").read_text()
+        )["num_samples"]
+        == 8
+    )
+
+
+def test_a_recipe_that_diverges_fails_alone_and_the_sweep_goes_on(write_experiment):
+    file, folder = write_experiment(
+        "hot",
+        sweep={
+            "num_trials": 2,
+            "include_default": False,
+            "searcher": {"type": "grid"},
+            "scheduler": {"type": "fifo"},
+            "search_space": {"train.learning_rate": {"type": "grid", "values": [1e-3, 10.0]}},
+        },
+        lora={"alpha": 1e18},
+    )
+    run_cli("sweep", file, "lora.rank=2", check=False)
+    states = {
+        trial_id: SweepFolder(folder).trial(trial_id).record()
+        for trial_id in SweepFolder(folder).trial_ids()
+    }
+    assert states["t0001"].status == "failed"
+    assert "not finite" in (states["t0001"].failure or "")

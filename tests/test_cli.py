@@ -1,0 +1,103 @@
+"""The command line: fast starts, bad input as one clear line and status 2, nothing half-written."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from made import run_cli
+
+PROBE = """
+import sys
+sys.argv = ["raytune-vlm", *sys.argv[1:]]
+from raytune_vlm.cli import main
+try:
+    main()
+except SystemExit as end:
+    status = end.code or 0
+else:
+    status = 0
+heavy = sorted({"torch", "ray", "transformers", "peft"} & set(sys.modules))
+print("HEAVY", heavy)
+sys.exit(status)
+"""
+
+
+def refused(*arguments: object) -> str:
+    """The one line that the command line ends with, after status 2."""
+    done = run_cli(*arguments, check=False)
+    assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
+    assert "Traceback" not in done.stderr
+    return done.stderr.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["sweep", "--help"], ["validate"], ["schema"]])
+def test_help_validate_and_schema_load_nothing_heavy(arguments, write_experiment):
+    if arguments == ["validate"]:
+        arguments = ["validate", str(write_experiment()[0])]
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE, *arguments], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "HEAVY []", done.stdout[-300:]
+
+
+def test_a_typo_in_a_key_names_file_line_and_nearest(write_experiment):
+    file, folder = write_experiment(lora={"rnak": 4})
+    line = 1 + file.read_text().splitlines().index("  rnak: 4")
+    message = refused("sweep", file)
+    assert f"{file.name}:{line}" in message and "did you mean 'rank'" in message
+    assert not folder.parent.exists()
+
+
+def test_bad_values_spaces_and_overrides_are_refused(write_experiment):
+    file, folder = write_experiment()
+    assert "override train.batch_size=0" in refused("sweep", file, "train.batch_size=0")
+    assert "did you mean" in refused("sweep", file, "train.lerning_rate=1")
+    file, _ = write_experiment(
+        sweep={
+            "scheduler": {"type": "fifo"},
+            "search_space": {"lora.rnk": {"type": "choice", "values": [1]}},
+        }
+    )
+    assert "lora.rnk" in refused("validate", file)
+    assert not folder.parent.exists()
+
+
+def test_missing_data_and_models_are_named_with_the_nearest(write_experiment):
+    file, folder = write_experiment()
+    assert "did you mean" in refused("sweep", file, "data.sources.0.path=trian.jsonl")
+    assert "/no/such/folder" in refused("sweep", file, "data.root=/no/such/folder")
+    assert "did you mean 'demo'" in refused("sweep", file, "model.name=dmeo")
+    assert not folder.parent.exists()
+    assert "is not a sweep folder" in refused("resume", folder)
+    assert "No such command 'swep'" in refused("swep", file)
+
+
+def test_bad_rows_are_named_and_leave_no_sweep_folder(write_experiment):
+    file, folder = write_experiment()
+    train = Path(file).parent / "data" / "train.jsonl"
+    rows = train.read_text().splitlines()
+    rows[4] = rows[4][:40]
+    train.write_text("\n".join(rows) + "\n")
+    message = refused("sweep", file)
+    assert "1 of 46 samples cannot be used" in message
+    assert "train.jsonl:5: malformed JSON" in message
+    image = Path(file).parent / "data" / "images" / "train-0.png"
+    image.write_bytes(image.read_bytes()[:300])
+    rows[4] = rows[0].replace('{"type": "image"},', '{"type": "image"}, {"type": "image"},')
+    train.write_text("\n".join(rows) + "\n")
+    message = refused("prepare", file)
+    assert "train.jsonl:1" in message and "truncated" in message
+    assert "train.jsonl:5: 2 <image> placeholders but 1 image" in message
+    assert not folder.exists()
+    allowed = run_cli("prepare", file, "data.max_bad_fraction=0.2")
+    assert "2 quarantined" in allowed.stdout
+
+
+def test_an_empty_data_set_is_refused(write_experiment):
+    file, folder = write_experiment()
+    train = Path(file).parent / "data" / "train.jsonl"
+    train.write_text("")
+    assert "no training samples" in refused("sweep", file) and not folder.exists()
