@@ -431,6 +431,18 @@ def test_model_card(examples: Copy, mode: str) -> None:
     assert "touched 3 times" in text
 
 
+def test_model_card_code_compiles(copy: Copy) -> None:
+    folder = copy(state="single")
+    for name in ("demo", "Qwen/Qwen2.5-VL-3B-Instruct"):
+        head = read_json(folder.experiment_file)
+        head["experiment"]["model"] |= {"name": name, "revision": "abc"}
+        write_json(folder.experiment_file, head)
+        code = model_card(folder).split("```python\n")[1].split("```")[0]
+        compile(code, "card", "exec")
+        assert ("DEMO_BASE" in code) is (name == "demo")
+        assert "revision='abc', dtype='bfloat16'" in code
+
+
 def test_model_card_needs_a_winner_and_tells_an_unclear_one(examples: Copy) -> None:
     with pytest.raises(DataError, match="no winner yet"):
         model_card(examples(state="running"))

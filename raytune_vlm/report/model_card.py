@@ -10,7 +10,7 @@ from raytune_vlm.errors import DataError
 from raytune_vlm.records import BASE_TRIAL, SweepFolder
 from raytune_vlm.report import formatting
 from raytune_vlm.report.headline import clearly, headline, interval
-from raytune_vlm.report.loading import SweepView, TrialView, load_view
+from raytune_vlm.report.loading import SweepView, TrialView, load_view, lookup
 
 
 def model_card(folder: SweepFolder) -> str:
@@ -107,14 +107,24 @@ def _recipe(winner: TrialView) -> str:
 
 
 def _loading(view: SweepView) -> str:
-    return f"""```python
-from peft import PeftModel
-from transformers import AutoModelForImageTextToText, AutoProcessor
-
-base = AutoModelForImageTextToText.from_pretrained({view.model!r})
-model = PeftModel.from_pretrained(base, "best")  # this folder
-processor = AutoProcessor.from_pretrained("best")
-```"""
+    lines = ["from peft import PeftModel"]
+    name = repr(view.model)
+    if view.model == "demo":
+        name = "DEMO_BASE"
+        lines.append("from raytune_vlm.models.loading import DEMO_BASE  # the package ships it")
+    lines.append("from transformers import AutoModelForImageTextToText, AutoProcessor")
+    options = [name]
+    revision = lookup(view.experiment, "model.revision")
+    dtype = lookup(view.experiment, "model.dtype")
+    options += [f"revision={revision!r}"] if revision else []
+    options += [f"dtype={dtype!r}"] if dtype else []
+    lines += [
+        "",
+        f"base = AutoModelForImageTextToText.from_pretrained({', '.join(options)})",
+        'model = PeftModel.from_pretrained(base, "best")  # this folder',
+        'processor = AutoProcessor.from_pretrained("best")',
+    ]
+    return "\n".join(["```python", *lines, "```"])
 
 
 def _limits(view: SweepView) -> str:
