@@ -24,7 +24,7 @@ def write_data(folder: Path, *, num_train: int = 30, num_other: int = 8) -> None
         rows = []
         for number in range(count):
             name = f"images/{split}-{number}.png"
-            picture(number + 1000 * len(split), width=48, height=48).save(folder / name)
+            picture(number + 1000 * sum(map(ord, split)), width=48, height=48).save(folder / name)
             answer = WORDS[number % len(WORDS)]
             content = [{"type": "image"}, {"type": "text", "text": "read"}]
             rows.append(

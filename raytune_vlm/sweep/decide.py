@@ -30,7 +30,7 @@ from raytune_vlm.report.model_card import model_card
 from raytune_vlm.sweep.ledger import TrialState
 from raytune_vlm.sweep.runner import Session, evaluate
 
-GALLERY_SIZE = 48
+GALLERY_SIZE = 256
 """Pictures of `report` samples kept beside the report."""
 
 
