@@ -117,6 +117,28 @@ def encode_png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
+MIN_CANVAS_WIDTH = 4.0
+"""In heights of the crop, so that a short text is not blown up to fill the canvas."""
+
+
+def on_canvas(crop: Image.Image, width: int, height: int) -> Image.Image:
+    """A crop of one line of text in the middle of a grey canvas of `width` x `height` pixels.
+
+    The crop keeps its proportions. The ground is the crop's own: the median of the brighter half
+    of its edge, so that no frame appears around it.
+    """
+    crop = crop.convert("L")
+    pixels = numpy.asarray(crop)
+    edge = numpy.sort(numpy.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]))
+    ground = int(numpy.median(edge[len(edge) // 2 :]))
+    aspect = height / width
+    room = round(max(crop.width / 0.94, MIN_CANVAS_WIDTH * crop.height))
+    canvas = Image.new("L", (room, max(crop.height, round(room * aspect))), ground)
+    place = ((canvas.width - crop.width) // 2, (canvas.height - crop.height) // 2)
+    canvas.paste(crop, place)
+    return canvas.resize((width, height), Image.Resampling.LANCZOS).convert("RGB")
+
+
 def _open(data: bytes, limits: ImageLimits) -> tuple[Image.Image, int]:
     """The opened, undecoded image and its EXIF orientation (1 to 8); raises ImageError."""
     if not data:

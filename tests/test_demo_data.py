@@ -16,6 +16,7 @@ from PIL import Image, UnidentifiedImageError
 from raytune_vlm.demo import lines, receipts
 from raytune_vlm.demo.data import PROMPT, SETTINGS_FILE, write_demo_data
 from raytune_vlm.errors import DataError
+from raytune_vlm.images import on_canvas
 from raytune_vlm.json_tokens import json2token, token2json
 
 SIZES = {"num_train": 7, "num_select": 3, "num_report": 4}
@@ -163,8 +164,8 @@ def test_lines_fit_and_stay_in_the_alphabet() -> None:
 def test_a_crop_is_centred_on_ground_of_its_own_shade(width: int, height: int) -> None:
     crop = Image.new("L", (width, height), 200)
     crop.paste(30, (width // 4, height // 4, 3 * width // 4, 3 * height // 4))
-    pixels = np.asarray(lines.on_canvas(crop).convert("L")).astype(int)
-    assert pixels.shape == (round(lines.WIDTH * lines.ASPECT), lines.WIDTH)
+    pixels = np.asarray(on_canvas(crop, 192, 144).convert("L")).astype(int)
+    assert pixels.shape == (144, 192)
     assert abs(pixels[0, 0] - 200) <= 2
     dark_rows, dark_columns = np.nonzero(pixels < 100)
     assert abs(dark_rows.mean() - pixels.shape[0] / 2) < 5

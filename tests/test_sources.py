@@ -46,7 +46,7 @@ def read(
     assert [shard.index for shard in shards] == list(range(len(shards)))
     return [
         item
-        for shard in pickle.loads(pickle.dumps(shards))  # noqa: S301
+        for shard in pickle.loads(pickle.dumps(shards))
         for item in reader.read_shard(config, shard, LIMITS)
     ]
 

@@ -74,6 +74,9 @@ class SroieSource(SourceConfig):
     """Longer lines are left out."""
     margin: float = Field(default=0.15, ge=0, le=1)
     """Border added around a line's box, as a share of the box's height."""
+    canvas: tuple[int, int] | None = None
+    """Width and height in pixels: put each crop in the middle of a grey canvas of that size, for
+    models that squeeze every picture into a square. None leaves crops as they are."""
     instruction: str = "read"
     """What the user's turn asks."""
 

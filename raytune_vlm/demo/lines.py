@@ -1,7 +1,7 @@
 """Seeded pictures of single text lines: amounts, dates and words, as on receipts.
 
 A tiny model that has learned to read these clean prints is the start for reading real scans.
-`on_canvas` is the one rule that places a line in a picture, for prints and for scans alike.
+Real scans are placed in the same way by `raytune_vlm.images.on_canvas`.
 To look at some: `python -m raytune_vlm.demo.lines FOLDER` writes 24 PNG files.
 """
 
@@ -18,7 +18,6 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 WIDTH = 192  # every picture is this wide; the processor then squeezes it to a square
 ASPECT = 0.75  # the height of a canvas over its width
-MIN_CANVAS_WIDTH = 4.0  # in line heights, so that "0.00" is not blown up to fill the picture
 MAX_CHARACTERS = 12
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 DIGITS = "0123456789"
@@ -193,22 +192,6 @@ def render_line(text: str, rng: Rng, *, glyphs: list[Glyph] | None = None) -> Im
     if rng.random() < 0.3:
         picture = picture.filter(ImageFilter.GaussianBlur(float(rng.uniform(0.3, 1.3))))
     return picture.convert("RGB")
-
-
-def on_canvas(crop: Image.Image) -> Image.Image:
-    """A crop of one scanned line in the middle of a plain canvas, as `render_line` places prints.
-
-    The ground is the crop's own: the median of the brighter half of its edge.
-    """
-    crop = crop.convert("L")
-    pixels = np.asarray(crop)
-    edge = np.sort(np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]))
-    ground = int(np.median(edge[len(edge) // 2 :]))
-    width = round(max(crop.width / 0.94, MIN_CANVAS_WIDTH * crop.height))
-    canvas = Image.new("L", (width, max(crop.height, round(width * ASPECT))), ground)
-    place = ((canvas.width - crop.width) // 2, (canvas.height - crop.height) // 2)
-    canvas.paste(crop, place)
-    return canvas.resize((WIDTH, round(WIDTH * ASPECT)), Image.Resampling.LANCZOS).convert("RGB")
 
 
 def main(folder: Path, num_lines: int = 24) -> None:

@@ -23,7 +23,7 @@ from PIL import Image
 
 from raytune_vlm.config.data import ImageLimits, SroieSource
 from raytune_vlm.errors import DataError, did_you_mean
-from raytune_vlm.images import ImageError, decode, encode_png
+from raytune_vlm.images import ImageError, decode, encode_png, on_canvas
 from raytune_vlm.records import Quarantined, Sample
 from raytune_vlm.sources.base import (
     Reader,
@@ -129,6 +129,8 @@ def _cut_out(
 ) -> Sample | Quarantined:
     try:
         crop = scan.crop(crop_box(line.box, scan.size, config.margin))
+        if config.canvas is not None:
+            crop = on_canvas(crop, *config.canvas)
         return make_sample(
             origin=origin,
             messages=question(config.instruction, line.text),

@@ -63,6 +63,20 @@ class Session:
     began: float
 
 
+def located(experiment: ExperimentConfig) -> ExperimentConfig:
+    """The experiment with absolute local paths: Ray's workers run in folders of their own."""
+    model, data = experiment.model, experiment.data
+    local = model.name != "demo" and Path(model.name).is_dir()
+    name = str(Path(model.name).resolve()) if local else model.name
+    return experiment.model_copy(
+        update={
+            "storage_path": str(Path(experiment.storage_path).resolve()),
+            "model": model.model_copy(update={"name": name}),
+            "data": data.model_copy(update={"root": str(Path(data.root).resolve())}),
+        }
+    )
+
+
 def plan_of(experiment: ExperimentConfig) -> list[ShardJob]:
     """Everything that can be checked before Ray starts: model, scopes, sources, resources.
 
@@ -94,6 +108,7 @@ def run_sweep(experiment: ExperimentConfig, *, command: str, monitor: Monitor) -
     SweepInterrupted
         If it was stopped before its end; `resume` continues it.
     """
+    experiment = located(experiment)
     folder = SweepFolder(Path(experiment.storage_path) / experiment.name)
     if folder.experiment_file.exists():
         raise ConfigError(
@@ -121,7 +136,7 @@ def resume_sweep(root: Path, *, monitor: Monitor) -> SweepFolder:
     """
     from raytune_vlm.report import build_report
 
-    folder = SweepFolder(root)
+    folder = SweepFolder(root.resolve())
     if not folder.experiment_file.exists():
         raise ConfigError(f"{root} is not a sweep folder: it has no experiment.json")
     if folder.result_file.exists():
@@ -144,6 +159,7 @@ def resume_sweep(root: Path, *, monitor: Monitor) -> SweepFolder:
 
 def prepare_only(experiment: ExperimentConfig, *, monitor: Monitor) -> PreparedData:
     """Prepare the data of an experiment and print what it is."""
+    experiment = located(experiment)
     jobs = plan_of(experiment)
     with ray_session(experiment):
         return prepare_data(experiment, jobs, monitor)

@@ -31,6 +31,7 @@ def train_one(experiment: ExperimentConfig, *, command: str, monitor: Monitor) -
     ConfigError
         If the folder holds another experiment.
     """
+    experiment = runner.located(experiment)
     single = experiment.model_copy(
         update={"sweep": experiment.sweep.model_copy(update={"num_executors": 1})}
     )
@@ -81,7 +82,7 @@ def evaluate_one(root: Path, trial_id: str, split: str, *, monitor: Monitor) -> 
     ConfigError
         If the folder holds no sweep or no such trial.
     """
-    folder = SweepFolder(root)
+    folder = SweepFolder(root.resolve())
     if not folder.experiment_file.exists():
         raise ConfigError(f"{root} is not a sweep folder: it has no experiment.json")
     known = replay(folder.ledger_file)
