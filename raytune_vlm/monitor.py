@@ -13,6 +13,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+LOG_WIDTH = 160
+"""Columns of a table in a log file."""
+
 QUIET_S = 10.0
 """Longest silence in a log file."""
 
@@ -30,6 +33,8 @@ class Monitor:
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(highlight=False, soft_wrap=True)
+        if not self.console.is_terminal:
+            self.console.width = LOG_WIDTH
         self._began = time.monotonic()
         self._spoke = 0.0
         self._bars: Progress | None = None
@@ -75,7 +80,7 @@ class Monitor:
         """A table on the console."""
         table = Table(title=title, title_justify="left")
         for place, column in enumerate(columns):
-            table.add_column(column, justify="left" if place == 0 else "right")
+            table.add_column(column, justify="left" if place == 0 else "right", overflow="fold")
         for row in rows:
             table.add_row(*row)
         self.console.print(table)

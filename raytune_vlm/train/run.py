@@ -52,6 +52,8 @@ class StepMetrics:
     """Tokens of the global batch, padding not counted."""
     seconds: float
     skipped: bool
+    time: float
+    """Unix time at the end of the step."""
 
 
 class Run:
@@ -159,6 +161,7 @@ class Run:
             tokens=int(self._split.lengths[rows].sum()),
             seconds=time.monotonic() - began,
             skipped=not finite,
+            time=time.time(),
         )
 
     def _backward(self, mine: Any, labelled: int) -> float:
