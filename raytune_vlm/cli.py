@@ -5,6 +5,7 @@ raytune-vlm COMMAND EXPERIMENT.yaml [dotted.key=value ...]
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 import traceback
@@ -203,6 +204,8 @@ def _command() -> str:
 
 def main() -> None:
     """Entry point: expected errors are one line and their own exit status."""
+    # Read when ray is imported: under `uv run` its workers would otherwise hang.
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     try:
         cli(standalone_mode=False)
     except RaytuneVlmError as error:

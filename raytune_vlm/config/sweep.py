@@ -160,9 +160,11 @@ class SweepConfig(Section):
     searcher: Annotated[
         TpeSearcher | RandomSearcher | GridSearcher, Field(discriminator="type")
     ] = TpeSearcher(type="tpe")
+    """Who proposes the next recipe."""
     scheduler: Annotated[AshaScheduler | FifoScheduler, Field(discriminator="type")] = (
         AshaScheduler(type="asha")
     )
+    """Who stops a trial early."""
     max_failures: int = Field(default=2, ge=0)
     """How often a trial is started again after a worker died, before the sweep gives up."""
     search_space: dict[str, Distribution] = Field(default_factory=dict)

@@ -36,16 +36,15 @@ from raytune_vlm.sweep.ledger import Ledger, TrialState, replay
 SPARE_CPUS = 1
 """Logical CPUs declared beyond the machine's own on a local run: for proxies and data tasks."""
 
-_QUIET_RAY = {
-    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
-    "RAY_TRAIN_V2_ENABLED": "1",
-    "RAY_DEDUP_LOGS": "1",
-    "RAY_AIR_NEW_OUTPUT": "0",
+_RAY_SETTINGS = {
+    # Ray Tune's own CSV, JSON and TensorBoard files: the ledger and metrics.jsonl have it all.
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    # Ray's new console output ignores verbose=0; we have a console of our own.
+    "RAY_AIR_NEW_OUTPUT": "0",
+    # A failed trial reports no score.
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
-    "TUNE_MAX_PENDING_TRIALS_PG": "1",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
+    # Otherwise a warning about many small processes on a machine with few cores.
+    "RAY_worker_maximum_startup_concurrency": "8",
 }
 
 
@@ -258,7 +257,7 @@ def ray_session(experiment: ExperimentConfig) -> Iterator[None]:
     ConfigError
         If the executors ask for more than the cluster has.
     """
-    for key, value in _QUIET_RAY.items():
+    for key, value in _RAY_SETTINGS.items():
         os.environ.setdefault(key, value)
     import ray
 
@@ -274,8 +273,6 @@ def ray_session(experiment: ExperimentConfig) -> Iterator[None]:
     ray.init(
         logging_level="ERROR",
         log_to_driver=False,
-        configure_logging=True,
-        runtime_env={"env_vars": dict(_QUIET_RAY)},
         **local,
     )
     previous = signal.getsignal(signal.SIGTERM)

@@ -1,0 +1,81 @@
+"""The README's map and commands are held against the files and the command line."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from raytune_vlm.cli import cli
+from raytune_vlm.config.evaluation import METRIC_MODES
+from raytune_vlm.config.loader import load_experiment
+from raytune_vlm.models.families import FAMILIES
+from raytune_vlm.sources import SOURCES
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+PACKAGE = ROOT / "raytune_vlm"
+
+
+def tree() -> list[str]:
+    """Paths of the annotated tree, relative to the repository."""
+    block = README.split("## The map")[1].split("```")[1]
+    paths, parents = [], ""
+    for line in block.strip("\n").splitlines():
+        name = line.split()[0]
+        if line.startswith(" "):
+            paths.append(f"{parents}{name}")
+        else:
+            parents = name if name == "raytune_vlm/" else ""
+            paths.append(name)
+    return paths
+
+
+def test_the_map_names_everything_that_is_there_and_nothing_else():
+    named = set(tree())
+    there = {
+        f"raytune_vlm/{path.name}{'/' * path.is_dir()}"
+        for path in PACKAGE.iterdir()
+        if not path.name.startswith(("__", "."))
+    }
+    folders = {"raytune_vlm/", "experiments/", "benchmarks/", "docs/", "tests/"}
+    assert named == there | folders
+
+
+def test_the_five_files_to_read_first_exist():
+    sentence = README.split("Read these five first:")[1].split("\n\n")[0]
+    files = re.findall(r"`([^`]+\.py)`", sentence)
+    assert len(files) == 5
+    assert all((PACKAGE / file).is_file() for file in files)
+
+
+def test_every_command_of_the_readme_exists_and_every_command_is_in_it():
+    mentioned = set(re.findall(r"raytune-vlm ([a-z]+)", README))
+    assert mentioned <= set(cli.commands)
+    assert set(cli.commands) - {"demo"} <= mentioned
+    targets = re.findall(r"^make ([a-z]+)", README, re.MULTILINE)
+    makefile = (ROOT / "Makefile").read_text()
+    assert targets and all(f"\n{target}:" in makefile for target in targets)
+
+
+def test_the_readme_s_links_lead_somewhere():
+    links = re.findall(r"\]\(([^)#]+)\)", README)
+    assert links and all((ROOT / link).exists() for link in links if "://" not in link)
+
+
+def test_the_readme_s_experiment_is_valid(tmp_path):
+    block = README.split("```yaml\n")[1].split("```")[0]
+    file = tmp_path / "my-receipts.yaml"
+    file.write_text(block)
+    assert load_experiment(file).name == "my-receipts"
+
+
+@pytest.mark.parametrize("table", [SOURCES, METRIC_MODES])
+def test_the_readme_names_every_source_and_metric(table):
+    assert all(f"`{name}`" in README for name in table)
+
+
+def test_the_readme_counts_the_families():
+    sentence = README.split("Families:")[1].split(".  ")[0].split("Metrics:")[0]
+    assert sentence.count(",") + 1 == len(FAMILIES)
