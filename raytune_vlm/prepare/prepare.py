@@ -6,6 +6,7 @@ shard redoes one shard; interrupted, it goes on.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import time
@@ -147,27 +148,22 @@ def _run(
 ) -> None:
     import ray
 
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
     workers = max(1, min(len(missing), int(ray.cluster_resources().get("CPU", 1)) - 1))
 
-    class Preparer:
-        """The Ray Data actor: rows are numbers of `missing`."""
-
-        def __init__(self) -> None:
-            self._preparer = ShardPreparer(experiment, store)
-
-        def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-            for number in batch["id"]:
-                self._preparer(missing[int(number)])
-            return batch
+    def prepare_shards(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        preparer = _preparer(experiment.model_dump_json(), str(store))
+        for number in batch["id"]:
+            preparer(missing[int(number)])
+        return batch
 
     done = total - len(missing)
     progress(done, total)
     dataset = ray.data.range(len(missing), override_num_blocks=len(missing)).map_batches(
-        Preparer, batch_size=1, compute=ray.data.ActorPoolStrategy(size=workers)
+        prepare_shards, batch_size=1, concurrency=workers
     )
     try:
         for _ in dataset.iter_batches(batch_size=1, prefetch_batches=0):
@@ -177,6 +173,12 @@ def _run(
         if isinstance(error.cause, DataError):
             raise error.cause from None
         raise
+
+
+@functools.lru_cache(maxsize=2)
+def _preparer(experiment: str, store: str) -> ShardPreparer:
+    """One a worker process, so that the processor is loaded once, not once a shard."""
+    return ShardPreparer(ExperimentConfig.model_validate_json(experiment), Path(store))
 
 
 def _gather(

@@ -50,7 +50,7 @@ def split_of(group_id: str, config: SplitConfig, seed: int) -> Split:
 
 
 class ShardPreparer:
-    """Prepares shards; an actor of a Ray Data pool, so that the processor is loaded once."""
+    """Prepares shards with one loaded processor."""
 
     def __init__(self, experiment: ExperimentConfig, store: Path) -> None:
         import torch
