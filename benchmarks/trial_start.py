@@ -3,10 +3,10 @@
     python benchmarks/trial_start.py [--repetitions 3] [--output FILE.json]
 
 Both ways train the shipped demo model on the demo's data in one Ray session on one machine,
-interleaved. Latency runs from handing over the recipe (for the nested way: from `Tuner.fit`) to the
-start of the first optimizer step. The nested way is what Ray Tune's guides show: a function trainable
-that starts a `TorchTrainer`, whose worker imports torch and transformers, loads the base model, puts
-the adapter on and steps.
+interleaved. Latency runs from handing over the recipe (for the nested way: from `Tuner.fit`) to
+the start of the first optimizer step. The nested way is what Ray Tune's guides show: a function
+trainable that starts a `TorchTrainer`, whose worker imports torch and transformers, loads the base
+model, puts the adapter on and steps.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from raytune_vlm.monitor import Monitor
 from raytune_vlm.records import SweepFolder, read_json_lines
 from raytune_vlm.sweep import runner
 from raytune_vlm.sweep.board import Job
-from raytune_vlm.sweep.executor import ExecutorSetup
+from raytune_vlm.sweep.worker import ExecutorSetup
 
 EXPERIMENT = Path(__file__).parent.parent / "experiments" / "demo.yaml"
 

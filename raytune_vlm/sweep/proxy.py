@@ -9,9 +9,6 @@ from ray import tune
 
 from raytune_vlm.sweep.board import Job
 
-PROXY_CPUS = 0.01
-"""Ray refuses 0; so little never keeps a trial from being placed."""
-
 
 class Proxy(tune.Trainable):
     """One trial as Ray Tune sees it. `config` has `board`, `trial_id`, `recipe`, `reported`."""

@@ -36,6 +36,9 @@ from raytune_vlm.sweep.ledger import Ledger, TrialState, replay
 SPARE_CPUS = 1
 """Logical CPUs declared beyond the machine's own on a local run: for proxies and data tasks."""
 
+PROXY_CPUS = 0.01
+"""CPUs of a trial's proxy: Ray refuses 0, and so little never keeps a trial from being placed."""
+
 _RAY_SETTINGS = {
     # Ray Tune's own CSV, JSON and TensorBoard files: the ledger and metrics.jsonl have it all.
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -185,7 +188,8 @@ def session(
 ) -> Iterator[Session]:
     """Board, executors and ledger, open while trials run."""
     from raytune_vlm.sweep.board import Board
-    from raytune_vlm.sweep.executor import ExecutorSetup, executors
+    from raytune_vlm.sweep.executor import executors
+    from raytune_vlm.sweep.worker import ExecutorSetup
 
     began = time.monotonic()
     states = replay(folder.ledger_file)
@@ -288,12 +292,14 @@ def ray_session(experiment: ExperimentConfig) -> Iterator[None]:
 def _check_resources(experiment: ExperimentConfig, there: dict[str, float]) -> None:
     train = experiment.train
     workers = experiment.sweep.num_executors * train.num_workers
-    asked = {"CPU": workers * train.cpus_per_worker, "GPU": workers * train.gpus_per_worker}
+    light = PROXY_CPUS * experiment.sweep.num_executors
+    asked = {"CPU": workers * train.cpus_per_worker + light, "GPU": workers * train.gpus_per_worker}
     for kind, amount in asked.items():
         if amount > there.get(kind, 0):
             raise ConfigError(
                 f"sweep.num_executors x train.num_workers = {workers} workers ask for "
-                f"{amount:g} {kind}, but the cluster has {there.get(kind, 0):g}"
+                f"{amount:g} {kind} (proxies included), but the cluster has "
+                f"{there.get(kind, 0):g}; lower sweep.num_executors"
             )
 
 
