@@ -114,7 +114,8 @@ def test_a_grid_must_fit_into_the_trials() -> None:
     space = {"lora.rank": {"type": "grid", "values": [1, 2, 3]}}
     space["lora.dora"] = {"type": "choice", "values": [True, False]}
     grid: dict[str, Any] = {"searcher": {"type": "grid"}, "search_space": space}
-    SweepConfig.model_validate({**grid, "num_trials": 6})
+    SweepConfig.model_validate({**grid, "num_trials": 7})
+    SweepConfig.model_validate({**grid, "num_trials": 6, "include_default": False})
     with pytest.raises(ValidationError, match=r"num_trials=5 .* 6 combinations \(3 x 2\)"):
         SweepConfig.model_validate({**grid, "num_trials": 5})
 

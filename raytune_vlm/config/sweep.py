@@ -189,10 +189,11 @@ class SweepConfig(Section):
                 )
             sizes.append(len(entry.values))
         combinations = math.prod(sizes)
-        if combinations > self.num_trials:
+        own = " and the experiment's own recipe (include_default)" if self.include_default else ""
+        if combinations + self.include_default > self.num_trials:
             raise ValueError(
                 f"num_trials={self.num_trials} is less than the grid's {combinations} combinations "
-                f"({' x '.join(map(str, sizes))}); raise num_trials or shorten the lists"
+                f"({' x '.join(map(str, sizes))}){own}; raise num_trials or shorten the lists"
             )
         return self
 
