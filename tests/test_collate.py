@@ -9,7 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from made import picture, turn
 
-from raytune_vlm.collate.batch import IGNORED, PixelTable, collate
+from raytune_vlm.collate.arrays import IGNORED
+from raytune_vlm.collate.batch import PixelTable, collate
 from raytune_vlm.collate.encode import Encoded, Encoder, SampleRefused
 from raytune_vlm.collate.labels import control_tokens
 from raytune_vlm.models.tiny import BUILDERS

@@ -130,5 +130,8 @@ class DataConfig(Section):
     """Score at most so many samples of `select` (a fixed choice by hash)."""
     max_report_samples: int | None = Field(default=None, ge=1)
     """Score at most so many samples of `report`."""
+    consumption: Literal["cached", "streaming"] = "cached"
+    """How batches reach the training workers: `cached` reads the memory-mapped store, `streaming`
+    lets Ray Data tasks collate ahead. The batches are the same."""
     allow_network: bool = False
     """Let sources read `hf://` and object stores."""

@@ -148,8 +148,9 @@ def _run(
 ) -> None:
     import ray
 
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
+    # After the first use of ray.data, which sets its own level.
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     workers = max(1, min(len(missing), int(ray.cluster_resources().get("CPU", 1)) - 1))
@@ -163,7 +164,7 @@ def _run(
     done = total - len(missing)
     progress(done, total)
     dataset = ray.data.range(len(missing), override_num_blocks=len(missing)).map_batches(
-        prepare_shards, batch_size=1, concurrency=workers
+        prepare_shards, batch_size=1, compute=ray.data.TaskPoolStrategy(size=workers)
     )
     try:
         for _ in dataset.iter_batches(batch_size=1, prefetch_batches=0):

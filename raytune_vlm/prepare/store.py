@@ -21,7 +21,7 @@ from raytune_vlm.errors import DataError
 ROWS_PER_BATCH = 32
 """Rows of one Arrow record batch; all but the last of a file are full."""
 
-_TENSOR = pa.struct(
+TENSOR_TYPE = pa.struct(
     [
         ("name", pa.string()),
         ("dtype", pa.string()),
@@ -37,7 +37,7 @@ ROW_SCHEMA = pa.schema(
         ("reference", pa.string()),
         ("input_ids", pa.large_binary()),
         ("spans", pa.list_(pa.int32())),
-        ("tensors", pa.list_(_TENSOR)),
+        ("tensors", pa.list_(TENSOR_TYPE)),
         ("thumbnail", pa.binary()),
     ]
 )
@@ -61,16 +61,25 @@ def encoded_to_row(encoded: Encoded) -> dict[str, Any]:
     return {
         "input_ids": encoded.input_ids.astype(np.int32).tobytes(),
         "spans": [bound for span in encoded.spans for bound in span],
-        "tensors": [
-            {
-                "name": name,
-                "dtype": array.dtype.str,
-                "shape": list(array.shape),
-                "data": np.ascontiguousarray(array).tobytes(),
-            }
-            for name, array in sorted(encoded.tensors.items())
-        ],
+        "tensors": [tensor_entry(name, array) for name, array in sorted(encoded.tensors.items())],
     }
+
+
+def tensor_entry(name: str, array: np.ndarray) -> dict[str, Any]:
+    """A named array as a value of `TENSOR_TYPE`."""
+    return {
+        "name": name,
+        "dtype": array.dtype.str,
+        "shape": list(array.shape),
+        "data": np.ascontiguousarray(array).tobytes(),
+    }
+
+
+def array_of(entries: Any, place: int) -> np.ndarray:
+    """The array at a place of a struct array of `TENSOR_TYPE`: a read-only view, nothing copied."""
+    data = entries.field("data")[place].as_buffer()
+    array = np.frombuffer(data, dtype=np.dtype(entries.field("dtype")[place].as_py()))
+    return array.reshape(entries.field("shape")[place].as_py())
 
 
 class RowWriter:
@@ -129,22 +138,20 @@ class PreparedSplit:
     def __len__(self) -> int:
         return len(self._rows)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Memory maps do not travel: each process opens its own."""
+        return {**self.__dict__, "_files": {}}
+
     def encoded(self, number: int) -> Encoded:
         """The encoded sample of a row; arrays are views of the memory map (read-only)."""
         batch, place = self._locate(number)
         spans = batch.column("spans")[place].as_py()
         tensors = batch.column("tensors")[place].values
-        found: dict[str, np.ndarray] = {}
-        for entry in range(len(tensors)):
-            data = tensors.field("data")[entry].as_buffer()
-            array = np.frombuffer(data, dtype=np.dtype(tensors.field("dtype")[entry].as_py()))
-            found[tensors.field("name")[entry].as_py()] = array.reshape(
-                tensors.field("shape")[entry].as_py()
-            )
+        names = tensors.field("name").to_pylist()
         return Encoded(
             input_ids=np.frombuffer(batch.column("input_ids")[place].as_buffer(), dtype=np.int32),
             spans=list(zip(spans[::2], spans[1::2], strict=True)),
-            tensors=found,
+            tensors={name: array_of(tensors, place) for place, name in enumerate(names)},
         )
 
     def text(self, number: int, column: str) -> str:

@@ -22,6 +22,7 @@ from raytune_vlm.config.experiment import ExperimentConfig
 from raytune_vlm.errors import ConfigError, DataError, RaytuneVlmError, SweepInterrupted
 from raytune_vlm.models.loading import check_model
 from raytune_vlm.monitor import Monitor
+from raytune_vlm.prepare.feed import STREAM_CPUS
 from raytune_vlm.prepare.prepare import (
     PreparedData,
     list_shards,
@@ -293,12 +294,14 @@ def _check_resources(experiment: ExperimentConfig, there: dict[str, float]) -> N
     train = experiment.train
     workers = experiment.sweep.num_executors * train.num_workers
     light = PROXY_CPUS * experiment.sweep.num_executors
+    if experiment.data.consumption == "streaming":
+        light += STREAM_CPUS * workers
     asked = {"CPU": workers * train.cpus_per_worker + light, "GPU": workers * train.gpus_per_worker}
     for kind, amount in asked.items():
         if amount > there.get(kind, 0):
             raise ConfigError(
                 f"sweep.num_executors x train.num_workers = {workers} workers ask for "
-                f"{amount:g} {kind} (proxies included), but the cluster has "
+                f"{amount:g} {kind} (proxies and data tasks included), but the cluster has "
                 f"{there.get(kind, 0):g}; lower sweep.num_executors"
             )
 

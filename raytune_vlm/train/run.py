@@ -20,12 +20,14 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from raytune_vlm.collate.batch import IGNORED, PixelTable, collate
+from raytune_vlm.collate.arrays import IGNORED
+from raytune_vlm.collate.batch import PixelTable
 from raytune_vlm.config.experiment import ExperimentConfig, digest_of
 from raytune_vlm.errors import CheckpointError, TrialDiverged, TrialInfeasible
 from raytune_vlm.models.audit import check_effects, check_gradients
 from raytune_vlm.models.loading import Base
 from raytune_vlm.models.lora import attach, trainable_by_scope
+from raytune_vlm.prepare.feed import Arrays, CachedFeed, Collation, Feed, StreamingFeed
 from raytune_vlm.prepare.plan import Plan
 from raytune_vlm.prepare.store import PreparedSplit
 from raytune_vlm.train import checkpoint
@@ -88,7 +90,13 @@ class Run:
         self.audit: dict[str, Any] = {}
         self._base, self._split, self._world = base, split, world
         self._pixels = PixelTable(base.processor.image_processor, base.family, world.device)
-        self._pad = base.processor.tokenizer.pad_token_id
+        self._collation = Collation(
+            model_type=base.family.model_type,
+            pad_token_id=base.processor.tokenizer.pad_token_id,
+            micro_batch_size=self.config.micro_batch_size,
+            rank=world.rank,
+            world_size=world.size,
+        )
         self._skipped = 0
         self.model = attach(base.model, base.family, experiment.lora, seed=experiment.seed)
         self.trainable = trainable_by_scope(self.model, base.family)
@@ -98,6 +106,9 @@ class Run:
             seed=experiment.seed,
             data_digest=data_digest,
         )
+        self._feed: Feed = CachedFeed(split, self.plan, self._collation)
+        if experiment.data.consumption == "streaming":
+            self._feed = StreamingFeed(split, self.plan, self._collation, self.config.max_steps)
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
         self._optimizer = torch.optim.AdamW(
             self._parameters, lr=self.config.learning_rate, weight_decay=self.config.weight_decay
@@ -134,7 +145,8 @@ class Run:
             group["lr"] = rate
         self.model.train()
         try:
-            loss = self._backward(rows[self._world.rank :: self._world.size], labelled)
+            micro_batches = self._feed.step(self.steps_done)
+            loss = self._backward(micro_batches, labelled)
         except torch.OutOfMemoryError as error:
             raise TrialInfeasible(
                 f"out of memory at micro_batch_size={self.config.micro_batch_size}: {error}"
@@ -151,7 +163,8 @@ class Run:
         self._optimizer.zero_grad(set_to_none=True)
         self.steps_done += 1
         if first and finite:
-            self.audit.update(check_effects(self.model, self._batch(rows[:2])[0]))
+            few = self._collation.collate(self._split, rows[:2])
+            self.audit.update(check_effects(self.model, self._on_device(few)[0]))
         return StepMetrics(
             step=self.steps_done,
             loss=loss,
@@ -164,14 +177,12 @@ class Run:
             time=time.time(),
         )
 
-    def _backward(self, mine: Any, labelled: int) -> float:
+    def _backward(self, micro_batches: list[Arrays], labelled: int) -> float:
         """Accumulate gradients of the global batch's loss; returns that loss, on every rank."""
-        size = self.config.micro_batch_size
-        micro_batches = [mine[start : start + size] for start in range(0, len(mine), size)]
         total = torch.zeros((), device=self._world.device)
-        for number, rows in enumerate(micro_batches):
+        for number, arrays in enumerate(micro_batches):
             last = number == len(micro_batches) - 1
-            batch, labels = self._batch(rows)
+            batch, labels = self._on_device(arrays)
             local = self._world.size == 1 or last
             with contextlib.nullcontext() if local else self._forward.no_sync():
                 logits = self._forward(**batch).logits
@@ -183,10 +194,9 @@ class Run:
             torch.distributed.all_reduce(total)
         return float(total)
 
-    def _batch(self, rows: Any) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        samples = [self._split.encoded(int(row)) for row in rows]
-        batch = collate(samples, self._base.family, pad_token_id=self._pad)
-        batch = {name: tensor.to(self._world.device) for name, tensor in batch.items()}
+    def _on_device(self, arrays: Arrays) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        batch = {name: tensor.to(self._world.device) for name, tensor in tensors.items()}
         labels = batch.pop("labels")
         return self._pixels(batch), labels
 
@@ -225,6 +235,7 @@ class Run:
 
     def close(self) -> None:
         """Take the adapter off; the base model is again what it was."""
+        self._feed.close()
         self._optimizer.zero_grad(set_to_none=True)
         self._forward = None
         self._base.model = self._unloaded()

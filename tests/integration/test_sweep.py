@@ -99,27 +99,28 @@ def test_a_sweep_killed_in_the_middle_and_resumed_equals_the_undisturbed_one(wri
     assert refused.returncode == 2 and "holds a sweep already" in refused.stderr
 
 
-def test_two_workers_give_the_losses_of_one(write_experiment):
+def test_two_workers_and_a_streaming_feed_give_the_losses_of_one_cached_worker(write_experiment):
     losses = {}
-    for workers in (1, 2):
+    for workers, consumption in ((1, "cached"), (1, "streaming"), (2, "streaming")):
         file, folder = write_experiment(
-            f"workers{workers}", train={"max_steps": 6, "warmup_steps": 1, "batch_size": 6}
+            f"{consumption}{workers}", train={"max_steps": 6, "warmup_steps": 1, "batch_size": 6}
         )
-        run_cli("train", file, f"train.num_workers={workers}", "train.log_every=1")
+        overrides = (f"train.num_workers={workers}", "train.log_every=1")
+        stream = f"data.consumption={consumption}"
+        run_cli("train", file, *overrides, stream, "train.micro_batch_size=2")
         rows = read_json_lines(SweepFolder(folder).trial("t0000").metrics_file)
-        losses[workers] = [row["loss"] for row in rows]
-    assert len(losses[1]) == 6
-    assert losses[2] == pytest.approx(losses[1], abs=1e-5)
-    again = run_cli("train", file, "train.num_workers=2", "train.log_every=1")
+        losses[workers, consumption] = [row["loss"] for row in rows]
+    one = losses[1, "cached"]
+    assert len(one) == 6
+    assert losses[1, "streaming"] == one
+    assert losses[2, "streaming"] == pytest.approx(one, abs=1e-5)
+
+    again = run_cli("train", file, *overrides, stream, "train.micro_batch_size=2")
     assert "step_000006" in again.stdout
     scored = run_cli("evaluate", folder, "--trial", "t0000", "--split", "report")
     assert "cer@micro" in scored.stdout
-    assert (
-        json.loads(
-            (folder / "trials/t0000/evaluations/report/step_000006/scores.json").read_text()
-        )["num_samples"]
-        == 8
-    )
+    file = folder / "trials/t0000/evaluations/report/step_000006/scores.json"
+    assert json.loads(file.read_text())["num_samples"] == 8
 
 
 def test_a_recipe_that_diverges_fails_alone_and_the_sweep_goes_on(write_experiment):
