@@ -27,7 +27,8 @@ from raytune_vlm.demo.data import write_demo_data
 from raytune_vlm.monitor import Monitor
 from raytune_vlm.records import SweepFolder, read_json_lines
 from raytune_vlm.sweep import runner
-from raytune_vlm.sweep.board import Job
+from raytune_vlm.sweep.cluster import ray_session
+from raytune_vlm.sweep.jobs import Job
 from raytune_vlm.sweep.worker import ExecutorSetup
 
 EXPERIMENT = Path(__file__).parent.parent / "experiments" / "demo.yaml"
@@ -105,7 +106,7 @@ def main(repetitions: int, output: Path | None) -> None:
         )
     )
     times: dict[str, list[float]] = {"nested": [], "resident": []}
-    with Monitor() as monitor, runner.ray_session(experiment):
+    with Monitor() as monitor, ray_session(experiment):
         data = runner.prepare_data(experiment, runner.plan_of(experiment), monitor)
         folder = SweepFolder(scratch / "benchmark")
         folder.root.mkdir()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 
-from raytune_vlm.sweep.board import BoardState, Job
+from raytune_vlm.sweep.board import BoardState
+from raytune_vlm.sweep.jobs import Job
 
 JOB = Job("t0000", "trial", "t0000", {"lora.rank": 4})
 

@@ -8,43 +8,12 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import ray
 
-
-@dataclass(frozen=True)
-class Job:
-    """One piece of work for an executor.
-
-    Attributes
-    ----------
-    job_id
-        Unique in a sweep.
-    kind
-        `trial`: train a recipe and score it at every rung; `evaluate`: score one checkpoint (or
-        the base model) on one split.
-    trial_id
-        Whose folder the results go to.
-    recipe
-        Dotted keys of the experiment that differ.
-    reported
-        Steps whose scores the ledger has already: not to be reported again.
-    split, step
-        For `evaluate`: what to score, and which checkpoint (0 is the base model).
-    attempt
-        Counts from 1; grows each time an executor died with the job.
-    """
-
-    job_id: str
-    kind: Literal["trial", "evaluate"]
-    trial_id: str
-    recipe: dict[str, Any]
-    reported: tuple[int, ...] = ()
-    split: str = "select"
-    step: int = 0
-    attempt: int = 1
+from raytune_vlm.sweep.jobs import Job
 
 
 class BoardState:

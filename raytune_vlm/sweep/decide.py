@@ -18,7 +18,6 @@ from raytune_vlm.evaluate.scoring import read_matrix
 from raytune_vlm.evaluate.statistics import corrected_winner, indistinguishable, paired_test
 from raytune_vlm.models.loading import load_processor
 from raytune_vlm.records import (
-    BASE_TRIAL,
     PairedTest,
     SweepFolder,
     SweepResult,
@@ -28,7 +27,7 @@ from raytune_vlm.records import (
 )
 from raytune_vlm.report.model_card import model_card
 from raytune_vlm.sweep.ledger import TrialState
-from raytune_vlm.sweep.runner import Session, evaluate
+from raytune_vlm.sweep.runner import Scoring, Session, evaluate
 
 GALLERY_SIZE = 256
 """Pictures of `report` samples kept beside the report."""
@@ -172,11 +171,12 @@ def _report(
             default = _best(own, experiment.mode, folder)
             chosen["default"] = (default.trial, default.step)
     chosen["winner"] = (winner.trial, winner.step)
-    files = {}
-    for role, (trial, step) in chosen.items():
-        evaluate(running, trial, "report", step)
-        trial_id = trial.trial_id if trial else BASE_TRIAL
-        files[role] = folder.trial(trial_id).evaluation("report", step) / "predictions.parquet"
+    scorings = {role: Scoring(trial, "report", step) for role, (trial, step) in chosen.items()}
+    evaluate(running, list({s.scores_file(folder): s for s in scorings.values()}.values()))
+    files = {
+        role: scoring.scores_file(folder).with_name("predictions.parquet")
+        for role, scoring in scorings.items()
+    }
     paired = []
     for role in ("base", "default"):
         if role in files and files[role] != files["winner"]:
@@ -195,8 +195,7 @@ def _report(
                         seed=experiment.seed,
                     )
                 )
-    roles = {role: trial.trial_id if trial else BASE_TRIAL for role, (trial, _) in chosen.items()}
-    return roles, paired
+    return {role: scoring.trial_id for role, scoring in scorings.items()}, paired
 
 
 def _seconds(folder: SweepFolder) -> float:

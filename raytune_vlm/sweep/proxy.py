@@ -7,7 +7,7 @@ from typing import Any
 import ray
 from ray import tune
 
-from raytune_vlm.sweep.board import Job
+from raytune_vlm.sweep.jobs import Job
 
 
 class Proxy(tune.Trainable):

@@ -5,10 +5,8 @@ prepare -> executors -> Ray Tune (proxies, Optuna, ASHA) -> decide -> report
 
 from __future__ import annotations
 
-import os
 import platform
 import shutil
-import signal
 import tempfile
 import time
 from collections.abc import Iterator
@@ -19,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from raytune_vlm.config.experiment import ExperimentConfig
-from raytune_vlm.errors import ConfigError, DataError, RaytuneVlmError, SweepInterrupted
+from raytune_vlm.errors import ConfigError, DataError, EvaluationError, SweepInterrupted
 from raytune_vlm.models.loading import check_model
 from raytune_vlm.monitor import Monitor
-from raytune_vlm.prepare.feed import STREAM_CPUS
 from raytune_vlm.prepare.prepare import (
     PreparedData,
     list_shards,
@@ -31,25 +28,10 @@ from raytune_vlm.prepare.prepare import (
 )
 from raytune_vlm.prepare.shard import ShardJob
 from raytune_vlm.records import BASE_TRIAL, SweepFolder, read_json, write_json
+from raytune_vlm.sweep.cluster import ray_session
+from raytune_vlm.sweep.jobs import Job
 from raytune_vlm.sweep.lease import Lease
 from raytune_vlm.sweep.ledger import Ledger, TrialState, replay
-
-SPARE_CPUS = 1
-"""Logical CPUs declared beyond the machine's own on a local run: for proxies and data tasks."""
-
-PROXY_CPUS = 0.01
-"""CPUs of a trial's proxy: Ray refuses 0, and so little never keeps a trial from being placed."""
-
-_RAY_SETTINGS = {
-    # Ray Tune's own CSV, JSON and TensorBoard files: the ledger and metrics.jsonl have it all.
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    # Ray's new console output ignores verbose=0; we have a console of our own.
-    "RAY_AIR_NEW_OUTPUT": "0",
-    # A failed trial reports no score.
-    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
-    # Otherwise a warning about many small processes on a machine with few cores.
-    "RAY_worker_maximum_startup_concurrency": "8",
-}
 
 
 @dataclass
@@ -216,94 +198,65 @@ def session(
         shutil.rmtree(setup.scratch, ignore_errors=True)
 
 
-def evaluate(running: Session, trial: TrialState | None, split: str, step: int) -> dict[str, Any]:
-    """Score a checkpoint (or the base model, for None) on a split, unless it was; waits for it."""
+@dataclass(frozen=True)
+class Scoring:
+    """A checkpoint to score on a split; without a trial, the base model."""
+
+    trial: TrialState | None
+    split: str
+    step: int
+
+    @property
+    def trial_id(self) -> str:
+        """Whose folder the scores go to."""
+        return self.trial.trial_id if self.trial else BASE_TRIAL
+
+    def scores_file(self, folder: SweepFolder) -> Path:
+        """Where the scores are, once they are."""
+        return folder.trial(self.trial_id).evaluation(self.split, self.step) / "scores.json"
+
+    def job(self) -> Job:
+        """The job for an executor."""
+        return Job(
+            job_id=f"{self.trial_id}/{self.split}/{self.step}",
+            kind="evaluate",
+            trial_id=self.trial_id,
+            recipe=self.trial.recipe if self.trial else {},
+            split=self.split,
+            step=self.step,
+        )
+
+
+def evaluate(running: Session, scorings: list[Scoring]) -> None:
+    """Score checkpoints, all executors at once, and wait; what was scored is left as it is.
+
+    Raises
+    ------
+    EvaluationError
+        If one of them could not be scored.
+    """
     import ray
 
-    from raytune_vlm.sweep.board import Job
-
-    trial_id = trial.trial_id if trial else BASE_TRIAL
-    known = running.folder.trial(trial_id).evaluation(split, step) / "scores.json"
-    if known.exists():
-        return read_json(known)
-    job = Job(
-        job_id=f"{trial_id}/{split}/{step}",
-        kind="evaluate",
-        trial_id=trial_id,
-        recipe=trial.recipe if trial else {},
-        split=split,
-        step=step,
-    )
-    ray.get(running.board.submit.remote(job))
-    report: dict[str, Any] = ray.get(running.board.next_report.remote(job.job_id))
-    if "failed" in report:
-        raise RaytuneVlmError(f"scoring {trial_id} on {split} failed: {report['message']}")
-    return read_json(known)
+    jobs = [
+        scoring.job() for scoring in scorings if not scoring.scores_file(running.folder).exists()
+    ]
+    for job in jobs:
+        ray.get(running.board.submit.remote(job))
+    for job in jobs:
+        report: dict[str, Any] = ray.get(running.board.next_report.remote(job.job_id))
+        if "failed" in report:
+            raise EvaluationError(
+                f"scoring {job.trial_id} on {job.split} failed: {report['message']}"
+            )
 
 
 def score_base(running: Session) -> None:
     """Put the base model's scoring on `select` up first; the report shows it as the baseline."""
     import ray
 
-    from raytune_vlm.sweep.board import Job
-
-    done = running.folder.trial(BASE_TRIAL).evaluation("select", 0) / "scores.json"
-    if not done.exists():
-        job = Job(f"{BASE_TRIAL}/select/0", "evaluate", BASE_TRIAL, {}, split="select")
-        ray.get(running.board.submit.remote(job))
-
-
-@contextmanager
-def ray_session(experiment: ExperimentConfig) -> Iterator[None]:
-    """Ray, joined where RAY_ADDRESS names a cluster, else started here and shut down at the end.
-
-    Raises
-    ------
-    ConfigError
-        If the executors ask for more than the cluster has.
-    """
-    for key, value in _RAY_SETTINGS.items():
-        os.environ.setdefault(key, value)
-    import ray
-
-    joined = bool(os.environ.get("RAY_ADDRESS"))
-    train, sweep = experiment.train, experiment.sweep
-    local: dict[str, Any] = {}
-    if not joined:
-        cpus = sweep.num_executors * train.num_workers * train.cpus_per_worker
-        local = {
-            "address": "local",
-            "num_cpus": max(os.cpu_count() or 1, int(cpus + 0.999)) + SPARE_CPUS,
-        }
-    ray.init(
-        logging_level="ERROR",
-        log_to_driver=False,
-        **local,
-    )
-    previous = signal.getsignal(signal.SIGTERM)
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-    try:
-        _check_resources(experiment, ray.cluster_resources())
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-        ray.shutdown()
-
-
-def _check_resources(experiment: ExperimentConfig, there: dict[str, float]) -> None:
-    train = experiment.train
-    workers = experiment.sweep.num_executors * train.num_workers
-    light = PROXY_CPUS * experiment.sweep.num_executors
-    if experiment.data.consumption == "streaming":
-        light += STREAM_CPUS * workers
-    asked = {"CPU": workers * train.cpus_per_worker + light, "GPU": workers * train.gpus_per_worker}
-    for kind, amount in asked.items():
-        if amount > there.get(kind, 0):
-            raise ConfigError(
-                f"sweep.num_executors x train.num_workers = {workers} workers ask for "
-                f"{amount:g} {kind} (proxies and data tasks included), but the cluster has "
-                f"{there.get(kind, 0):g}; lower sweep.num_executors"
-            )
+    base = Scoring(None, "select", 0)
+    if not base.scores_file(running.folder).exists():
+        ray.get(running.board.submit.remote(base.job()))
 
 
 def prepare_data(

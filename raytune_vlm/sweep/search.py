@@ -14,10 +14,11 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialSch
 from raytune_vlm.config.experiment import ExperimentConfig
 from raytune_vlm.config.sweep import AshaScheduler
 from raytune_vlm.report.formatting import recipe_value
+from raytune_vlm.sweep.cluster import PROXY_CPUS
 from raytune_vlm.sweep.ledger import TrialState
 from raytune_vlm.sweep.progress import Watcher
 from raytune_vlm.sweep.proxy import Proxy
-from raytune_vlm.sweep.runner import PROXY_CPUS, Session, interrupted
+from raytune_vlm.sweep.runner import Session, interrupted
 from raytune_vlm.sweep.searcher import OptunaSearcher
 
 

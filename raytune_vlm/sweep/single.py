@@ -11,7 +11,8 @@ from raytune_vlm.errors import ConfigError, RaytuneVlmError, did_you_mean
 from raytune_vlm.monitor import Monitor
 from raytune_vlm.records import BASE_TRIAL, Scores, SweepFolder, read_json
 from raytune_vlm.sweep import runner
-from raytune_vlm.sweep.board import Job
+from raytune_vlm.sweep.cluster import ray_session
+from raytune_vlm.sweep.jobs import Job
 from raytune_vlm.sweep.lease import Lease
 from raytune_vlm.sweep.ledger import TrialState, replay
 from raytune_vlm.sweep.progress import Watcher
@@ -41,7 +42,7 @@ def train_one(experiment: ExperimentConfig, *, command: str, monitor: Monitor) -
         before = read_json(folder.experiment_file)["fingerprint"]
         if before != single.fingerprint():
             raise ConfigError(f"{folder.root} holds another experiment; choose another name=")
-    with runner.ray_session(single):
+    with ray_session(single):
         data = runner.prepare_data(single, jobs, monitor)
         runner.write_head(folder, single, data, command)
         with Lease(folder.lease_file), runner.session(single, folder, data, monitor) as running:
@@ -98,7 +99,9 @@ def evaluate_one(root: Path, trial_id: str, split: str, *, monitor: Monitor) -> 
             raise ConfigError(f"{folder.trial(trial_id).root} has no whole checkpoint")
         step = int(checkpoint.name.removeprefix("step_"))
     jobs = runner.plan_of(experiment)
-    with Lease(folder.lease_file), runner.ray_session(experiment):
+    with Lease(folder.lease_file), ray_session(experiment):
         data = runner.prepare_data(experiment, jobs, monitor)
         with runner.session(experiment, folder, data, monitor) as running:
-            return Scores.from_json(runner.evaluate(running, trial, split, step))
+            scoring = runner.Scoring(trial, split, step)
+            runner.evaluate(running, [scoring])
+            return Scores.from_json(read_json(scoring.scores_file(folder)))

@@ -32,7 +32,7 @@ from raytune_vlm.records import (
     write_json,
     write_text,
 )
-from raytune_vlm.sweep.board import Job
+from raytune_vlm.sweep.jobs import Job
 
 FAILURE_KINDS: dict[type[BaseException], str] = {
     TrialDiverged: "diverged",

@@ -60,32 +60,39 @@ def wait_for_events(file, event, count, process):
     raise AssertionError(f"no {count} x {event} in {file}")
 
 
-def test_a_sweep_killed_in_the_middle_and_resumed_equals_the_undisturbed_one(write_experiment):
-    file, whole = write_experiment("whole")
-    done = run_cli("sweep", file)
-    assert "Leaderboard of whole" in done.stdout and "next: raytune-vlm train" in done.stdout
-
-    file, broken = write_experiment("broken")
+def cut_off(write_experiment, name, how):
+    """A sweep that gets a signal after its fourth score; returns its folder and exit status."""
+    file, folder = write_experiment(name)
     driver = subprocess.Popen(
         cli_command("sweep", file),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         env=cli_environment(),
     )
-    wait_for_events(broken / "ledger.jsonl", "scored", 4, driver)
-    driver.send_signal(signal.SIGKILL)
-    driver.wait()
-    before = read_json_lines(broken / "ledger.jsonl")
-    assert not (broken / "result.json").exists()
-    run_cli("resume", broken)
+    wait_for_events(folder / "ledger.jsonl", "scored", 4, driver)
+    driver.send_signal(how)
+    status = driver.wait(120)
+    assert not (folder / "result.json").exists()
+    return folder, status
 
-    assert outcome(broken) == outcome(whole)
-    after = read_json_lines(broken / "ledger.jsonl")
-    assert after[: len(before)] == before
-    for event in ("proposed", "finished", "stopped"):
-        ids = [row["trial_id"] for row in after if row["event"] == event]
-        assert len(ids) == len(set(ids)), f"a trial was {event} twice"
-    assert steps_logged(broken, "t0000") == steps_logged(whole, "t0000")
+
+def test_a_sweep_killed_or_stopped_and_resumed_equals_the_undisturbed_one(write_experiment):
+    file, whole = write_experiment("whole")
+    done = run_cli("sweep", file)
+    assert "Leaderboard of whole" in done.stdout and "next: raytune-vlm train" in done.stdout
+
+    for name, how, expected in (("killed", signal.SIGKILL, -9), ("stopped", signal.SIGTERM, 3)):
+        broken, status = cut_off(write_experiment, name, how)
+        assert status == expected
+        before = read_json_lines(broken / "ledger.jsonl")
+        run_cli("resume", broken)
+        assert outcome(broken) == outcome(whole)
+        after = read_json_lines(broken / "ledger.jsonl")
+        assert after[: len(before)] == before
+        for event in ("proposed", "finished", "stopped"):
+            ids = [row["trial_id"] for row in after if row["event"] == event]
+            assert len(ids) == len(set(ids)), f"a trial was {event} twice"
+        assert steps_logged(broken, "t0000") == steps_logged(whole, "t0000")
 
     page = (broken / "report" / "index.html").read_text()
     assert "t0000" in page and "<script" not in page

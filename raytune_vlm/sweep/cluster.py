@@ -1,0 +1,84 @@
+"""Ray for one run: joined or started, with what the executors need, and shut down at the end."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from raytune_vlm.config.experiment import ExperimentConfig
+from raytune_vlm.errors import ConfigError
+from raytune_vlm.prepare.feed import STREAM_CPUS
+
+SPARE_CPUS = 1
+"""Logical CPUs declared beyond the machine's own on a local run: for proxies and data tasks."""
+
+PROXY_CPUS = 0.01
+"""CPUs of a trial's proxy: Ray refuses 0, and so little never keeps a trial from being placed."""
+
+_RAY_SETTINGS = {
+    # Ray Tune's own CSV, JSON and TensorBoard files: the ledger and metrics.jsonl have it all.
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    # Ray's new console output ignores verbose=0; we have a console of our own.
+    "RAY_AIR_NEW_OUTPUT": "0",
+    # A failed trial reports no score.
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+    # Otherwise a warning about many small processes on a machine with few cores.
+    "RAY_worker_maximum_startup_concurrency": "8",
+}
+
+
+@contextmanager
+def ray_session(experiment: ExperimentConfig) -> Iterator[None]:
+    """Ray, joined where RAY_ADDRESS names a cluster, else started here and shut down at the end.
+
+    Raises
+    ------
+    ConfigError
+        If the executors ask for more than the cluster has.
+    """
+    for key, value in _RAY_SETTINGS.items():
+        os.environ.setdefault(key, value)
+    import ray
+
+    joined = bool(os.environ.get("RAY_ADDRESS"))
+    train, sweep = experiment.train, experiment.sweep
+    local: dict[str, Any] = {}
+    if not joined:
+        # A cluster of its own turns Ray's token authentication on by itself.
+        cpus = sweep.num_executors * train.num_workers * train.cpus_per_worker
+        local = {
+            "address": "local",
+            "num_cpus": max(os.cpu_count() or 1, int(cpus + 0.999)) + SPARE_CPUS,
+        }
+    ray.init(
+        logging_level="ERROR",
+        log_to_driver=False,
+        **local,
+    )
+    previous = signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        _check_resources(experiment, ray.cluster_resources())
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+        ray.shutdown()
+
+
+def _check_resources(experiment: ExperimentConfig, there: dict[str, float]) -> None:
+    train = experiment.train
+    workers = experiment.sweep.num_executors * train.num_workers
+    light = PROXY_CPUS * experiment.sweep.num_executors
+    if experiment.data.consumption == "streaming":
+        light += STREAM_CPUS * workers
+    asked = {"CPU": workers * train.cpus_per_worker + light, "GPU": workers * train.gpus_per_worker}
+    for kind, amount in asked.items():
+        if amount > there.get(kind, 0):
+            raise ConfigError(
+                f"sweep.num_executors x train.num_workers = {workers} workers ask for "
+                f"{amount:g} {kind} (proxies and data tasks included), but the cluster has "
+                f"{there.get(kind, 0):g}; lower sweep.num_executors"
+            )
