@@ -11,7 +11,8 @@ a copied folder can be read without Ray and without torch:
       result.json            the decision (`SweepResult`), written last
       data/                  manifest.json, quarantine.jsonl, gallery/<sample_id>.jpg
       trials/<trial_id>/     trial.json, metrics.jsonl, checkpoints/step_000200/,
-                             evaluations/<split>/step_000200/{predictions.parquet,scores.json}
+                             evaluations/<split>/step_000200/{predictions.parquet,scores.json},
+                             seed-<n>/ (the winner only: its recipe with another seed)
       report/                index.html, leaderboard.csv, leaderboard.json
       best/                  the winner's PEFT adapter, processor, model card, experiment.yaml
 
@@ -184,6 +185,16 @@ class PairedTest:
 
 
 @dataclass(frozen=True)
+class Replicate:
+    """The winner's recipe trained with another seed, scored on `select` at the winner's step."""
+
+    seed: int
+    value: float | None
+    """None if it failed; `failure` says why."""
+    failure: str | None = None
+
+
+@dataclass(frozen=True)
 class SweepResult:
     """`result.json`: the decision of a sweep, written once at its end."""
 
@@ -204,6 +215,7 @@ class SweepResult:
     """Trials whose `select` score cannot be told from the winner's, cheapest first."""
     num_report_touches: int
     seconds: float
+    replicates: list[Replicate] = field(default_factory=list)
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> SweepResult:
@@ -213,6 +225,7 @@ class SweepResult:
                 **value,
                 "corrected": MetricEstimate(**corrected) if corrected else None,
                 "paired": [PairedTest(**entry) for entry in value["paired"]],
+                "replicates": [Replicate(**entry) for entry in value.get("replicates", [])],
             }
         )
 

@@ -136,6 +136,7 @@ def write_experiment(
             },
             "sweep": {
                 "num_trials": 3,
+                "num_replicates": 1,
                 "scheduler": {"type": "asha", "grace_period": 4, "reduction_factor": 3},
                 "search_space": {
                     "lora.rank": {"type": "choice", "values": [2, 4]},

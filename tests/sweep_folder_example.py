@@ -26,6 +26,7 @@ from raytune_vlm.records import (
     MetricEstimate,
     PairedTest,
     Quarantined,
+    Replicate,
     Scores,
     Split,
     SplitStatistics,
@@ -336,6 +337,7 @@ def _write_result(
         indistinguishable=[record.trial_id for record in near],
         num_report_touches=3,
         seconds=2 * 3600 + 5 * 60 + 12.0,
+        replicates=[Replicate(1, naive - 0.02), Replicate(2, None, "diverged: not finite")],
     )
     write_json(folder.result_file, result)
     write_text(folder.best / "README.md", "placeholder\n")

@@ -465,3 +465,10 @@ def test_report_imports_neither_torch_nor_ray() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_spread_over_seeds_is_shown(tmp_path: Path) -> None:
+    folder = build_example(tmp_path, mode="max", state="finished")
+    page = build_report(folder.root).read_text(encoding="utf-8")
+    assert "With other seeds" in page
+    assert "1 failed; standard deviation over 2 seeds" in page

@@ -165,6 +165,9 @@ class SweepConfig(Section):
         AshaScheduler(type="asha")
     )
     """Who stops a trial early."""
+    num_replicates: int = Field(default=0, ge=0)
+    """Train the winner's recipe again with so many other seeds, to show how much of its score is
+    the luck of the seed; replicates cannot win."""
     max_failures: int = Field(default=2, ge=0)
     """How often a trial is started again after a worker died, before the sweep gives up."""
     search_space: dict[str, Distribution] = Field(default_factory=dict)

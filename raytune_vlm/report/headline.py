@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections import Counter
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -187,9 +188,26 @@ def _facts(view: SweepView) -> list[tuple[str, str, str]]:
         confidence = formatting.percent(view.confidence)
         text = f"selection bias removed; {confidence} interval {reach}"
         facts.append(("Bias-corrected", formatting.score(corrected.value), text))
+    facts += _other_seeds(view)
     times = "once" if touches == 1 else f"{touches} times"
     touched = ("Report split touched", times, "every scoring on it is counted")
     return [*facts, *_ties(view), touched, trials, time]
+
+
+def _other_seeds(view: SweepView) -> list[tuple[str, str, str]]:
+    """What the winner's recipe scored with other seeds, beside its own score."""
+    if view.result is None or not view.result.replicates:
+        return []
+    found = [entry.value for entry in view.result.replicates]
+    values = [value for value in found if value is not None]
+    shown = ", ".join(formatting.score(value) for value in values) or "none ended"
+    failed = f"; {len(found) - len(values)} failed" if len(found) > len(values) else ""
+    spread = statistics.stdev([view.result.naive, *values]) if values else math.nan
+    text = (
+        f"the winner's recipe again, on select at step {view.result.winner_step:,}{failed}; "
+        f"standard deviation over {1 + len(values)} seeds {formatting.score(spread)}"
+    )
+    return [("With other seeds", shown, text)]
 
 
 def _rivals(view: SweepView) -> list[TrialView]:

@@ -22,6 +22,9 @@ def conclude(folder: SweepFolder, monitor: Monitor) -> None:
             f"report split: {station.role} {view.metric} {score(station.estimate.value)} "
             f"[{low}, {high}], {station.num_samples} samples"
         )
+    for label, value, explanation in found.facts:
+        if label == "With other seeds":
+            monitor.say(f"with other seeds: {value} ({explanation})")
     monitor.say(found.verdict)
     monitor.say(found.detail)
     monitor.say(f"winner's adapter: {folder.best}")

@@ -12,6 +12,8 @@ import shutil
 from dataclasses import dataclass
 from typing import Any
 
+import ray
+
 from raytune_vlm.config.loader import render
 from raytune_vlm.errors import EvaluationError
 from raytune_vlm.evaluate.scoring import read_matrix
@@ -19,6 +21,7 @@ from raytune_vlm.evaluate.statistics import corrected_winner, indistinguishable,
 from raytune_vlm.models.loading import load_processor
 from raytune_vlm.records import (
     PairedTest,
+    Replicate,
     SweepFolder,
     SweepResult,
     read_json_lines,
@@ -26,6 +29,7 @@ from raytune_vlm.records import (
     write_text,
 )
 from raytune_vlm.report.model_card import model_card
+from raytune_vlm.sweep.jobs import Job
 from raytune_vlm.sweep.ledger import TrialState
 from raytune_vlm.sweep.runner import Scoring, Session, evaluate
 
@@ -59,6 +63,7 @@ def decide(running: Session) -> SweepResult:
         "base, default and winner"
     )
     roles, paired = _report(running, candidates, winner)
+    replicates = _replicates(running, winner)
     result = SweepResult(
         metric=experiment.metric,
         mode="max" if experiment.mode == "max" else "min",
@@ -72,6 +77,7 @@ def decide(running: Session) -> SweepResult:
         indistinguishable=statistics["indistinguishable"],
         num_report_touches=len(set(roles.values())),
         seconds=_seconds(folder),
+        replicates=replicates,
     )
     _write_gallery(running)
     write_json(folder.result_file, result)
@@ -196,6 +202,35 @@ def _report(
                     )
                 )
     return {role: scoring.trial_id for role, scoring in scorings.items()}, paired
+
+
+def _replicates(running: Session, winner: Candidate) -> list[Replicate]:
+    """Train the winner's recipe with other seeds, all executors at once."""
+    experiment = running.experiment
+    seeds = [experiment.seed + 1 + number for number in range(experiment.sweep.num_replicates)]
+    jobs = {
+        seed: Job(
+            job_id=f"{winner.trial.trial_id}/seed-{seed}",
+            kind="trial",
+            trial_id=f"{winner.trial.trial_id}/seed-{seed}",
+            recipe={**winner.trial.recipe, "seed": seed},
+        )
+        for seed in seeds
+    }
+    if jobs:
+        running.monitor.say(f"training the winner's recipe again with the seeds {seeds}")
+    for job in jobs.values():
+        ray.get(running.board.submit.remote(job))
+    found = []
+    for seed, job in jobs.items():
+        value, failure, done = None, None, False
+        while not done:
+            report = ray.get(running.board.next_report.remote(job.job_id))
+            done, failure = bool(report["done"]), report.get("message")
+            if report.get("step") == winner.step:
+                value = float(report[experiment.metric])
+        found.append(Replicate(seed, value, failure))
+    return found
 
 
 def _seconds(folder: SweepFolder) -> float:

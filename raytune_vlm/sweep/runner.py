@@ -191,6 +191,7 @@ def session(
         board=board,
         scratch=tempfile.mkdtemp(prefix="raytune_vlm-"),
     )
+    monitor.say(f"executors: starting {len(names)}, each loads {experiment.model.name} once")
     try:
         with executors(setup, names):
             yield Session(experiment, folder, monitor, data, board, ledger, states, began)

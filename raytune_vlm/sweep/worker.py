@@ -335,7 +335,7 @@ class TrialJob:
             return
         record = TrialRecord(
             trial_id=self.job.trial_id,
-            number=int(self.job.trial_id.removeprefix("t")),
+            number=int(self.job.trial_id.split("/")[0].removeprefix("t")),
             recipe=self.job.recipe,
             status=status,
             step=run.steps_done,

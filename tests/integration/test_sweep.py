@@ -40,6 +40,7 @@ def outcome(root):
     return {
         "winner": (result.winner, result.winner_step, result.naive, result.corrected),
         "paired": result.paired,
+        "replicates": result.replicates,
         "trials": trials,
         "answers": answers.to_pydict(),
     }
@@ -94,6 +95,8 @@ def test_a_sweep_killed_or_stopped_and_resumed_equals_the_undisturbed_one(write_
             assert len(ids) == len(set(ids)), f"a trial was {event} twice"
         assert steps_logged(broken, "t0000") == steps_logged(whole, "t0000")
 
+    (replicate,) = SweepFolder(broken).result().replicates
+    assert replicate.seed == 1 and replicate.value is not None
     page = (broken / "report" / "index.html").read_text()
     assert "t0000" in page and "<script" not in page
     for name in ("adapter_model.safetensors", "adapter_config.json", "README.md"):
