@@ -45,6 +45,7 @@ def validate(experiment: Path, overrides: tuple[str, ...], show: bool) -> None:
 
     resolved = load_experiment(experiment, overrides)
     family = check_model(resolved.model)
+    family.check_scopes(resolved.lora_scopes())
     _check_sources(resolved)
     if show:
         click.echo(render(resolved), nl=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from made import experiment
 
 from raytune_vlm.config.lora import LoraConfig
 from raytune_vlm.config.model import ModelConfig
@@ -64,6 +65,15 @@ def test_attach_depends_on_the_seed_only_and_unload_restores(model_type, tiny_ba
 @FAMILY
 def test_check_model_needs_the_config_file_only(model_type, tiny_model):
     assert check_model(ModelConfig(name=str(tiny_model(model_type)))) is FAMILIES[model_type]
+
+
+def test_a_search_over_a_scope_without_linear_layers_is_refused_before_the_start(tiny_model):
+    space = {"lora.scope": {"type": "choice", "values": ["text", "text+projector"]}}
+    searched = experiment(
+        tiny_model("gemma3"), sweep={"search_space": space, "scheduler": {"type": "fifo"}}
+    )
+    with pytest.raises(ModelError, match="'projector' holds no linear layer in gemma3; use text"):
+        check_model(searched.model).check_scopes(searched.lora_scopes())
 
 
 def test_unknown_models_are_named_with_the_nearest(tmp_path, tiny_model):

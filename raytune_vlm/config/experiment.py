@@ -70,6 +70,12 @@ class ExperimentConfig(Section):
         """The steps at which a trial of this experiment is scored."""
         return self.sweep.rungs(self.train.max_steps, self.evaluation.every)
 
+    def lora_scopes(self) -> set[str]:
+        """Every scope that some trial may adapt."""
+        searched = self.sweep.search_space.get("lora.scope")
+        values = [self.lora.scope, *(searched.corners() if searched is not None else ())]
+        return {scope for value in values for scope in str(value).split("+")}
+
     def fingerprint(self) -> str:
         """A digest of everything that determines a sweep's results (not of where it is stored)."""
         plain = self.model_dump(mode="json", exclude={"storage_path", "name"})

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import textwrap
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -91,10 +92,10 @@ def _hub_file(config: ModelConfig) -> Path:
     try:
         return Path(hf_hub_download(config.name, "config.json", revision=config.revision))
     except Exception as error:  # the hub client raises a dozen unrelated classes
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        reason = textwrap.shorten(str(error), 160, placeholder="...")
         raise ModelError(
             f"model.name={config.name!r}: not a local folder{hint} and not to be had from the hub "
-            f"({type(error).__name__}: {reason[:160]})"
+            f"({type(error).__name__}: {reason})"
         ) from None
 
 

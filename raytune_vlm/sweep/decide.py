@@ -47,7 +47,8 @@ class Candidate:
 
 
 def decide(running: Session) -> SweepResult:
-    """Pick the winner, score `report`, write `result.json` and `best/`.
+    """Pick the winner, score `report`, write `best/` and `result.json`; the model card, which
+    speaks of the result, comes last.
 
     Raises
     ------
@@ -80,8 +81,9 @@ def decide(running: Session) -> SweepResult:
         replicates=replicates,
     )
     _write_gallery(running)
-    write_json(folder.result_file, result)
     _write_best(running, winner)
+    write_json(folder.result_file, result)
+    write_text(folder.best / "README.md", model_card(folder))
     running.ledger.append("decided", trial_id=winner.trial.trial_id, step=winner.step)
     return result
 
@@ -272,4 +274,3 @@ def _write_best(running: Session, winner: Candidate) -> None:
     plain = own.sweep.model_copy(update={"search_space": {}})
     single = own.model_copy(update={"sweep": plain, "name": f"{experiment.name}-best"})
     write_text(best / "experiment.yaml", render(single))
-    write_text(best / "README.md", model_card(folder))

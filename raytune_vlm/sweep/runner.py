@@ -70,17 +70,8 @@ def plan_of(experiment: ExperimentConfig) -> list[ShardJob]:
     ModelError, DataError, ConfigError
         One clear line about what is wrong.
     """
-    family = check_model(experiment.model)
-    family.check_scopes(_scopes(experiment))
+    check_model(experiment.model).check_scopes(experiment.lora_scopes())
     return list_shards(experiment)
-
-
-def _scopes(experiment: ExperimentConfig) -> set[str]:
-    searched = experiment.sweep.search_space.get("lora.scope")
-    values = [experiment.lora.scope]
-    if searched is not None:
-        values += [str(value) for value in searched.corners()]
-    return {scope for value in values for scope in value.split("+")}
 
 
 def run_sweep(experiment: ExperimentConfig, *, command: str, monitor: Monitor) -> SweepFolder:
@@ -124,7 +115,7 @@ def resume_sweep(root: Path, *, monitor: Monitor) -> SweepFolder:
     folder = SweepFolder(root.resolve())
     if not folder.experiment_file.exists():
         raise ConfigError(f"{root} is not a sweep folder: it has no experiment.json")
-    if folder.result_file.exists():
+    if folder.result_file.exists() and (folder.best / "README.md").exists():
         monitor.say(f"{root} has ended already; writing its report again")
         build_report(folder.root)
         return folder
