@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -237,7 +238,7 @@ def _replicates(running: Session, winner: Candidate) -> list[Replicate]:
 
 def _seconds(folder: SweepFolder) -> float:
     """Wall time over all lives of the sweep: the gaps between a death and a resume left out."""
-    events = read_json_lines(folder.ledger_file)
+    events = [*read_json_lines(folder.ledger_file), {"event": "now", "time": time.time()}]
     return float(
         sum(
             later["time"] - earlier["time"]
