@@ -120,6 +120,10 @@ class Worker:
                 self._evaluate_job(job)
         except Exception as error:
             kind = FAILURE_KINDS.get(type(error), "error")
+            if self.world.size > 1 and kind in ("infeasible", "error"):
+                # Perhaps on this rank alone: the others would wait for it in a collective. Ray
+                # Train restarts the group, and the board counts the attempt.
+                raise
             trial = self.folder.trial(job.trial_id)
             if self.world.rank == 0 and not isinstance(error, RaytuneVlmError):
                 write_text(trial.root / "error.txt", traceback.format_exc())
@@ -163,7 +167,8 @@ class Worker:
         )
         if found is None:
             return None
-        gathered = [entry for part in self.world.gather(found) for entry in part]
+        by_id = {entry.sample_id: entry for part in self.world.gather(found) for entry in part}
+        gathered = [by_id[self.splits[split].sample_ids[row]] for row in rows]
         evaluation = self.experiment.evaluation
         scores, table = score(
             gathered,
@@ -242,7 +247,8 @@ class TrialJob:
     def _resume(self, run: Any) -> None:
         from raytune_vlm.train.checkpoint import newest
 
-        folder, damaged = newest(self.folder.checkpoints)
+        # Rank 0 looks, so that all ranks go on from the same checkpoint.
+        folder, damaged = self.worker.world.broadcast(newest(self.folder.checkpoints))
         self.notes += [f"checkpoint passed over: {message}" for message in damaged]
         if folder is not None:
             run.restore(folder)
@@ -295,13 +301,15 @@ class TrialJob:
                     run.save(self.folder.checkpoint(metrics.step))
         finally:
             self.train_seconds += time.monotonic() - began
-        if not (self.folder.checkpoint(rung) / "manifest.json").exists():
+        there = (self.folder.checkpoint(rung) / "manifest.json").exists()
+        if not self.worker.world.broadcast(there):
             run.save(self.folder.checkpoint(rung))
         return True
 
     def _scores(self, run: Any, rung: int) -> Scores | None:
         began = time.monotonic()
-        known = {entry.step: entry for entry in self.folder.scores("select")}
+        found = {entry.step: entry for entry in self.folder.scores("select")}
+        known = self.worker.world.broadcast(found)
         try:
             # Scores that an earlier life of this trial has written are not computed again.
             if rung in known:

@@ -2,7 +2,7 @@
 
 checkpoints/step_000200/
   adapter_model.safetensors, adapter_config.json   PEFT's own format
-  optimizer.safetensors                            AdamW moments by parameter name, torch RNG
+  optimizer.safetensors                            AdamW moments by parameter name, RNG by rank
   state.json                                       step, plan digest, samples seen
   manifest.json                                    sha256 and bytes of each of these
 """
@@ -38,14 +38,34 @@ class RunState:
     samples_seen: int
 
 
-def save(folder: Path, model: PeftModel, optimizer: torch.optim.Optimizer, state: RunState) -> Path:
-    """Write a checkpoint folder; readers see it whole or not at all."""
+def rng_state(device: str) -> dict[str, torch.Tensor]:
+    """This process's random state: torch's, and the accelerator's where there is one."""
+    found = {"cpu": torch.get_rng_state()}
+    if device.startswith("cuda"):
+        found["cuda"] = torch.cuda.get_rng_state(device)
+    return found
+
+
+def save(
+    folder: Path,
+    model: PeftModel,
+    optimizer: torch.optim.Optimizer,
+    state: RunState,
+    rng_states: list[dict[str, torch.Tensor]],
+) -> Path:
+    """Write a checkpoint folder; readers see it whole or not at all.
+
+    `rng_states` holds `rng_state` of every rank.
+    """
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
     temporary.mkdir(parents=True)
     try:
         model.save_pretrained(str(temporary), safe_serialization=True)
         (temporary / "README.md").unlink(missing_ok=True)
-        save_file(_optimizer_tensors(model, optimizer), temporary / "optimizer.safetensors")
+        tensors = _optimizer_tensors(model, optimizer)
+        for rank, found in enumerate(rng_states):
+            tensors |= {f"rng/{rank}/{kind}": value for kind, value in found.items()}
+        save_file(tensors, temporary / "optimizer.safetensors")
         write_json(temporary / "state.json", state)
         manifest = {
             file.name: {"sha256": _sha256(file), "bytes": file.stat().st_size}
@@ -99,8 +119,17 @@ def newest(checkpoints: Path) -> tuple[Path | None, list[str]]:
     return None, damaged
 
 
-def load(folder: Path, model: PeftModel, optimizer: torch.optim.Optimizer) -> RunState:
-    """Load adapter, optimizer and torch RNG from a verified checkpoint, in place.
+def load(
+    folder: Path,
+    model: PeftModel,
+    optimizer: torch.optim.Optimizer,
+    *,
+    rank: int,
+    device: str,
+) -> RunState:
+    """Load adapter, optimizer and this rank's random state from a verified checkpoint, in place.
+
+    A rank that the run did not have keeps the random state that it was seeded with.
 
     Raises
     ------
@@ -118,7 +147,10 @@ def load(folder: Path, model: PeftModel, optimizer: torch.optim.Optimizer) -> Ru
                     key: tensors[f"{name}/{key}"].to(parameter.device if key != "step" else "cpu")
                     for key in ("step", "exp_avg", "exp_avg_sq")
                 }
-    torch.set_rng_state(tensors["torch_rng"])
+    if f"rng/{rank}/cpu" in tensors:
+        torch.set_rng_state(tensors[f"rng/{rank}/cpu"])
+    if f"rng/{rank}/cuda" in tensors and device.startswith("cuda"):
+        torch.cuda.set_rng_state(tensors[f"rng/{rank}/cuda"], device)
     return RunState(**read_json(folder / "state.json"))
 
 
@@ -153,7 +185,7 @@ def _optimizer_tensors(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer
 ) -> dict[str, torch.Tensor]:
     names = {parameter: name for name, parameter in model.named_parameters()}
-    tensors = {"torch_rng": torch.get_rng_state()}
+    tensors: dict[str, torch.Tensor] = {}
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
             tensors[f"{names[parameter]}/{key}"] = value.detach().cpu().contiguous()

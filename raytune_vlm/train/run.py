@@ -209,7 +209,8 @@ class Run:
             )
 
     def save(self, folder: Path) -> None:
-        """Write a checkpoint (rank 0 only; the adapter is the same on all ranks)."""
+        """Write a checkpoint; every rank calls it, rank 0 writes."""
+        states = self._world.gather(checkpoint.rng_state(self._world.device))
         if self._world.rank == 0:
             state = checkpoint.RunState(
                 step=self.steps_done,
@@ -217,7 +218,7 @@ class Run:
                 recipe_digest=self.recipe_digest,
                 samples_seen=self.steps_done * self.config.batch_size,
             )
-            checkpoint.save(folder, self.model, self._optimizer, state)
+            checkpoint.save(folder, self.model, self._optimizer, state, states)
 
     def restore(self, folder: Path) -> None:
         """Continue from a checkpoint.
@@ -227,7 +228,13 @@ class Run:
         CheckpointError
             If it was made with another recipe or other data.
         """
-        state = checkpoint.load(folder, self.model, self._optimizer)
+        state = checkpoint.load(
+            folder,
+            self.model,
+            self._optimizer,
+            rank=self._world.rank,
+            device=self._world.device,
+        )
         for name, ours in (("recipe", self.recipe_digest), ("plan", self.plan.digest)):
             if getattr(state, f"{name}_digest") != ours:
                 raise CheckpointError(f"{folder} was made with another {name}")
