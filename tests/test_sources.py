@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from raytune_vlm.config.data import ImageLimits, Source
+from raytune_vlm.config.data import ImageLimits
+from raytune_vlm.config.sources import Source
 from raytune_vlm.errors import DataError
 from raytune_vlm.images import decode
 from raytune_vlm.records import Quarantined, Sample

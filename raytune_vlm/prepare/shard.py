@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from raytune_vlm.collate.encode import Encoded, Encoder
-from raytune_vlm.config.data import DataConfig, Source, SplitConfig
+from raytune_vlm.config.data import DataConfig, SplitConfig
 from raytune_vlm.config.experiment import ExperimentConfig
+from raytune_vlm.config.sources import Source
 from raytune_vlm.errors import DataError
 from raytune_vlm.images import decode, thumbnail
 from raytune_vlm.models.families import FAMILIES

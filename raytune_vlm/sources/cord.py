@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from raytune_vlm.config.data import CordSource, ImageLimits
+from raytune_vlm.config.data import ImageLimits
+from raytune_vlm.config.sources import CordSource
 from raytune_vlm.errors import did_you_mean
 from raytune_vlm.json_tokens import json2token
 from raytune_vlm.records import Quarantined, Sample

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
-from raytune_vlm.config.data import ImageLimits, ImageTextSource
+from raytune_vlm.config.data import ImageLimits
+from raytune_vlm.config.sources import ImageTextSource
 from raytune_vlm.records import Quarantined, Sample
 from raytune_vlm.sources.base import Reader, Shard, question
 from raytune_vlm.sources.rows import Row, list_table_shards, read_table

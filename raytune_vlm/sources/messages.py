@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from raytune_vlm.config.data import ImageLimits, MessagesSource
+from raytune_vlm.config.data import ImageLimits
+from raytune_vlm.config.sources import MessagesSource
 from raytune_vlm.records import Quarantined, Sample
 from raytune_vlm.sources.base import Reader, RowError, Shard, shorten, text_parts
 from raytune_vlm.sources.rows import Row, list_table_shards, read_table

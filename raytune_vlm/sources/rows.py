@@ -17,7 +17,8 @@ from typing import IO, Any
 
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
-from raytune_vlm.config.data import ImageLimits, SourceConfig
+from raytune_vlm.config.data import ImageLimits
+from raytune_vlm.config.sources import SourceConfig
 from raytune_vlm.errors import did_you_mean
 from raytune_vlm.records import Quarantined, Sample
 from raytune_vlm.sources.base import (

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from raytune_vlm.config.data import ImageLimits, ShareGptSource
+from raytune_vlm.config.data import ImageLimits
+from raytune_vlm.config.sources import ShareGptSource
 from raytune_vlm.errors import did_you_mean
 from raytune_vlm.records import Quarantined, Sample
 from raytune_vlm.sources.base import Reader, RowError, Shard, shorten, text_parts

@@ -21,7 +21,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from raytune_vlm.config.data import ImageLimits, SroieSource
+from raytune_vlm.config.data import ImageLimits
+from raytune_vlm.config.sources import SroieSource
 from raytune_vlm.errors import DataError, did_you_mean
 from raytune_vlm.images import ImageError, decode, encode_png, on_canvas
 from raytune_vlm.records import Quarantined, Sample
