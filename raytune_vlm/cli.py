@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from raytune_vlm import __version__
+from raytune_vlm.cli_data import data
 from raytune_vlm.errors import RaytuneVlmError
 
 if TYPE_CHECKING:
@@ -32,6 +33,9 @@ def cli() -> None:
 
     An EXPERIMENT is a YAML file; any of its keys can be overridden: lora.rank=8.
     """
+
+
+cli.add_command(data)
 
 
 @cli.command()

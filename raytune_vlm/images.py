@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Iterator
 
 import numpy
+import simplejpeg  # type: ignore[import-untyped]
 from PIL import (
     BmpImagePlugin,
     GifImagePlugin,
@@ -69,7 +70,26 @@ def decode(data: bytes, limits: ImageLimits) -> Image.Image:
 
     Raises ImageError for whatever is wrong with the data, and nothing else.
     """
+    return Image.fromarray(decode_pixels(data, limits))
+
+
+def decode_pixels(data: bytes, limits: ImageLimits) -> numpy.ndarray:
+    """The pixels of `decode`: uint8 `[height, width, 3]`, C-contiguous.
+
+    Plain JPEG files go through simplejpeg (libjpeg-turbo, like Pillow, without its copies); it is
+    strict, and what it refuses is left to Pillow to judge. Raises ImageError as `decode` does.
+    """
     image, orientation = _open(data, limits)
+    if image.format == "JPEG" and image.mode in ("RGB", "L") and orientation not in _TURNS:
+        try:
+            pixels: numpy.ndarray = simplejpeg.decode_jpeg(data)
+            return pixels
+        except ValueError:
+            pass
+    return numpy.asarray(_decode_with_pillow(image, orientation, data))
+
+
+def _decode_with_pillow(image: Image.Image, orientation: int, data: bytes) -> Image.Image:
     if image.format == "PNG" and all(kind != b"IEND" for kind, _, _ in _png_chunks(data)):
         raise ImageError("cannot decode the PNG image: truncated")  # Pillow does not always see it
     try:
@@ -115,6 +135,14 @@ def encode_png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     return buffer.getvalue()
+
+
+def jpeg_compressed(image: Image.Image, quality: int) -> Image.Image:
+    """The RGB image after JPEG compression (4:2:0) with a quality of 1 to 95."""
+    data = simplejpeg.encode_jpeg(
+        numpy.ascontiguousarray(image), quality=quality, colorsubsampling="420"
+    )
+    return Image.fromarray(simplejpeg.decode_jpeg(data))
 
 
 MIN_CANVAS_WIDTH = 4.0

@@ -10,7 +10,7 @@ a copied folder can be read without Ray and without torch:
       study.db               Optuna storage
       result.json            the decision (`SweepResult`), written last
       data/                  manifest.json, quarantine.jsonl, gallery/<sample_id>.jpg
-      trials/<trial_id>/     trial.json, metrics.jsonl, checkpoints/step_000200/,
+      trials/<trial_id>/     trial.json, metrics.jsonl, samples/, checkpoints/step_000200/,
                              evaluations/<split>/step_000200/{predictions.parquet,scores.json},
                              seed-<n>/ (the winner only: its recipe with another seed)
       report/                index.html, leaderboard.csv, leaderboard.json
@@ -80,6 +80,15 @@ class SplitStatistics:
     max_length: int
     mean_length: float
     mean_labelled: float
+    mean_media: float = 0.0
+    """Tokens that stand for images."""
+    num_truncated: int = 0
+    """Used, but cut to `data.max_length`."""
+    num_duplicates: int = 0
+    """Exact copies removed (`data.deduplicate`)."""
+    length_counts: list[int] = field(default_factory=list)
+    """Histogram of the lengths in tokens: samples between one of `length_edges` and the next."""
+    length_edges: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -91,8 +100,11 @@ class DataManifest:
     splits: dict[str, SplitStatistics]
     quarantine_reasons: dict[str, int]
     overlap: dict[str, int]
-    """`"train/report"` -> the number of groups or identical samples that stand in both splits."""
+    """`"train/report"` -> samples of the second split whose group or images stand in the first."""
     seconds: float = 0.0
+    consumption: Literal["cached", "streaming"] = "cached"
+    """How batches reach the workers, resolved."""
+    consumption_reason: str = ""
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> DataManifest:
@@ -238,6 +250,8 @@ class TrialFolder:
         self.record_file = root / "trial.json"
         self.metrics_file = root / "metrics.jsonl"
         """One JSON object per logged step: step, loss, grad_norm, learning_rate, tokens, ..."""
+        self.samples = root / "samples"
+        """`rank_<r>.jsonl`: step and the ids of the samples that the rank was given in it."""
         self.checkpoints = root / "checkpoints"
 
     def checkpoint(self, step: int) -> Path:

@@ -11,7 +11,10 @@ import yaml
 from made import picture, turn, write_data
 
 from raytune_vlm.collate.encode import Encoder
+from raytune_vlm.collate.pixels import PIXEL_NAMES, PixelMaker
+from raytune_vlm.config.data import ImageLimits
 from raytune_vlm.config.model import ModelConfig
+from raytune_vlm.images import encode_png
 from raytune_vlm.models.loading import Base, load_base
 from raytune_vlm.models.tiny import write_tiny_model
 from raytune_vlm.prepare.store import (
@@ -61,6 +64,7 @@ def tiny_split(
     def split(model_type: str) -> PreparedSplit:
         base = tiny_base(model_type)
         encoder = Encoder(base.processor, base.family)
+        maker = PixelMaker(base.processor.image_processor, base.family, "pil", ImageLimits())
         folder = tmp_path_factory.mktemp("store")
         (folder / "shard").mkdir()
         index = []
@@ -70,12 +74,20 @@ def tiny_split(
                     turn("user", "q" * (number % 5 + 1), images=1),
                     turn("assistant", "answer"[: number % 6 + 1]),
                 ]
-                encoded = encoder.training(conversation, [picture(number, height=40 + number)])
+                image = picture(number, height=40 + number)
+                encoded = encoder.training(conversation, [image])
+                for name in PIXEL_NAMES:
+                    encoded.tensors.pop(name, None)
                 index.append(
                     {
                         "split": "train",
                         "shard": "shard",
                         "row": number,
+                        "source": 0,
+                        "images_id": "",
+                        "num_media": 0,
+                        "num_pixel_bytes": 0,
+                        "truncated": False,
                         "sample_id": f"s{number}",
                         "group_id": f"g{number}",
                         "origin": f"made:{number}",
@@ -90,12 +102,12 @@ def tiny_split(
                         "group_id": f"g{number}",
                         "prompt": "",
                         "reference": "",
-                        "thumbnail": None,
+                        "images": [encode_png(image)],
                         **encoded_to_row(encoded),
                     }
                 )
         write_index(folder / "index.parquet", index)
-        return open_split(folder, folder / "index.parquet", "train")
+        return open_split(folder, folder / "index.parquet", "train", maker.decode)
 
     made: dict[str, PreparedSplit] = {}
 

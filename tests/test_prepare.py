@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from made import experiment, picture, write_data
 
+from raytune_vlm.collate.pixels import PixelMaker
 from raytune_vlm.config.data import SplitConfig
 from raytune_vlm.errors import DataError
 from raytune_vlm.prepare.prepare import list_shards, prepare
-from raytune_vlm.prepare.shard import ShardPreparer, split_of
+from raytune_vlm.prepare.shard import PixelStep, Preparer, TokenStep, split_of
+from raytune_vlm.sources.containers import json_lines
 
 
 @pytest.fixture
@@ -33,11 +35,13 @@ def project(tmp_path, tiny_model):
     def run(config):
         store = tmp_path / "runs" / "prepared"
         jobs = list_shards(config)
+        store.mkdir(parents=True, exist_ok=True)
         made = [job for job in jobs if not (store / job.key).exists()]
-        preparer = ShardPreparer(config, store.resolve())
-        for job in made:
-            preparer(job)
-        return prepare(config, jobs, lambda done, total: None), len(made)
+        preparer = Preparer(config, store.resolve())
+        for step in (TokenStep(preparer), PixelStep(preparer)):
+            for job in jobs:
+                step(job)
+        return prepare(config, jobs, lambda step, done, total: None), len(made)
 
     make.run, make.folder = run, tmp_path / "data"
     return make
@@ -60,7 +64,8 @@ def test_samples_come_back_as_they_were_encoded(project):
     prompt = select.encoded(0)
     assert prompt.spans == []
     assert (select.text(0, "prompt"), select.text(0, "reference")) == ("read", "tea")
-    assert data.split("report").thumbnail(0)[:2] == b"\xff\xd8" and select.thumbnail(0) is None
+    file = project.folder / "images" / "report-2.png"
+    assert data.split("report").images(2) == [file.read_bytes()]
 
 
 def test_nothing_is_made_twice_and_one_changed_shard_is_made_alone(project):
@@ -74,6 +79,82 @@ def test_nothing_is_made_twice_and_one_changed_shard_is_made_alone(project):
     assert changed.manifest.splits["select"].num_used == 4
     _, made = project.run(project(max_length=500))
     assert made == 3
+
+
+def test_an_image_replaced_under_its_old_name_changes_the_data(project):
+    first, _ = project.run(project())
+    picture(77, width=48, height=48).save(project.folder / "images" / "select-1.png")
+    changed, made = project.run(project())
+    assert made == 1 and changed.manifest.digest != first.manifest.digest
+    assert changed.split("select").images(1) != first.split("select").images(1)
+    again, made = project.run(project())
+    assert made == 0 and again.manifest.digest == changed.manifest.digest
+
+
+def test_appending_to_a_file_leaves_what_was_there_alone(project, monkeypatch):
+    monkeypatch.setattr(json_lines, "ROWS_PER_SHARD", 4)
+    _, made = project.run(project())
+    rewrite(project.folder / "train.jsonl", lambda rows: rows.extend(rows[:2]))
+    data, again = project.run(project())
+    assert made > 3 and again == 1
+    assert data.manifest.splits["train"].num_used == 14
+
+
+def test_pixels_are_stored_where_they_fit_and_decoded_where_they_do_not(project):
+    stored, _ = project.run(project())
+    assert stored.manifest.consumption == "cached"
+    assert "within" in stored.manifest.consumption_reason
+    base = project.folder.parent / "elsewhere"
+    config = project(disk_budget_gb=1e-6).model_copy(update={"storage_path": str(base)})
+    store = base / "prepared"
+    store.mkdir(parents=True)
+    preparer = Preparer(config, store.resolve())
+    jobs = list_shards(config)
+    for job in jobs:
+        TokenStep(preparer)(job)
+    lean = prepare(config, jobs, lambda step, done, total: None)
+    assert lean.manifest.consumption == "streaming"
+    assert "more than data.disk_budget_gb=1e-06" in lean.manifest.consumption_reason
+    assert lean.manifest.digest == stored.manifest.digest and not list(store.glob("*.pixels"))
+    with pytest.raises(DataError, match="pixels of train are not stored"):
+        lean.split("train").encoded(0)
+    maker = PixelMaker(
+        preparer.processor.image_processor, preparer.family, "pil", config.data.image_limits
+    )
+    for row in range(12):
+        ours = lean.split("train", maker.decode).encoded(row).tensors
+        theirs = stored.split("train").encoded(row).tensors
+        assert ours.keys() == theirs.keys()
+        assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
+    strict = config.data.model_copy(update={"consumption": "cached"})
+    with pytest.raises(DataError, match=r"consumption=cached needs .*streaming"):
+        prepare(config.model_copy(update={"data": strict}), jobs, lambda *_: None)
+
+
+def test_truncation_cuts_text_and_never_images(project):
+    def lengthen(rows):
+        rows[3]["messages"][1]["content"][0]["text"] = "long " * 60
+        late = {"type": "text", "text": "so " * 60}
+        rows[4]["messages"][0]["content"].insert(0, late)
+
+    rewrite(project.folder / "train.jsonl", lengthen)
+    data, _ = project.run(project(max_length=100, over_long="truncate"))
+    train = data.manifest.splits["train"]
+    assert (train.num_used, train.num_truncated, train.num_dropped_over_long) == (11, 1, 1)
+    split = data.split("train")
+    cut, whole = split.encoded(3), split.encoded(0)
+    assert len(cut.input_ids) == 100 and cut.spans[0][1] == 100
+    assert cut.tensors["pixel_values"].shape == whole.tensors["pixel_values"].shape
+
+
+def test_copies_in_training_are_removed_on_request(project):
+    rewrite(project.folder / "train.jsonl", lambda rows: rows.extend(rows[2:5]))
+    data, _ = project.run(project())
+    assert data.manifest.splits["train"].num_used == 15
+    single, made = project.run(project(deduplicate=True))
+    train = single.manifest.splits["train"]
+    assert (made, train.num_seen, train.num_used, train.num_duplicates) == (0, 15, 12, 3)
+    assert single.manifest.digest != data.manifest.digest
 
 
 def test_seen_equals_used_plus_quarantined_plus_dropped(project):
@@ -116,11 +197,15 @@ def test_a_sample_that_stands_twice_counts_once_in_a_score(project):
     assert data.quarantine[0].reason == "exact duplicate of report.jsonl:1"
 
 
-def test_groups_that_stand_in_two_splits_are_counted(project):
+def test_groups_and_images_that_stand_in_two_splits_are_counted(project):
     first = json.loads((project.folder / "train.jsonl").read_text().splitlines()[0])
     rewrite(project.folder / "report.jsonl", lambda rows: rows.append(first))
+    second = json.loads((project.folder / "train.jsonl").read_text().splitlines()[1])
+    second["group_id"] = "another name for the same picture"
+    second["messages"][1]["content"][0]["text"] = "another answer"
+    rewrite(project.folder / "select.jsonl", lambda rows: rows.append(second))
     data, _ = project.run(project())
-    assert data.manifest.overlap == {"train/report": 1}
+    assert data.manifest.overlap == {"train/report": 1, "train/select": 1}
 
 
 def test_auto_split_never_divides_a_group(project):

@@ -13,9 +13,8 @@ from safetensors.torch import load_file
 from raytune_vlm.config.train import TrainConfig
 from raytune_vlm.errors import CheckpointError, TrialDiverged
 from raytune_vlm.models.tiny import BUILDERS
-from raytune_vlm.prepare.plan import Plan
 from raytune_vlm.train import checkpoint
-from raytune_vlm.train.run import Run, summed_cross_entropy
+from raytune_vlm.train.run import Run, TrainingData, summed_cross_entropy
 from raytune_vlm.train.schedule import learning_rate
 from raytune_vlm.train.world import World
 
@@ -30,7 +29,7 @@ def start(tiny_base, tiny_split):
     def begin(model_type="idefics3", lora=None, **train):
         settings = {"max_steps": 12, "warmup_steps": 2, "batch_size": 8, "micro_batch_size": 8}
         config = experiment(lora={"rank": 4, **(lora or {})}, train={**settings, **train})
-        run = Run(tiny_base(model_type), tiny_split(model_type), config, World(), data_digest="d")
+        run = Run(tiny_base(model_type), tiny_split(model_type), config, World(), TrainingData("d"))
         opened.append(run)
         return run
 
@@ -183,17 +182,6 @@ def test_cross_entropy_is_summed_over_labelled_next_tokens():
         for row, place in ((0, 2), (0, 3), (1, 1), (1, 4))
     )
     assert float(summed_cross_entropy(logits, labels)) == pytest.approx(float(by_hand), abs=1e-5)
-
-
-def test_the_plan_uses_every_sample_once_an_epoch_and_drops_nothing():
-    plan = Plan(10, batch_size=4, seed=3, data_digest="d")
-    drawn = [int(row) for step in range(5) for row in plan.step(step)]
-    assert sorted(drawn[:10]) == sorted(drawn[10:]) == list(range(10))
-    assert drawn[:10] != drawn[10:]
-    again = Plan(10, batch_size=4, seed=3, data_digest="d")
-    assert [int(row) for row in again.step(3)] == drawn[12:16]
-    assert again.digest == plan.digest
-    assert Plan(10, batch_size=4, seed=4, data_digest="d").digest != plan.digest
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])

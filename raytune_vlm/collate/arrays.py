@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from raytune_vlm.collate.encode import Encoded
+from raytune_vlm.collate.encoded import Encoded
 from raytune_vlm.models.families import Family
 
 IGNORED = -100

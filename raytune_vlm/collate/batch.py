@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from raytune_vlm.collate.arrays import collate_arrays
-from raytune_vlm.collate.encode import Encoded
+from raytune_vlm.collate.encoded import Encoded
 from raytune_vlm.models.families import Family
+from raytune_vlm.models.loading import ImageBackend
 
 
 def collate(
@@ -28,8 +29,9 @@ def collate(
 class PixelTable:
     """Rescaling and normalisation of uint8 pixels by a table of 256 values per channel.
 
-    The table is what the image processor itself makes of the values 0 to 255, so the result is
-    bit-equal to the processor's own float pixels; it moves with the model to its device.
+    The table is what the image processor's backend makes of the values 0 to 255, so the result is
+    bit-equal to the processor's own float pixels; it moves with the model to its device. Whole
+    images of families that take patches are cut here too.
 
     Parameters
     ----------
@@ -37,38 +39,36 @@ class PixelTable:
         The image processor of the model; its `do_rescale` and `do_normalize` are honoured.
     family
         Tells where the channel axis is.
+    backend
+        Pillow's classes rescale and normalise in two steps, torchvision's in one
+        (`transformers/image_processing_backends.py`); the last bit differs.
     """
 
-    def __init__(self, image_processor: Any, family: Family, device: str = "cpu") -> None:
-        levels = np.broadcast_to(np.arange(256, dtype=np.uint8), (3, 1, 256))
-        values: Any = levels.copy()
-        if hasattr(image_processor, "rescale_and_normalize"):
-            values = image_processor.rescale_and_normalize(
-                torch.from_numpy(values),
-                image_processor.do_rescale,
-                image_processor.rescale_factor,
-                image_processor.do_normalize,
-                image_processor.image_mean,
-                image_processor.image_std,
-            ).numpy()
-        else:
-            if image_processor.do_rescale:
-                values = image_processor.rescale(values, image_processor.rescale_factor)
-            if image_processor.do_normalize:
-                values = image_processor.normalize(
-                    values, image_processor.image_mean, image_processor.image_std
-                )
-        table = np.ascontiguousarray(values.reshape(3, 256), dtype=np.float32)
+    def __init__(
+        self,
+        image_processor: Any,
+        family: Family,
+        device: str = "cpu",
+        *,
+        backend: ImageBackend = "pil",
+    ) -> None:
+        levels = np.broadcast_to(np.arange(256, dtype=np.uint8), (3, 1, 256)).copy()
+        make = _torchvision_levels if backend == "torchvision" else _pil_levels
+        table = np.ascontiguousarray(make(image_processor, levels).reshape(3, 256), np.float32)
         self.table = torch.from_numpy(table).to(device)
         self.family = family
+        self._patch = {
+            name: getattr(image_processor, name, 1)
+            for name in ("patch_size", "merge_size", "temporal_patch_size")
+        }
 
     def __call__(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The batch with float32 `pixel_values` of the same shape; other entries untouched."""
+        """The batch with the float32 `pixel_values` of the family; other entries untouched."""
         pixels = batch.get("pixel_values")
         if pixels is None or pixels.dtype != torch.uint8:
             return batch
         if self.family.channels == "patches":
-            values = self._look_up(pixels.view(pixels.shape[0], 3, -1), 1).view(pixels.shape)
+            values = self._patches(pixels, batch["image_grid_thw"])
         else:
             values = self._look_up(pixels, pixels.dim() + self.family.channels)
         mask = batch.get("pixel_attention_mask")
@@ -76,6 +76,50 @@ class PixelTable:
             values = values * mask.unsqueeze(2).to(values.dtype)
         return {**batch, "pixel_values": values}
 
+    def _patches(self, flat: torch.Tensor, grids: torch.Tensor) -> torch.Tensor:
+        """`[patches, 3 * t * p * p]` of flat channels-last images, in the order of Qwen2-VL.
+
+        transformers/models/qwen2_vl/image_processing_pil_qwen2_vl.py, `patchify`.
+        """
+        size, merge = self._patch["patch_size"], self._patch["merge_size"]
+        frames = self._patch["temporal_patch_size"]
+        made, start = [], 0
+        for _, down, across in grids.tolist():
+            end = start + down * across * size * size * 3
+            image = self._look_up(flat[start:end].view(down * size, across * size, 3), 2)
+            blocks = image.view(
+                down // merge, merge, size, across // merge, merge, size, 3
+            ).permute(0, 3, 1, 4, 6, 2, 5)
+            twice = blocks.unsqueeze(5).expand(*blocks.shape[:5], frames, size, size)
+            made.append(twice.reshape(down * across, -1))
+            start = end
+        return torch.cat(made)
+
     def _look_up(self, pixels: torch.Tensor, axis: int) -> torch.Tensor:
         channels = [self.table[channel][pixels.select(axis, channel).int()] for channel in range(3)]
         return torch.stack(channels, dim=axis)
+
+
+def _pil_levels(image_processor: Any, levels: np.ndarray) -> np.ndarray:
+    values: Any = levels
+    if image_processor.do_rescale:
+        values = image_processor.rescale(values, image_processor.rescale_factor)
+    if image_processor.do_normalize:
+        values = image_processor.normalize(
+            values, image_processor.image_mean, image_processor.image_std
+        )
+    return np.asarray(values)
+
+
+def _torchvision_levels(image_processor: Any, levels: np.ndarray) -> np.ndarray:
+    values = torch.from_numpy(levels).to(torch.float32)
+    factor = image_processor.rescale_factor if image_processor.do_rescale else 1.0
+    if image_processor.do_normalize:
+        mean = torch.tensor(image_processor.image_mean).view(3, 1, 1)
+        deviation = torch.tensor(image_processor.image_std).view(3, 1, 1)
+        if image_processor.do_rescale:  # fused: the inverse factor goes into both
+            mean, deviation = mean * (1.0 / factor), deviation * (1.0 / factor)
+        values = values.sub(mean).div(deviation)
+    elif image_processor.do_rescale:
+        values = torch.from_numpy(levels) * factor
+    return values.numpy()

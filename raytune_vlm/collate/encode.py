@@ -6,20 +6,22 @@ uint8, before rescaling and normalisation, which `collate.batch.PixelTable` does
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import copy
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from raytune_vlm.collate.encoded import Encoded
 from raytune_vlm.collate.labels import (
-    Span,
     control_tokens,
     find_markers,
     spans_of_markers,
     spans_of_mask,
 )
+from raytune_vlm.collate.pixels import fast_image_processor, media_tensors
 from raytune_vlm.errors import DataError, ModelError
 from raytune_vlm.models.families import Family
+from raytune_vlm.models.loading import ImageBackend
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -29,34 +31,13 @@ class SampleRefused(DataError):
     """This one sample cannot be used; the reason is its message."""
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """A sample as the model takes it, not padded.
-
-    Attributes
-    ----------
-    input_ids
-        int32 `[length]`, image tokens already expanded.
-    spans
-        Half-open ranges of `input_ids` that carry loss: the assistant's turns, each with its
-        end-of-turn token. Empty for a prompt that is to be answered.
-    tensors
-        Everything else the processor gave, by name: media tensors (pixels as uint8) and
-        token-aligned tensors `[length]`.
-    """
-
-    input_ids: np.ndarray
-    spans: list[Span]
-    tensors: dict[str, np.ndarray] = field(default_factory=dict)
-
-    @property
-    def num_labelled(self) -> int:
-        """Tokens that carry loss."""
-        return sum(end - start for start, end in self.spans)
-
-
 class Encoder:
     """Encodes samples with one processor.
+
+    Parameters
+    ----------
+    sizes_only
+        Leave the pixels blank: for token ids, labels and sizes alone.
 
     Raises
     ------
@@ -64,11 +45,21 @@ class Encoder:
         If the processor has no chat template, or its assistant turns cannot be found.
     """
 
-    def __init__(self, processor: Any, family: Family) -> None:
+    def __init__(
+        self,
+        processor: Any,
+        family: Family,
+        backend: ImageBackend = "pil",
+        *,
+        sizes_only: bool = False,
+    ) -> None:
         template = processor.chat_template or getattr(processor.tokenizer, "chat_template", None)
         if not isinstance(template, str):
             raise ModelError(f"{type(processor).__name__} has no chat template")
-        self.processor = processor
+        self.processor = copy.copy(processor)
+        self.processor.image_processor = fast_image_processor(
+            processor.image_processor, family, backend, sizes_only=sizes_only
+        )
         self.family = family
         self._has_generation = "{% generation" in template or "{%- generation" in template
         self._markers = None if self._has_generation else find_markers(processor)
@@ -151,13 +142,35 @@ class Encoder:
     def _encoded(self, inputs: dict[str, Any]) -> Encoded:
         input_ids = np.asarray(inputs.pop("input_ids"))[0].astype(np.int32)
         inputs.pop("attention_mask", None)
-        tensors = {}
-        for name, value in inputs.items():
-            array = np.asarray(value)
-            if name not in self.family.media or self.family.media[name] == "samples":
-                array = array[0]
-            tensors[name] = _compact(name, array)
-        return Encoded(input_ids, [], tensors)
+        return Encoded(input_ids, [], media_tensors(inputs, self.family))
+
+    def num_media(self, encoded: Encoded) -> int:
+        """Tokens that stand for media."""
+        return int(np.isin(encoded.input_ids, self._media_ids).sum())
+
+    def truncated(self, encoded: Encoded, max_length: int) -> Encoded | None:
+        """The sample cut to its first `max_length` tokens, with its media whole.
+
+        Returns
+        -------
+        Encoded or None
+            None if a media token would be cut away, or no labelled token is left.
+        """
+        if np.isin(encoded.input_ids[max_length:], self._media_ids).any():
+            return None
+        length = len(encoded.input_ids)
+        spans = [
+            (start, min(end, max_length)) for start, end in encoded.spans if start < max_length
+        ]
+        if not spans:
+            return None
+        tensors = {
+            name: array[:max_length]
+            if name not in self.family.media and array.shape[:1] == (length,)
+            else array
+            for name, array in encoded.tensors.items()
+        }
+        return Encoded(encoded.input_ids[:max_length], spans, tensors)
 
 
 def _media_ids(processor: Any) -> np.ndarray:
@@ -166,19 +179,3 @@ def _media_ids(processor: Any) -> np.ndarray:
     names += [getattr(tokenizer, name, None) for name in ("image_token", "boi_token", "eoi_token")]
     tokens = {str(name) for name in names if name}
     return np.array(sorted(tokenizer.convert_tokens_to_ids(list(tokens))), dtype=np.int64)
-
-
-def _compact(name: str, array: np.ndarray) -> np.ndarray:
-    """Pixels as uint8, masks as int8, indices as int32; refuses to lose anything."""
-    if name == "pixel_values":
-        small = array.astype(np.uint8)
-        if not np.array_equal(small, array):
-            raise ModelError(
-                f"{name} holds values that are not whole numbers of 0..255 before normalisation"
-            )
-        return small
-    if array.dtype.kind in "iub":
-        limits = np.iinfo(np.int8)
-        fits = array.size == 0 or (array.min() >= limits.min and array.max() <= limits.max)
-        return array.astype(np.int8 if fits else np.int32)
-    return array

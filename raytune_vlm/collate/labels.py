@@ -11,10 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from raytune_vlm.collate.encoded import Span
 from raytune_vlm.errors import ModelError
-
-Span = tuple[int, int]
-"""Half-open range of token positions `[start, end)`."""
 
 _SENTINELS = ("qaz", "wsx", "edc", "rfv")
 

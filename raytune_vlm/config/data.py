@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from raytune_vlm.config.augmentation import AugmentationConfig
 from raytune_vlm.config.section import Section
 from raytune_vlm.config.sources import Source
 
@@ -45,14 +46,51 @@ class DataConfig(Section):
     image_limits: ImageLimits = ImageLimits()
     max_length: int = Field(default=2048, ge=8)
     """Longest sample in tokens, image tokens included."""
-    over_long: Literal["drop", "error"] = "drop"
-    """What happens to a longer sample; it is counted either way."""
+    over_long: Literal["drop", "truncate", "error"] = "drop"
+    """What happens to a longer sample; it is counted either way. `truncate` cuts the text at the
+    end of a training sample; one whose images would be cut, or that would have nothing left to
+    learn, is dropped, and so is a longer prompt of `select` and `report`."""
+    deduplicate: bool = False
+    """Train on one copy of samples that are exactly the same (in `select` and `report` later
+    copies are always quarantined)."""
     max_select_samples: int | None = Field(default=None, ge=1)
     """Score at most so many samples of `select` (a fixed choice by hash)."""
     max_report_samples: int | None = Field(default=None, ge=1)
     """Score at most so many samples of `report`."""
-    consumption: Literal["cached", "streaming"] = "cached"
-    """How batches reach the training workers: `cached` reads the memory-mapped store, `streaming`
-    lets Ray Data tasks collate ahead. The batches are the same."""
+    consumption: Literal["auto", "cached", "streaming"] = "auto"
+    """How batches reach the training workers: `cached` reads prepared pixels from the memory-mapped
+    store, `streaming` lets Ray Data ship the encoded images and decodes them while training. The
+    batches are the same. `auto` takes `cached` where the pixels fit on the disk."""
+    disk_budget_gb: float | None = Field(default=None, gt=0)
+    """Disk that the prepared pixels may take, in GB; None: four fifths of what is free."""
+    decode_threads: int | None = Field(default=None, ge=1)
+    """Threads of a worker that decode and collate ahead while streaming; None:
+    `train.cpus_per_worker`."""
+    stall_timeout_s: float = Field(default=120.0, gt=0)
+    """Without a batch for so long, a streaming worker says who holds the cluster's resources; after
+    five times as long it gives up."""
+    augmentation: AugmentationConfig | None = None
+    """Random changes of training images, anew in every epoch (`consumption` is then
+    `streaming`)."""
     allow_network: bool = False
     """Let sources read `hf://` and object stores."""
+
+    @model_validator(mode="after")
+    def _agrees(self) -> "DataConfig":
+        trains = [source for source in self.sources if source.split in ("auto", "train")]
+        weighted = [source for source in trains if source.weight is not None]
+        if weighted and len(weighted) < len(trains):
+            lacking = next(source for source in trains if source.weight is None)
+            raise ValueError(
+                f"either all training sources have a weight or none has: {lacking.path} has none"
+            )
+        for source in self.sources:
+            if source.weight is not None and source not in trains:
+                raise ValueError(
+                    f"weight only concerns training: {source.path} has split={source.split}"
+                )
+        if self.augmentation is not None and self.consumption == "cached":
+            raise ValueError(
+                "augmentation makes pictures anew in every epoch: consumption cannot be cached"
+            )
+        return self

@@ -18,3 +18,7 @@ class ModelConfig(Section):
     """Attention implementation, as transformers names it."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
+    image_backend: Literal["auto", "pil", "torchvision"] = "auto"
+    """Whose resampling the pixels are equal to, bit for bit: Pillow's or torchvision's (which need
+    not be installed); `auto` takes the one that transformers would take here. They differ a little,
+    so a model should be served with the one that it was tuned with."""

@@ -1,8 +1,10 @@
 """`data.sources`: where raw data lies and in which format; one model a format."""
 
-from typing import Annotated, Literal
+import re
+import string
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from raytune_vlm.config.section import Section
 
@@ -11,7 +13,8 @@ class SourceConfig(Section):
     """What every source has."""
 
     path: str
-    """A file, a folder or a glob; relative to `data.root`. `hf://` names need `allow_network`."""
+    """A file, a folder or a glob; relative to `data.root`. URLs (`s3://`, `gs://`, `az://`,
+    `hf://`) need `allow_network`."""
     split: Literal["auto", "train", "select", "report"] = "auto"
     """Purpose of the samples; `auto` divides them by group as `data.split` says."""
     max_samples: int | None = Field(default=None, ge=1)
@@ -21,8 +24,27 @@ class SourceConfig(Section):
     sample once an epoch. Weights only concern `train`."""
 
 
-class MessagesSource(SourceConfig):
-    """OpenAI / transformers conversations in JSON lines, JSON or Parquet."""
+class TableSource(SourceConfig):
+    """What every source has whose rows stand in JSON lines, JSON, Parquet or Arrow files.
+
+    `path` may also be a folder written by `Dataset.save_to_disk`, or `hf://datasets/<name>`.
+    """
+
+    dataset_split: str | None = None
+    """Which split of a Hugging Face dataset (`save_to_disk` folder or hub name); None: its only
+    one."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub name; None: `main`."""
+
+    @model_validator(mode="after")
+    def _a_revision_is_the_hubs(self) -> "TableSource":
+        if self.revision is not None and not self.path.startswith("hf://datasets/"):
+            raise ValueError("revision needs a path of the form hf://datasets/<name>")
+        return self
+
+
+class MessagesSource(TableSource):
+    """OpenAI / transformers conversations: `messages` of `{role, content}`, `images`."""
 
     type: Literal["messages"]
     messages_column: str = "messages"
@@ -31,7 +53,7 @@ class MessagesSource(SourceConfig):
     """Column of the images (paths, or Hugging Face `{bytes, path}`) that the parts refer to."""
 
 
-class ShareGptSource(SourceConfig):
+class ShareGptSource(TableSource):
     """sharegpt rows: `conversations` of `{from, value}` with `<image>` placeholders, `images`."""
 
     type: Literal["sharegpt"]
@@ -41,7 +63,19 @@ class ShareGptSource(SourceConfig):
     """Column of the images (paths, or Hugging Face `{bytes, path}`)."""
 
 
-class ImageTextSource(SourceConfig):
+class PromptCompletionSource(TableSource):
+    """TRL's prompt and completion columns: two texts, or two lists of messages; `images`."""
+
+    type: Literal["prompt_completion"]
+    prompt_column: str = "prompt"
+    """Column of the prompt: text, where `<image>` may stand, or messages."""
+    completion_column: str = "completion"
+    """Column of the answer: text or messages."""
+    images_column: str = "images"
+    """Column of the images; without `<image>` in the prompt they stand before its first words."""
+
+
+class ImageTextSource(TableSource):
     """Image-text pairs: one image, one text that the model shall give for the instruction."""
 
     type: Literal["image_text"]
@@ -49,11 +83,27 @@ class ImageTextSource(SourceConfig):
     """Column of the image (path, or Hugging Face `{bytes, path}`)."""
     text_column: str = "text"
     """Column of the target text."""
+    text_template: str | None = None
+    """The target text made of several columns, instead of `text_column`: `"{name}. {description}"`;
+    braces that are meant as such are doubled."""
     instruction: str = "Describe this image."
     """What the user's turn asks."""
 
+    @field_validator("text_template")
+    @classmethod
+    def _is_a_template(cls, template: str | None) -> str | None:
+        if template is not None:
+            parse_template(template)
+        return template
 
-class CordSource(SourceConfig):
+    @model_validator(mode="after")
+    def _has_one_text(self) -> "ImageTextSource":
+        if self.text_template is not None and "text_column" in self.model_fields_set:
+            raise ValueError("text_column and text_template exclude each other")
+        return self
+
+
+class CordSource(TableSource):
     """CORD-v2-style documents: an image and `ground_truth` JSON with `gt_parse` or `gt_parses`."""
 
     type: Literal["cord"]
@@ -65,6 +115,11 @@ class CordSource(SourceConfig):
     """What the user's turn asks."""
     sort_keys: bool = False
     """Write the keys of each object in reverse alphabetical order, as Donut does."""
+    choice: Literal["first", "seeded"] = "first"
+    """Which of several `gt_parses` is the target; `seeded`: drawn by `seed` and the parses, so that
+    a document keeps its target wherever it stands."""
+    seed: int = 0
+    """Seed of that choice."""
 
 
 class SroieSource(SourceConfig):
@@ -84,7 +139,67 @@ class SroieSource(SourceConfig):
     """What the user's turn asks."""
 
 
+class WebDatasetSource(SourceConfig):
+    """WebDataset tar shards: members of one name, an image and its `.txt` or `.json`."""
+
+    type: Literal["webdataset"]
+    target: Literal["txt", "json"] | None = None
+    """Which member is the target where samples have both; None: the one that is there."""
+    ignored_suffixes: tuple[str, ...] = ()
+    """Other members that samples may have (`cls`, `meta.json`): these are not read."""
+    instruction: str = "Describe this image."
+    """What the user's turn asks where the target is a text without turns."""
+
+
+class LlamaFactorySource(SourceConfig):
+    """An entry of LLaMA-Factory's `dataset_info.json`; `path` is that file or its folder."""
+
+    type: Literal["llamafactory"]
+    dataset: str | None = None
+    """Name of the entry; None: the only one."""
+
+
+class PythonSource(SourceConfig):
+    """A format of your own: a function that yields rows in the layout of `messages`."""
+
+    type: Literal["python"]
+    function: str
+    """`package.module:name` of a function `(options, path)` that yields one dict a row."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Handed to the function as they are."""
+
+    @field_validator("function")
+    @classmethod
+    def _names_a_function(cls, function: str) -> str:
+        if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", function):
+            raise ValueError(f"must be written package.module:name, got '{function}'")
+        return function
+
+
+def parse_template(template: str) -> list[tuple[str, str | None]]:
+    """A template as `(literal text, name of the column after it)`; the last name may be None.
+
+    Raises ValueError where it is malformed, or names no column.
+    """
+    parts: list[tuple[str, str | None]] = []
+    for literal, name, form, conversion in string.Formatter().parse(template):
+        if name == "" or form or conversion:
+            raise ValueError("a placeholder must be the name of a column in braces, nothing else")
+        parts.append((literal, name))
+    if all(name is None for _, name in parts):
+        raise ValueError("the template names no column: write it in braces, as {description}")
+    return parts
+
+
 Source = Annotated[
-    MessagesSource | ShareGptSource | ImageTextSource | CordSource | SroieSource,
+    MessagesSource
+    | ShareGptSource
+    | PromptCompletionSource
+    | ImageTextSource
+    | CordSource
+    | SroieSource
+    | WebDatasetSource
+    | LlamaFactorySource
+    | PythonSource,
     Field(discriminator="type"),
 ]

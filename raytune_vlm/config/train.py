@@ -16,6 +16,11 @@ class TrainConfig(Section):
     """Samples per optimizer step, over all workers."""
     micro_batch_size: int = Field(default=16, ge=1)
     """Samples per forward pass on one worker; the loss does not depend on it."""
+    micro_batch_tokens: int | None = Field(default=None, ge=1)
+    """Most tokens of a forward pass on one worker, padding included; None: no limit beside
+    `micro_batch_size`."""
+    group_by_length: bool = False
+    """Put samples of about the same length into one step: less padding, a less random order."""
     learning_rate: float = Field(default=1e-3, gt=0, le=10)
     """Peak learning rate of AdamW."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
@@ -36,6 +41,8 @@ class TrainConfig(Section):
     """GPUs that Ray reserves for a worker; 0 trains on CPU with gloo."""
     log_every: int = Field(default=5, ge=1)
     """Steps between two lines of metrics.jsonl."""
+    log_samples: bool = False
+    """Write which samples each worker was given in each step to the trial's `samples/`."""
     checkpoint_every: int | None = Field(default=None, ge=1)
     """Steps between two checkpoints, besides those at every rung and at the end."""
     keep_checkpoints: int = Field(default=2, ge=1)

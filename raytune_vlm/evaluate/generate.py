@@ -35,7 +35,9 @@ def generate(
     list of Prediction, or None
         None if `keep_going` said no between two batches.
     """
-    pixels = PixelTable(base.processor.image_processor, base.family, device)
+    pixels = PixelTable(
+        base.processor.image_processor, base.family, device, backend=base.image_backend
+    )
     tokenizer = base.processor.tokenizer
     ends = _end_tokens(model, tokenizer)
     order = sorted(rows, key=lambda row: int(split.lengths[row]))

@@ -32,7 +32,8 @@ class Family:
         stands on one of them.
     channels
         Where the colour channel of `pixel_values` is: its axis counted from the end (`-3` for
-        `[..., 3, height, width]`), or `patches` for Qwen's flattened `[patches, 3 * t * p * p]`.
+        `[..., 3, height, width]`), or `patches` for Qwen's `[patches, 3 * t * p * p]`, cut on the
+        device from flat images `[height * width * 3]`.
     scopes
         LoRA scope -> prefixes of module names. The longest prefix that fits a module decides.
     needs

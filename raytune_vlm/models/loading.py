@@ -12,7 +12,7 @@ import textwrap
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from raytune_vlm.config.model import ModelConfig
 from raytune_vlm.errors import ModelError, did_you_mean
@@ -25,6 +25,9 @@ DEMO_BASE = Path(__file__).resolve().parent.parent / "demo" / "base"
 """Folder of the tiny model that the package ships."""
 
 
+ImageBackend = Literal["pil", "torchvision"]
+
+
 @dataclass
 class Base:
     """A frozen base model with its processor."""
@@ -32,6 +35,14 @@ class Base:
     model: torch.nn.Module
     processor: Any
     family: Family
+    image_backend: ImageBackend = "pil"
+
+
+def image_backend(config: ModelConfig) -> ImageBackend:
+    """The backend that `model.image_backend` means on this machine."""
+    if config.image_backend == "auto":
+        return "torchvision" if find_spec("torchvision") else "pil"
+    return config.image_backend
 
 
 def model_path(config: ModelConfig) -> str:
@@ -109,8 +120,8 @@ def _neighbours(name: str) -> list[str]:
 def model_fingerprint(config: ModelConfig) -> dict[str, str]:
     """What identifies the preprocessing of a model: its files, and the image backend in use.
 
-    The Pillow and the torchvision backends of one processor give different pixels, so whether
-    torchvision is there is part of the fingerprint.
+    The Pillow and the torchvision backends of one processor give different pixels, so the backend
+    is part of the fingerprint.
     """
     folder = Path(model_path(config))
     digest = hashlib.sha256()
@@ -121,7 +132,7 @@ def model_fingerprint(config: ModelConfig) -> dict[str, str]:
         "name": config.name,
         "revision": str(config.revision),
         "files": digest.hexdigest()[:16],
-        "image_backend": "torchvision" if find_spec("torchvision") else "pillow",
+        "image_backend": image_backend(config),
     }
 
 
@@ -143,6 +154,13 @@ def load_processor(config: ModelConfig) -> Any:
     except (OSError, ValueError, ImportError, AttributeError, TypeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise ModelError(f"model.name={config.name!r}: no processor: {reason}") from error
+    if getattr(processor.image_processor, "backend", "pil") != "pil":
+        from transformers import AutoImageProcessor
+
+        # Sizes and tiles come from the Pillow class, whatever the resampling (`collate.pixels`).
+        processor.image_processor = AutoImageProcessor.from_pretrained(
+            model_path(config), revision=config.revision, backend="pil", trust_remote_code=False
+        )
     tokenizer = processor.tokenizer
     if tokenizer.pad_token_id is None:
         raise ModelError(f"model.name={config.name!r}: the tokenizer has no padding token")
@@ -189,4 +207,6 @@ def load_base(config: ModelConfig, device: str = "cpu") -> Base:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
     model.to(device)
-    return Base(model=model, processor=processor, family=family)
+    return Base(
+        model=model, processor=processor, family=family, image_backend=image_backend(config)
+    )

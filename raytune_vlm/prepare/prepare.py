@@ -1,7 +1,8 @@
 """`prepare`: every source read, checked and encoded once, by Ray Data, one task a shard.
 
 What comes out is content-addressed: run again with nothing changed, nothing is done; one changed
-shard redoes one shard; interrupted, it goes on.
+shard redoes one shard; interrupted, it goes on. First the tokens of all shards (the index follows),
+then, where the disk budget allows it, their pixels.
 """
 
 from __future__ import annotations
@@ -9,36 +10,42 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import shutil
 import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from raytune_vlm.config.experiment import ExperimentConfig, digest_of
 from raytune_vlm.errors import DataError
 from raytune_vlm.models.loading import model_fingerprint
-from raytune_vlm.prepare.shard import ShardJob, ShardPreparer
-from raytune_vlm.prepare.store import PreparedSplit, open_split, read_index, write_index
-from raytune_vlm.records import (
-    SPLITS,
-    DataManifest,
-    Quarantined,
-    SplitStatistics,
-    read_json,
-    write_json,
+from raytune_vlm.prepare.shard import PixelStep, Preparer, ShardJob, TokenStep
+from raytune_vlm.prepare.statistics import (
+    overlaps,
+    refuse_bad,
+    split_statistics,
+    without_duplicates,
 )
+from raytune_vlm.prepare.store import PixelDecoder, PreparedSplit, open_split
+from raytune_vlm.records import SPLITS, DataManifest, Quarantined, read_json, write_json
 from raytune_vlm.sources import SOURCES, Shard
 
-FORMAT = 1
+FORMAT = 2
 """Version of the store's format; a change of it makes every shard anew."""
 
-ProgressFunction = Callable[[int, int], None]
-"""Called with the number of shards done and the number of all shards."""
+FREE_SHARE = 0.8
+"""Share of the free disk that pixels may take where `data.disk_budget_gb` does not say."""
+
+ProgressFunction = Callable[[str, int, int], None]
+"""Called with the name of the step, the number of shards done and the number of all shards."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +56,14 @@ class PreparedData:
     index_file: Path
     quarantine: list[Quarantined]
 
-    def split(self, name: str) -> PreparedSplit:
+    def split(self, name: str, decode: PixelDecoder | None = None) -> PreparedSplit:
         """The samples of a split."""
-        return open_split(self.manifest.store, self.index_file, name)
+        return open_split(self.manifest.store, self.index_file, name, decode)
+
+
+def store_of(experiment: ExperimentConfig) -> Path:
+    """The folder of the prepared shards."""
+    return (Path(experiment.storage_path) / "prepared").resolve()
 
 
 def list_shards(experiment: ExperimentConfig) -> list[ShardJob]:
@@ -62,40 +74,59 @@ def list_shards(experiment: ExperimentConfig) -> list[ShardJob]:
     DataError
         If a source's path is missing, leaves `data.root`, or needs the network.
     """
-    data = experiment.data
+    data, store = experiment.data, store_of(experiment)
     shared = {
         "format": FORMAT,
         "model": model_fingerprint(experiment.model),
         "limits": data.image_limits.model_dump(),
         "max_length": data.max_length,
         "over_long": data.over_long,
-        "transformers": version("transformers"),
-        "pillow": version("pillow"),
+        **{name: version(name) for name in ("transformers", "tokenizers", "pillow", "simplejpeg")},
     }
     jobs = []
     for number, source in enumerate(data.sources):
-        own = {**shared, "source": source.model_dump(mode="json")}
+        own = {**shared, "source": source.model_dump(mode="json", exclude={"weight"})}
         if source.split == "auto":
             own |= {"split": data.split.model_dump(), "seed": experiment.seed}
         reader = SOURCES[source.type]
         for shard in reader.list_shards(source, Path(data.root), data.allow_network):
-            key = digest_of({**own, "shard": asdict(shard), "files": _state_of(shard)})
-            jobs.append(ShardJob(source=number, shard=shard, key=key))
+            base = digest_of({**own, "shard": asdict(shard), "files": _state_of(shard)})
+            jobs.append(ShardJob(number, shard, key=_key_of(store, base), base=base))
     return jobs
 
 
 def _state_of(shard: Shard) -> list[tuple[str, int, int]]:
-    """Name, size and time of change of a shard's own files, so that a changed one is made anew.
-
-    Image files that rows refer to are not looked at one by one: whoever replaces one under its old
-    name has to touch the shard.
-    """
+    """Name, size and time of change of a shard's own files, where its digest does not tell."""
+    if shard.digest:
+        return []
     path = Path(shard.path)
     if path.is_file():
         files = [path]
     else:
         files = sorted(file for stem in shard.members for file in path.glob(f"*/{stem}.*"))
     return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+
+
+def _key_of(store: Path, base: str) -> str:
+    """The key of a shard whose own files have the digest `base`.
+
+    Rows name image files, and which ones is known only after reading: `<base>.images.json` says
+    which were read for which key. If one of them changed, the key does.
+    """
+    file = store / f"{base}.images.json"
+    if not file.exists():
+        return base
+    known = read_json(file)
+    now = {name: _stamp(name) for name in known["images"]}
+    return known["key"] if now == known["images"] else digest_of({"base": base, "images": now})
+
+
+def _stamp(name: str) -> list[int] | None:
+    try:
+        state = Path(name).stat()
+    except OSError:
+        return None
+    return [state.st_size, state.st_mtime_ns]
 
 
 def prepare(
@@ -108,44 +139,94 @@ def prepare(
     Raises
     ------
     DataError
-        If more than `data.max_bad_fraction` of the samples are bad, or there is nothing to train
-        on. The prepared shards stay; no manifest is written.
+        If more than `data.max_bad_fraction` of the samples are bad, there is nothing to train on,
+        or the pixels do not fit where `data.consumption` wants them. The prepared shards stay; no
+        manifest is written.
     """
     began = time.monotonic()
-    store = (Path(experiment.storage_path) / "prepared").resolve()
+    store = store_of(experiment)
     store.mkdir(parents=True, exist_ok=True)
-    missing = [job for job in jobs if not (store / job.key).exists()]
-    if missing:
-        _run(experiment, store, missing, progress, len(jobs))
-    else:
-        progress(len(jobs), len(jobs))
-    digest = digest_of([job.key for job in jobs])
-    index_file = store / f"{digest}.index.parquet"
+    _run("tokens", experiment, store, jobs, progress)
+    digest = digest_of(
+        {"shards": [job.key for job in jobs], "deduplicate": experiment.data.deduplicate}
+    )
     index, quarantine, over_long = _gather(store, jobs)
-    _refuse_bad(experiment, len(index) + sum(over_long.values()), quarantine)
-    if not any(row["split"] == "train" for row in index):
+    index, copies, removed = without_duplicates(index, in_training=experiment.data.deduplicate)
+    quarantine += copies
+    refuse_bad(experiment, len(index) + sum(over_long.values()) + removed, quarantine)
+    if not pc.any(pc.equal(index["split"], "train")).as_py():
         where = ", ".join(source.path for source in experiment.data.sources)
         raise DataError(f"data.sources: no training samples in {where}")
+    consumption, reason = _consumption(experiment, store, index)
+    if consumption == "cached":
+        _run("pixels", experiment, store, jobs, progress)
+    index_file = store / f"{digest}.index.parquet"
+    _write_whole(index_file, index)
     manifest = DataManifest(
         digest=digest,
         store=str(store),
-        splits={name: _statistics(name, index, quarantine, over_long) for name in SPLITS},
+        splits={
+            name: split_statistics(
+                name,
+                index,
+                quarantine,
+                num_over_long=over_long[name],
+                num_duplicates=removed if name == "train" else 0,
+            )
+            for name in SPLITS
+        },
         quarantine_reasons=dict(Counter(entry.reason for entry in quarantine).most_common()),
-        overlap=_overlap(index),
+        overlap=overlaps(index),
         seconds=time.monotonic() - began,
+        consumption=consumption,
+        consumption_reason=reason,
     )
-    write_index(index_file, index)
     write_json(store / f"{digest}.manifest.json", manifest)
     return PreparedData(manifest, index_file, quarantine)
 
 
+def _consumption(
+    experiment: ExperimentConfig, store: Path, index: pa.Table
+) -> tuple[Literal["cached", "streaming"], str]:
+    """How batches will reach the workers, and why."""
+    data = experiment.data
+    size = int(pc.sum(index["num_pixel_bytes"]).as_py() or 0) / 1e9
+    if data.augmentation is not None:
+        return "streaming", "augmented pictures are made anew for every epoch"
+    if data.consumption == "streaming":
+        return "streaming", "as data.consumption says"
+    if data.disk_budget_gb is not None:
+        room, allowed = data.disk_budget_gb, f"data.disk_budget_gb={data.disk_budget_gb:g}"
+    else:
+        room = shutil.disk_usage(store).free * FREE_SHARE / 1e9
+        room += sum(file.stat().st_size for file in store.glob("*.pixels/*")) / 1e9
+        allowed = f"{room:.3g} GB of free disk"
+    fits = size <= room
+    need = f"{size:.3g} GB of pixels, {'within' if fits else 'more than'} {allowed}"
+    if fits:
+        return "cached", need
+    if data.consumption == "cached":
+        raise DataError(
+            f"data.consumption=cached needs {need}; take data.consumption=streaming, which decodes "
+            "the images while training"
+        )
+    return "streaming", need
+
+
 def _run(
+    step: Literal["tokens", "pixels"],
     experiment: ExperimentConfig,
     store: Path,
-    missing: list[ShardJob],
+    jobs: list[ShardJob],
     progress: ProgressFunction,
-    total: int,
 ) -> None:
+    """One step for all shards that lack it, a Ray Data task each."""
+    folder = STEPS[step].folder
+    missing = [job for job in jobs if not folder(store, job).exists()]
+    done = len(jobs) - len(missing)
+    progress(step, done, len(jobs))
+    if not missing:
+        return
     import ray
 
     context = ray.data.DataContext.get_current()
@@ -154,116 +235,62 @@ def _run(
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     workers = max(1, min(len(missing), int(ray.cluster_resources().get("CPU", 1)) - 1))
+    plain = experiment.model_dump_json()
+    references = ray.put(missing)
 
     def prepare_shards(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        preparer = _preparer(experiment.model_dump_json(), str(store))
+        carry_out, shards = _step(step, plain, str(store)), ray.get(references)
         for number in batch["id"]:
-            preparer(missing[int(number)])
+            carry_out(shards[int(number)])
         return batch
 
-    done = total - len(missing)
-    progress(done, total)
     dataset = ray.data.range(len(missing), override_num_blocks=len(missing)).map_batches(
         prepare_shards, batch_size=1, compute=ray.data.TaskPoolStrategy(size=workers)
     )
     try:
         for _ in dataset.iter_batches(batch_size=1, prefetch_batches=0):
             done += 1
-            progress(done, total)
+            progress(step, done, len(jobs))
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, DataError):
             raise error.cause from None
         raise
 
 
+STEPS: dict[str, type[TokenStep] | type[PixelStep]] = {"tokens": TokenStep, "pixels": PixelStep}
+
+
 @functools.lru_cache(maxsize=2)
-def _preparer(experiment: str, store: str) -> ShardPreparer:
+def _step(name: str, experiment: str, store: str) -> TokenStep | PixelStep:
     """One a worker process, so that the processor is loaded once, not once a shard."""
-    return ShardPreparer(ExperimentConfig.model_validate_json(experiment), Path(store))
+    return STEPS[name](Preparer(ExperimentConfig.model_validate_json(experiment), Path(store)))
 
 
 def _gather(
     store: Path, jobs: list[ShardJob]
-) -> tuple[list[dict[str, Any]], list[Quarantined], dict[str, int]]:
-    """Index rows in the order of the sources, refused samples, and over-long ones by split.
-
-    A sample that stands twice in `select` or `report` would count twice in a score, so its
-    second copy is quarantined; training data is left as it is.
-    """
-    index: list[dict[str, Any]] = []
+) -> tuple[pa.Table, list[Quarantined], dict[str, int]]:
+    """The index in the order of the sources, refused samples, and over-long ones by split."""
+    tables: list[pa.Table] = []
     quarantine: list[Quarantined] = []
     over_long: dict[str, int] = dict.fromkeys(SPLITS, 0)
-    first: dict[tuple[str, str], str] = {}
     for job in jobs:
         folder = store / job.key
         summary = read_json(folder / "summary.json")
         quarantine += [Quarantined(**entry) for entry in summary["quarantined"]]
         for split, count in summary["over_long"].items():
             over_long[split] += count
-        for row in read_index(folder / "index.parquet"):
-            name = (row["split"], row["sample_id"])
-            if row["split"] != "train" and name in first:
-                reason = f"exact duplicate of {first[name]}"
-                quarantine.append(Quarantined(row["origin"], reason, row["split"]))
-                continue
-            first[name] = row["origin"]
-            index.append(row)
-    return index, quarantine, over_long
+        table = pq.read_table(folder / "index.parquet")
+        # The number of a source may change where its shards do not.
+        place = table.schema.get_field_index("source")
+        numbers = pa.array(np.full(len(table), job.source), type=pa.int32())
+        tables.append(table.set_column(place, "source", numbers))
+    return pa.concat_tables(tables), quarantine, over_long
 
 
-def _refuse_bad(experiment: ExperimentConfig, good: int, quarantine: list[Quarantined]) -> None:
-    seen, bad = good + len(quarantine), len(quarantine)
-    allowed = experiment.data.max_bad_fraction
-    if seen == 0:
-        where = ", ".join(source.path for source in experiment.data.sources)
-        raise DataError(f"data.sources: no samples in {where}")
-    if bad <= allowed * seen:
-        return
-    by_reason: dict[str, list[str]] = {}
-    for entry in quarantine:
-        by_reason.setdefault(entry.reason, []).append(entry.origin)
-    worst = sorted(by_reason.items(), key=lambda item: -len(item[1]))[:10]
-    listed = "; ".join(
-        f"{origins[0]}: {reason}" + (f" (and {len(origins) - 1} more)" if len(origins) > 1 else "")
-        for reason, origins in worst
-    )
-    raise DataError(
-        f"{bad} of {seen} samples cannot be used, more than "
-        f"data.max_bad_fraction={allowed:g} allows: {listed}"
-    )
-
-
-def _statistics(
-    name: str,
-    index: list[dict[str, Any]],
-    quarantine: list[Quarantined],
-    over_long: dict[str, int],
-) -> SplitStatistics:
-    rows = [row for row in index if row["split"] == name]
-    refused = sum(entry.split == name for entry in quarantine)
-    lengths = [row["length"] for row in rows]
-    return SplitStatistics(
-        num_seen=len(rows) + refused + over_long[name],
-        num_used=len(rows),
-        num_quarantined=refused,
-        num_dropped_over_long=over_long[name],
-        num_groups=len({row["group_id"] for row in rows}),
-        num_images=sum(row["num_images"] for row in rows),
-        max_length=max(lengths, default=0),
-        mean_length=float(np.mean(lengths)) if rows else 0.0,
-        mean_labelled=float(np.mean([row["num_labelled"] for row in rows])) if rows else 0.0,
-    )
-
-
-def _overlap(index: list[dict[str, Any]]) -> dict[str, int]:
-    """Groups that stand in two splits, by pair of splits; pairs without any are left out."""
-    groups = {name: {row["group_id"] for row in index if row["split"] == name} for name in SPLITS}
-    shared = {
-        f"{first}/{second}": len(groups[first] & groups[second])
-        for place, first in enumerate(SPLITS)
-        for second in SPLITS[place + 1 :]
-    }
-    return {pair: count for pair, count in shared.items() if count}
+def _write_whole(file: Path, index: pa.Table) -> None:
+    temporary = file.with_name(f".{file.name}.{time.time_ns()}")
+    pq.write_table(index, temporary)
+    temporary.replace(file)
 
 
 def write_quarantine(file: Path, quarantine: list[Quarantined]) -> None:

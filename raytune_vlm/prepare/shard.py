@@ -1,7 +1,11 @@
 """One shard of a source, read, checked, encoded and written: what a Ray Data worker does.
 
-A shard becomes a folder named by the digest of everything that its content depends on, written
+Two steps, each a folder named by the digest of everything that its content depends on, written
 under a temporary name and renamed when it is whole; one that is there is never made again.
+
+- `TokenStep`: every row read, its images decoded once as a check, its tokens and labels made. What
+  is bad is quarantined here, so that training never meets it.
+- `PixelStep`: the pixels of the rows that the first step kept; only where the disk has room.
 """
 
 from __future__ import annotations
@@ -10,26 +14,33 @@ import hashlib
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from raytune_vlm.collate.encode import Encoded, Encoder
+import pyarrow as pa
+
 from raytune_vlm.config.data import DataConfig, SplitConfig
 from raytune_vlm.config.experiment import ExperimentConfig
 from raytune_vlm.config.sources import Source
-from raytune_vlm.errors import DataError
-from raytune_vlm.images import decode, thumbnail
-from raytune_vlm.models.families import FAMILIES
-from raytune_vlm.models.loading import check_model, load_processor
-from raytune_vlm.prepare.store import RowWriter, encoded_to_row, write_index
+from raytune_vlm.errors import DataError, ModelError
+from raytune_vlm.images import decode
+from raytune_vlm.models.families import FAMILIES, Family
+from raytune_vlm.models.loading import check_model, image_backend, load_processor
+from raytune_vlm.prepare.store import (
+    PIXEL_SCHEMA,
+    ROW_SCHEMA,
+    RowWriter,
+    encoded_to_row,
+    pixel_folder,
+    tensor_entries,
+    write_index,
+)
 from raytune_vlm.records import SPLITS, Quarantined, Sample, Split, write_json
 from raytune_vlm.sources import SOURCES
-from raytune_vlm.sources.base import Shard
-
-THUMBNAIL_SIDE = 320
-"""Longest side, in pixels, of the pictures that the report shows."""
+from raytune_vlm.sources.base import Shard, shorten
+from raytune_vlm.sources.files import noted_images
 
 
 @dataclass(frozen=True)
@@ -39,6 +50,8 @@ class ShardJob:
     source: int
     shard: Shard
     key: str
+    base: str
+    """The digest of everything but the image files that rows name."""
 
 
 def split_of(group_id: str, config: SplitConfig, seed: int) -> Split:
@@ -50,61 +63,90 @@ def split_of(group_id: str, config: SplitConfig, seed: int) -> Split:
     return "select" if share < config.report + config.select else "train"
 
 
-class ShardPreparer:
-    """Prepares shards with one loaded processor."""
+@contextmanager
+def whole_folder(final: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `final` when the block ends well, and else disappears."""
+    temporary = final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        try:
+            temporary.rename(final)
+        except OSError:
+            if not final.exists():  # else somebody else made it meanwhile
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+class Preparer:
+    """What both steps need, loaded once a worker process."""
 
     def __init__(self, experiment: ExperimentConfig, store: Path) -> None:
         import torch
 
         torch.set_num_threads(1)
-        self._experiment = experiment
-        self._store = store
-        family = FAMILIES[check_model(experiment.model).model_type]
-        self._encoder = Encoder(load_processor(experiment.model), family)
+        self.experiment, self.store = experiment, store
+        self.family: Family = FAMILIES[check_model(experiment.model).model_type]
+        self.processor = load_processor(experiment.model)
+        self.backend = image_backend(experiment.model)
+
+
+@dataclass
+class _Outcome:
+    """What a shard's rows came to, beside the rows themselves."""
+
+    index: list[dict[str, Any]] = field(default_factory=list)
+    refused: list[Quarantined] = field(default_factory=list)
+    over_long: dict[Split, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
+
+
+class TokenStep:
+    """Source rows -> token ids, labels, encoded images, and an index of them."""
+
+    def __init__(self, preparer: Preparer) -> None:
+        from raytune_vlm.collate.encode import Encoder
+
+        self._experiment, self._store = preparer.experiment, preparer.store
+        self._encoder = Encoder(
+            preparer.processor, preparer.family, preparer.backend, sizes_only=True
+        )
+
+    @staticmethod
+    def folder(store: Path, job: ShardJob) -> Path:
+        """Where the result of a job lies."""
+        return store / job.key
 
     def __call__(self, job: ShardJob) -> None:
-        """Prepare one shard unless it is there; see the module's docstring."""
-        final = self._store / job.key
+        """Prepare one shard unless it is there."""
+        final = self.folder(self._store, job)
         if final.exists():
             return
-        temporary = self._store / f".{job.key}.{uuid.uuid4().hex[:8]}"
-        temporary.mkdir(parents=True)
-        try:
-            self._write(job, temporary)
-            try:
-                temporary.rename(final)
-            except OSError:
-                if not final.exists():
-                    raise
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-
-    def _write(self, job: ShardJob, folder: Path) -> None:
-        data = self._experiment.data
-        index: list[dict[str, Any]] = []
-        refused: list[Quarantined] = []
-        over_long = dict.fromkeys(SPLITS, 0)
-        with ExitStack() as stack:
+        outcome = _Outcome()
+        with whole_folder(final) as folder, ExitStack() as stack:
+            images = stack.enter_context(noted_images())
             writers = {
-                split: stack.enter_context(RowWriter(folder / f"{split}.arrow")) for split in SPLITS
+                split: stack.enter_context(RowWriter(folder / f"{split}.arrow", ROW_SCHEMA))
+                for split in SPLITS
             }
-            for entry, split in self._rows(data.sources[job.source], job.shard):
+            for entry, split in self._rows(job):
                 if isinstance(entry, Quarantined):
-                    refused.append(Quarantined(entry.origin, entry.reason, split))
-                    continue
-                row = self._encode(entry, split, data, refused, over_long)
-                if row is None:
-                    continue
-                columns, encoded = row
-                index.append(_index_row(entry, split, job.key, writers[split].num_rows, encoded))
-                writers[split].add(columns)
-        write_index(folder / "index.parquet", index)
-        summary = {"quarantined": [asdict(entry) for entry in refused], "over_long": over_long}
-        write_json(folder / "summary.json", summary)
+                    outcome.refused.append(Quarantined(entry.origin, entry.reason, split))
+                else:
+                    self._add(entry, split, job, writers[split], outcome)
+            write_index(folder / "index.parquet", outcome.index)
+            refused = [asdict(entry) for entry in outcome.refused]
+            write_json(
+                folder / "summary.json", {"quarantined": refused, "over_long": outcome.over_long}
+            )
+        if images:
+            noted = {name: list(state) for name, state in images.items()}
+            write_json(self._store / f"{job.base}.images.json", {"key": job.key, "images": noted})
 
-    def _rows(self, source: Source, shard: Shard) -> Iterator[tuple[Sample | Quarantined, Split]]:
+    def _rows(self, job: ShardJob) -> Iterator[tuple[Sample | Quarantined, Split]]:
         data = self._experiment.data
-        for entry in SOURCES[source.type].read_shard(source, shard, data.image_limits):
+        source: Source = data.sources[job.source]
+        for entry in SOURCES[source.type].read_shard(source, job.shard, data.image_limits):
             if source.split != "auto":
                 yield entry, source.split
             elif isinstance(entry, Quarantined):
@@ -112,59 +154,126 @@ class ShardPreparer:
             else:
                 yield entry, split_of(entry.group_id, data.split, self._experiment.seed)
 
-    def _encode(
-        self,
-        sample: Sample,
-        split: Split,
-        data: DataConfig,
-        refused: list[Quarantined],
-        over_long: dict[Split, int],
-    ) -> tuple[dict[str, Any], Encoded] | None:
+    def _add(
+        self, sample: Sample, split: Split, job: ShardJob, writer: RowWriter, outcome: _Outcome
+    ) -> None:
+        from raytune_vlm.collate.pixels import PIXEL_NAMES
+
+        data = self._experiment.data
         try:
             images = [decode(image, data.image_limits) for image in sample.images]
             if split == "train":
                 encoded = self._encoder.training(sample.messages, images)
             else:
                 encoded = self._encoder.prompt(sample.messages[:-1], images)
+        except ModelError:
+            raise
         except DataError as error:
-            refused.append(Quarantined(sample.origin, error.message, split))
-            return None
-        if len(encoded.input_ids) > data.max_length:
-            if data.over_long == "error":
-                raise DataError(
-                    f"{sample.origin}: {len(encoded.input_ids)} tokens, more than "
-                    f"data.max_length={data.max_length} (data.over_long=error)"
-                )
-            over_long[split] += 1
-            return None
-        keep_picture = split == "report" and sample.images
-        columns = {
-            "sample_id": sample.sample_id,
-            "group_id": sample.group_id,
-            "prompt": _prompt_text(sample),
-            "reference": sample.answer,
-            "thumbnail": thumbnail(sample.images[0], data.image_limits, THUMBNAIL_SIDE)
-            if keep_picture
-            else None,
-            **encoded_to_row(encoded),
-        }
-        return columns, encoded
+            outcome.refused.append(Quarantined(sample.origin, error.message, split))
+            return
+        except Exception as error:  # processors raise what they like: an odd size, a bad token
+            reason = f"the processor refuses it: {shorten(error, 160)}"
+            outcome.refused.append(Quarantined(sample.origin, reason, split))
+            return
+        length = len(encoded.input_ids)
+        if length > data.max_length:
+            shorter = self._too_long(sample, length, data)
+            if not shorter or split != "train":
+                outcome.over_long[split] += 1
+                return
+            cut = self._encoder.truncated(encoded, data.max_length)
+            if cut is None:
+                outcome.over_long[split] += 1
+                return
+            encoded = cut
+        pixels = [encoded.tensors.pop(name) for name in PIXEL_NAMES if name in encoded.tensors]
+        outcome.index.append(
+            {
+                "split": split,
+                "shard": job.key,
+                "row": writer.num_rows,
+                "source": job.source,
+                "sample_id": sample.sample_id,
+                "group_id": sample.group_id,
+                "images_id": _images_id(sample),
+                "origin": sample.origin,
+                "length": len(encoded.input_ids),
+                "num_labelled": encoded.num_labelled,
+                "num_media": self._encoder.num_media(encoded),
+                "num_images": len(sample.images),
+                "num_pixel_bytes": sum(array.nbytes for array in pixels),
+                "truncated": length > data.max_length,
+            }
+        )
+        writer.add(
+            {
+                "sample_id": sample.sample_id,
+                "group_id": sample.group_id,
+                "prompt": _prompt_text(sample),
+                "reference": sample.answer,
+                "images": sample.images,
+                **encoded_to_row(encoded),
+            }
+        )
+
+    @staticmethod
+    def _too_long(sample: Sample, length: int, data: DataConfig) -> bool:
+        """Whether an over-long sample shall be cut; raises DataError where it shall not be."""
+        if data.over_long == "error":
+            raise DataError(
+                f"{sample.origin}: {length} tokens, more than "
+                f"data.max_length={data.max_length} (data.over_long=error)"
+            )
+        return data.over_long == "truncate"
 
 
-def _index_row(
-    sample: Sample, split: Split, key: str, row: int, encoded: Encoded
-) -> dict[str, Any]:
-    return {
-        "split": split,
-        "shard": key,
-        "row": row,
-        "sample_id": sample.sample_id,
-        "group_id": sample.group_id,
-        "origin": sample.origin,
-        "length": len(encoded.input_ids),
-        "num_labelled": encoded.num_labelled,
-        "num_images": len(sample.images),
-    }
+class PixelStep:
+    """The rows of a token step -> their pixels."""
+
+    def __init__(self, preparer: Preparer) -> None:
+        from raytune_vlm.collate.pixels import PixelMaker
+
+        self._store = preparer.store
+        self._maker = PixelMaker(
+            preparer.processor.image_processor,
+            preparer.family,
+            preparer.backend,
+            preparer.experiment.data.image_limits,
+        )
+
+    @staticmethod
+    def folder(store: Path, job: ShardJob) -> Path:
+        """Where the result of a job lies."""
+        return store / pixel_folder(job.key)
+
+    def __call__(self, job: ShardJob) -> None:
+        """Make one shard's pixels unless they are there."""
+        final = self.folder(self._store, job)
+        if final.exists():
+            return
+        with whole_folder(final) as folder:
+            for split in SPLITS:
+                with RowWriter(folder / f"{split}.arrow", PIXEL_SCHEMA) as writer:
+                    for images in self._images(self._store / job.key / f"{split}.arrow"):
+                        writer.add({"tensors": tensor_entries(self._maker.decode(images))})
+
+    @staticmethod
+    def _images(file: Path) -> Iterator[list[bytes]]:
+        reader = pa.ipc.open_file(pa.memory_map(str(file)))
+        for number in range(reader.num_record_batches):
+            column = reader.get_batch(number).column("images")
+            for place in range(len(column)):
+                yield column[place].as_py()
+
+
+def _images_id(sample: Sample) -> str:
+    """A hash of the images alone: the same pictures with another text are an overlap too."""
+    if not sample.images:
+        return ""
+    digest = hashlib.sha256()
+    for image in sample.images:
+        digest.update(hashlib.sha256(image).digest())
+    return digest.hexdigest()[:16]
 
 
 def _prompt_text(sample: Sample) -> str:

@@ -1,13 +1,20 @@
 """The prepared store: samples as the model takes them, in memory-mapped Arrow IPC files.
 
-Written once, one folder a shard of the source; read by all trials, workers and sweeps of a machine
-through the page cache. Pixels are uint8; reading a sample copies nothing but its small columns.
+Two folders a shard of the source, each written under a temporary name and renamed when whole:
+
+    <key>/           <split>.arrow: token ids, labelled spans, small tensors, the encoded images
+                     index.parquet, summary.json
+    <key>.pixels/    <split>.arrow: the uint8 pixels of the same rows; only in the `pixels` tier
+
+Both are content-addressed and shared by all trials, workers and sweeps through the page cache.
+Where there are no pixels, the images are decoded when a sample is asked for: the same bytes.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +22,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raytune_vlm.collate.encode import Encoded
+from raytune_vlm.collate.encoded import Encoded
 from raytune_vlm.errors import DataError
 
-ROWS_PER_BATCH = 32
+ROWS_PER_BATCH = 16
 """Rows of one Arrow record batch; all but the last of a file are full."""
 
 TENSOR_TYPE = pa.struct(
@@ -29,66 +36,99 @@ TENSOR_TYPE = pa.struct(
         ("data", pa.large_binary()),
     ]
 )
+SAMPLE_FIELDS = [
+    ("input_ids", pa.large_binary()),
+    ("spans", pa.list_(pa.int32())),
+    ("tensors", pa.list_(TENSOR_TYPE)),
+    ("images", pa.list_(pa.large_binary())),
+]
+"""What training needs of a sample when its pixels are made elsewhere."""
 ROW_SCHEMA = pa.schema(
     [
         ("sample_id", pa.string()),
         ("group_id", pa.string()),
         ("prompt", pa.string()),
         ("reference", pa.string()),
-        ("input_ids", pa.large_binary()),
-        ("spans", pa.list_(pa.int32())),
-        ("tensors", pa.list_(TENSOR_TYPE)),
-        ("thumbnail", pa.binary()),
+        *SAMPLE_FIELDS,
     ]
 )
+PIXEL_SCHEMA = pa.schema([("tensors", pa.list_(TENSOR_TYPE))])
 INDEX_SCHEMA = pa.schema(
     [
         ("split", pa.string()),
         ("shard", pa.string()),
         ("row", pa.int32()),
+        ("source", pa.int32()),
         ("sample_id", pa.string()),
         ("group_id", pa.string()),
+        ("images_id", pa.string()),
         ("origin", pa.string()),
         ("length", pa.int32()),
         ("num_labelled", pa.int32()),
+        ("num_media", pa.int32()),
         ("num_images", pa.int32()),
+        ("num_pixel_bytes", pa.int64()),
+        ("truncated", pa.bool_()),
     ]
 )
 
+PixelDecoder = Callable[[Sequence[bytes]], dict[str, np.ndarray]]
+"""Encoded images of a sample -> its pixel tensors (`collate.pixels.PixelMaker.decode`)."""
+
 
 def encoded_to_row(encoded: Encoded) -> dict[str, Any]:
-    """The columns of `ROW_SCHEMA` that hold an encoded sample."""
+    """The columns of `ROW_SCHEMA` that hold tokens, spans and small tensors."""
     return {
         "input_ids": encoded.input_ids.astype(np.int32).tobytes(),
         "spans": [bound for span in encoded.spans for bound in span],
-        "tensors": [tensor_entry(name, array) for name, array in sorted(encoded.tensors.items())],
+        "tensors": tensor_entries(encoded.tensors),
     }
 
 
-def tensor_entry(name: str, array: np.ndarray) -> dict[str, Any]:
-    """A named array as a value of `TENSOR_TYPE`."""
+def tensor_entries(tensors: dict[str, np.ndarray]) -> list[dict[str, Any]]:
+    """Named arrays as a list of `TENSOR_TYPE`."""
+    return [
+        {
+            "name": name,
+            "dtype": array.dtype.str,
+            "shape": list(array.shape),
+            "data": np.ascontiguousarray(array).tobytes(),
+        }
+        for name, array in sorted(tensors.items())
+    ]
+
+
+def tensors_at(column: Any, place: int) -> dict[str, np.ndarray]:
+    """The arrays at a place of a `list<TENSOR_TYPE>` array: read-only views, nothing copied."""
+    entries = column[place].values
+    if entries is None:
+        return {}
+    names, shapes = entries.field("name").to_pylist(), entries.field("shape").to_pylist()
+    dtypes, data = entries.field("dtype").to_pylist(), entries.field("data")
     return {
-        "name": name,
-        "dtype": array.dtype.str,
-        "shape": list(array.shape),
-        "data": np.ascontiguousarray(array).tobytes(),
+        name: np.frombuffer(data[number].as_buffer(), dtype=dtypes[number]).reshape(shapes[number])
+        for number, name in enumerate(names)
     }
 
 
-def array_of(entries: Any, place: int) -> np.ndarray:
-    """The array at a place of a struct array of `TENSOR_TYPE`: a read-only view, nothing copied."""
-    data = entries.field("data")[place].as_buffer()
-    array = np.frombuffer(data, dtype=np.dtype(entries.field("dtype")[place].as_py()))
-    return array.reshape(entries.field("shape")[place].as_py())
+def sample_at(batch: Any, place: int) -> Encoded:
+    """The sample at a place of a record batch with `SAMPLE_FIELDS`, without pixels."""
+    spans = batch.column("spans")[place].as_py()
+    return Encoded(
+        input_ids=np.frombuffer(batch.column("input_ids")[place].as_buffer(), dtype=np.int32),
+        spans=list(zip(spans[::2], spans[1::2], strict=True)),
+        tensors=tensors_at(batch.column("tensors"), place),
+    )
 
 
 class RowWriter:
-    """An Arrow IPC file of `ROW_SCHEMA` that grows by a record batch at a time."""
+    """An Arrow IPC file that grows by a record batch at a time."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, schema: pa.Schema = ROW_SCHEMA) -> None:
         self.num_rows = 0
+        self._schema = schema
         self._sink = pa.OSFile(str(file), "wb")
-        self._writer = pa.ipc.new_file(self._sink, ROW_SCHEMA)
+        self._writer = pa.ipc.new_file(self._sink, schema)
         self._pending: list[dict[str, Any]] = []
 
     def __enter__(self) -> RowWriter:
@@ -100,7 +140,7 @@ class RowWriter:
         self._sink.close()
 
     def add(self, row: dict[str, Any]) -> None:
-        """Append a row with the columns of `ROW_SCHEMA`."""
+        """Append a row with the columns of the schema."""
         self._pending.append(row)
         self.num_rows += 1
         if len(self._pending) == ROWS_PER_BATCH:
@@ -108,7 +148,7 @@ class RowWriter:
 
     def _flush(self) -> None:
         if self._pending:
-            batch = pa.RecordBatch.from_pylist(self._pending, schema=ROW_SCHEMA)
+            batch = pa.RecordBatch.from_pylist(self._pending, schema=self._schema)
             self._writer.write_batch(batch)
             self._pending = []
 
@@ -122,37 +162,67 @@ class PreparedSplit:
         Folder of the prepared shards.
     index
         Rows of `INDEX_SCHEMA`, all of this split.
+    decode
+        Makes pixels where the store has none.
     """
 
-    def __init__(self, store: Path, index: pa.Table) -> None:
-        self._store = store
-        self._files: dict[str, Any] = {}
-        self._shards = index["shard"].to_pylist()
+    def __init__(self, store: Path, index: pa.Table, decode: PixelDecoder | None = None) -> None:
+        self._store, self._index, self._decode = store, index, decode
+        shards = index["shard"].combine_chunks().dictionary_encode()
+        self._shards: list[str] = shards.dictionary.to_pylist()
+        self._shard_numbers = shards.indices.to_numpy(zero_copy_only=False)
         self._rows = index["row"].to_numpy()
+        self._files: dict[tuple[str, str], Any] = {}
         self.split: str = index["split"][0].as_py() if len(index) else ""
-        self.sample_ids: list[str] = index["sample_id"].to_pylist()
-        self.group_ids: list[str] = index["group_id"].to_pylist()
         self.lengths = index["length"].to_numpy()
         self.num_labelled = index["num_labelled"].to_numpy()
+        self.sources = index["source"].to_numpy()
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Memory maps do not travel: each process opens its own."""
-        return {**self.__dict__, "_files": {}}
+    @cached_property
+    def sample_ids(self) -> list[str]:
+        """The id of each row."""
+        ids: list[str] = self._index["sample_id"].to_pylist()
+        return ids
+
+    @cached_property
+    def group_ids(self) -> list[str]:
+        """The group of each row."""
+        ids: list[str] = self._index["group_id"].to_pylist()
+        return ids
 
     def encoded(self, number: int) -> Encoded:
-        """The encoded sample of a row; arrays are views of the memory map (read-only)."""
+        """The encoded sample of a row; what is stored comes as views of the memory map.
+
+        Raises
+        ------
+        DataError
+            If its pixels are not stored and there is no `decode`.
+        """
         batch, place = self._locate(number)
-        spans = batch.column("spans")[place].as_py()
-        tensors = batch.column("tensors")[place].values
-        names = tensors.field("name").to_pylist()
-        return Encoded(
-            input_ids=np.frombuffer(batch.column("input_ids")[place].as_buffer(), dtype=np.int32),
-            spans=list(zip(spans[::2], spans[1::2], strict=True)),
-            tensors={name: array_of(tensors, place) for place, name in enumerate(names)},
-        )
+        sample = sample_at(batch, place)
+        pixels = self._pixels(number)
+        if pixels is None:
+            images = batch.column("images")[place].as_py()
+            if images and self._decode is None:
+                raise DataError(f"{self._store}: the pixels of {self.split} are not stored")
+            pixels = self._decode(images) if images and self._decode else {}
+        return Encoded(sample.input_ids, sample.spans, {**sample.tensors, **pixels})
+
+    def tokens(self, number: int) -> Encoded:
+        """The encoded sample of a row without its pixels."""
+        return sample_at(*self._locate(number))
+
+    def samples(self, rows: Sequence[int]) -> pa.Table:
+        """`SAMPLE_FIELDS` of some rows, in their order: what `streaming` sends to the workers."""
+        names = [name for name, _ in SAMPLE_FIELDS]
+        pieces = []
+        for number in rows:
+            batch, place = self._locate(number)
+            pieces.append(batch.select(names).slice(place, 1))
+        return pa.Table.from_batches(pieces, schema=pa.schema(SAMPLE_FIELDS))
 
     def text(self, number: int, column: str) -> str:
         """`prompt` or `reference` of a row."""
@@ -160,19 +230,11 @@ class PreparedSplit:
         value: str = batch.column(column)[place].as_py()
         return value
 
-    def thumbnail(self, number: int) -> bytes | None:
-        """A small JPEG of the row's first image, if one was kept."""
+    def images(self, number: int) -> list[bytes]:
+        """The encoded images of a row."""
         batch, place = self._locate(number)
-        value: bytes | None = batch.column("thumbnail")[place].as_py()
-        return value
-
-    def _locate(self, number: int) -> tuple[pa.RecordBatch, int]:
-        shard = self._shards[number]
-        if shard not in self._files:
-            file = self._store / shard / f"{self.split}.arrow"
-            self._files[shard] = pa.ipc.open_file(pa.memory_map(str(file)))
-        batch, place = divmod(int(self._rows[number]), ROWS_PER_BATCH)
-        return self._files[shard].get_batch(batch), place
+        images: list[bytes] = batch.column("images")[place].as_py()
+        return images
 
     def fixed_choice(self, limit: int | None) -> list[int]:
         """At most `limit` rows in order: those whose ids hash lowest, always the same ones."""
@@ -182,8 +244,39 @@ class PreparedSplit:
         key = [hashlib.sha256(self.sample_ids[row].encode()).digest() for row in rows]
         return sorted(sorted(rows, key=lambda row: key[row])[:limit])
 
+    def _locate(self, number: int) -> tuple[pa.RecordBatch, int]:
+        return self._read(self._shards[self._shard_numbers[number]], int(self._rows[number]))
 
-def open_split(store: Path | str, index_file: Path | str, split: str) -> PreparedSplit:
+    def _pixels(self, number: int) -> dict[str, np.ndarray] | None:
+        """The stored pixels of a row; None where the shard has none."""
+        folder = pixel_folder(self._shards[self._shard_numbers[number]])
+        if (folder, self.split) not in self._files and not (self._store / folder).is_dir():
+            return None
+        batch, place = self._read(folder, int(self._rows[number]))
+        return tensors_at(batch.column("tensors"), place)
+
+    def _read(self, folder: str, row: int) -> tuple[pa.RecordBatch, int]:
+        name = (folder, self.split)
+        if name not in self._files:
+            file = self._store / folder / f"{self.split}.arrow"
+            reader = pa.ipc.open_file(pa.memory_map(str(file)))
+            # Neighbours are often asked for together, and a batch is only a view.
+            self._files[name] = lru_cache(maxsize=8)(reader.get_batch)
+        number, place = divmod(row, ROWS_PER_BATCH)
+        return self._files[name](number), place
+
+
+def pixel_folder(shard: str) -> str:
+    """The name of the folder that holds a shard's pixels."""
+    return f"{shard}.pixels"
+
+
+def open_split(
+    store: Path | str,
+    index_file: Path | str,
+    split: str,
+    decode: PixelDecoder | None = None,
+) -> PreparedSplit:
     """One split of prepared data.
 
     Raises
@@ -194,15 +287,9 @@ def open_split(store: Path | str, index_file: Path | str, split: str) -> Prepare
     if not Path(index_file).exists():
         raise DataError(f"{index_file} is gone: run `raytune-vlm prepare` again")
     table = pq.read_table(index_file, filters=[("split", "==", split)])
-    return PreparedSplit(Path(store), table)
+    return PreparedSplit(Path(store), table, decode)
 
 
 def write_index(file: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Write rows of `INDEX_SCHEMA` as Parquet."""
     pq.write_table(pa.Table.from_pylist(list(rows), schema=INDEX_SCHEMA), file)
-
-
-def read_index(file: Path) -> list[dict[str, Any]]:
-    """The rows that `write_index` wrote."""
-    rows: list[dict[str, Any]] = pq.read_table(file).to_pylist()
-    return rows

@@ -112,6 +112,7 @@ def _splits(view: SweepView) -> list[dict[str, Any]]:
 
 def _balances(entry: SplitStatistics) -> bool:
     accounted = entry.num_used + entry.num_quarantined + entry.num_dropped_over_long
+    accounted += entry.num_duplicates
     return accounted == entry.num_seen
 
 

@@ -6,7 +6,8 @@ A reader is `Reader(list_shards, read_shard)`:
   in one line, where the path is wrong.
 - `read_shard(config, shard, limits)` runs on a Ray worker. One row in, one `Sample` or one
   `Quarantined` out, streaming; a bad row never raises and never costs its neighbours. Images are
-  read but not decoded.
+  read but not decoded. It raises InfrastructureError where a remote store fails, which is no flaw
+  of the data.
 
 `max_samples` counts rows (samples and quarantined ones alike) in the order of the shards: where it
 is set, `list_shards` counts the rows and gives each shard its `limit`.
@@ -16,13 +17,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from raytune_vlm.config.data import ImageLimits
-from raytune_vlm.errors import DataError
+from raytune_vlm.errors import DataError, InfrastructureError
 from raytune_vlm.records import Quarantined, Sample
 
 PLACEHOLDER = "<image>"
@@ -44,9 +45,19 @@ class Shard:
     limit: int | None = None
     """Read at most so many rows; None: all."""
     row_groups: tuple[int, ...] | None = None
-    """Parquet: the row groups of this shard; None: not known, or not Parquet."""
+    """Parquet, Arrow: the row groups (record batches) of this shard; None: all, or neither."""
     first_row: int = 1
     """Number of the shard's first row in its file."""
+    start: int = 0
+    """JSON lines: the byte of the file at which the shard begins."""
+    end: int | None = None
+    """JSON lines: the byte after the shard's last one; None: the end of the file."""
+    digest: str = ""
+    """What the shard's content can be known by without reading it again: the hash of its byte
+    range, of what a store says of a remote file (size, time, tag), of a user's module with the
+    state of the files; empty: only the file's own size and time can tell."""
+    details: str = ""
+    """LLaMA-Factory: the entry of `dataset_info.json`, as JSON."""
     members: tuple[str, ...] = ()
     """SROIE: the stems of the receipts of this shard."""
 
@@ -64,23 +75,37 @@ class RowError(DataError):
 
 
 def number_shards(
-    shards: Sequence[Shard], max_samples: int | None, count: Callable[[Shard, int], int]
+    shards: Iterable[Shard], max_samples: int | None, count: Callable[[Shard, int], int]
 ) -> list[Shard]:
     """The shards with their index, and with their `limit` where `max_samples` is set.
 
-    `count(shard, at_most)` gives the number of rows of a shard, as far as `at_most`.
+    `count(shard, at_most)` gives the number of rows of a shard, as far as `at_most`; shards beyond
+    `max_samples` are not asked for.
     """
     if max_samples is None:
         return [replace(shard, index=index) for index, shard in enumerate(shards)]
     left = max_samples
     kept: list[Shard] = []
     for shard in shards:
-        if left <= 0:
-            break
         rows = min(count(shard, left), left)
         kept.append(replace(shard, index=len(kept), limit=rows))
         left -= rows
+        if left <= 0:
+            break
     return kept
+
+
+def attempt(origin: str, split: str, make: Callable[[], Sample]) -> Sample | Quarantined:
+    """What `make` returns, or what it raises, quarantined: no row costs its neighbours."""
+    try:
+        return make()
+    except RowError as error:
+        return Quarantined(origin, error.message, split)
+    except InfrastructureError:
+        raise
+    except Exception as error:  # rows come from others
+        reason = f"unexpected {type(error).__name__}: {shorten(error, 160)}"
+        return Quarantined(origin, reason, split)
 
 
 def text_parts(text: str) -> list[dict[str, Any]]:

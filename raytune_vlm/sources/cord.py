@@ -1,12 +1,14 @@
 """`cord`: documents in the layout of CORD-v2 and Donut.
 
 The ground truth is a JSON text (or an object) with `gt_parse`, one parse of the document, or
-`gt_parses`, several: then the first is the target (Donut draws one at random; here a sample stays
-the same from run to run). The target is written as tags, see `raytune_vlm.json_tokens`.
+`gt_parses`, several: then the first is the target, or with `choice: seeded` one that `seed` and the
+parses themselves decide (Donut draws one anew each time; here a sample stays the same from run to
+run, and wherever its row stands). The target is written as tags, see `raytune_vlm.json_tokens`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from functools import partial
@@ -30,14 +32,15 @@ def read_shard(
 
 
 def _convert(config: CordSource, row: Row) -> Sample:
-    parse = _parse_of(row.column(config.ground_truth_column), config.ground_truth_column)
+    parse = _parse_of(row.column(config.ground_truth_column), config)
     row.column(config.image_column)
     answer = json2token(parse, sort_keys=config.sort_keys)
     return row.sample(question(config.instruction, answer), row.images(config.image_column))
 
 
-def _parse_of(truth: Any, column: str) -> Any:
+def _parse_of(truth: Any, config: CordSource) -> Any:
     """The parse that is the target; raises RowError where there is none."""
+    column = config.ground_truth_column
     if isinstance(truth, str):
         try:
             truth = json.loads(truth)
@@ -49,12 +52,20 @@ def _parse_of(truth: Any, column: str) -> Any:
     parse = truth.get("gt_parse")
     if parse is None:
         parses = truth.get("gt_parses")
-        parse = parses[0] if isinstance(parses, list) and parses else None
+        parse = _chosen(parses, config) if isinstance(parses, list) and parses else None
     if parse is None:
         raise RowError(f"{column} has no gt_parse or gt_parses{did_you_mean('gt_parse', truth)}")
     if not isinstance(parse, dict | list) or not parse:
         raise RowError(f"{column}: the parse must be a non-empty object")
     return parse
+
+
+def _chosen(parses: list[Any], config: CordSource) -> Any:
+    if config.choice == "first":
+        return parses[0]
+    content = json.dumps([config.seed, parses], ensure_ascii=True, sort_keys=True).encode()
+    number = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")
+    return parses[number % len(parses)]
 
 
 READER = Reader(list_table_shards, read_shard)

@@ -12,36 +12,48 @@ Rows come from others, so an absolute path or a link that leaves both is refused
 from __future__ import annotations
 
 import glob
+import os
 import posixpath
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
-from typing import IO, Any
-
-import fsspec  # type: ignore[import-untyped]
+from typing import IO
 
 from raytune_vlm.errors import DataError, did_you_mean
 from raytune_vlm.sources.base import RowError, Shard, shorten
+from raytune_vlm.sources.remote import find_remote, is_remote, open_remote
 
-REMOTE_SCHEMES = frozenset({"abfs", "abfss", "az", "gcs", "gs", "hf", "memory", "s3"})
-"""URL schemes that a source may have with `data.allow_network` (`memory`: fsspec's, for tests)."""
-
-
-def is_remote(path: str) -> bool:
-    """Whether this is a URL."""
-    return "://" in path
+_NOTED: ContextVar[dict[str, tuple[int, ...]] | None] = ContextVar("noted", default=None)
 
 
-def find_files(
-    path: str, root: Path, allow_network: bool, suffixes: Sequence[str]
-) -> list[tuple[str, str, tuple[str, ...]]]:
-    """The files of a source, sorted: `(path, path as shown, folders of its images)` each.
+@contextmanager
+def noted_images() -> Iterator[dict[str, tuple[int, ...]]]:
+    """While the block runs, which local image files were read: path -> (size, mtime_ns).
+
+    For whoever iterates over `read_shard` and wants to know later whether a picture has changed.
+    Files that were looked for and not found are noted too, as `()`: they may come. Only what is
+    read in the thread (the context) of the block is noted.
+    """
+    noted: dict[str, tuple[int, ...]] = {}
+    token = _NOTED.set(noted)
+    try:
+        yield noted
+    finally:
+        _NOTED.reset(token)
+
+
+def find_files(path: str, root: Path, allow_network: bool, suffixes: Sequence[str]) -> list[Shard]:
+    """The files of a source, sorted, as a shard each; `suffixes` may be empty: any.
 
     Raises DataError where the path does not exist, matches nothing, leaves its folder, has none of
     the suffixes, or is a URL without `allow_network`.
     """
     if is_remote(path):
-        urls = _find_remote(path, allow_network, suffixes)
-        return [(url, url, (posixpath.dirname(url),)) for url in urls]
+        return [
+            Shard(url, 0, url, (posixpath.dirname(url),), digest=state)
+            for url, state in find_remote(path, allow_network, suffixes)
+        ]
     top = resolve_root(root)
     base = Path(path).expanduser()
     target = base if base.is_absolute() else top / base
@@ -62,27 +74,33 @@ def find_files(
         anchor, found = _match(target, suffixes)
     else:
         raise DataError(_not_found(target, top))
-    files = []
+    shards = []
     for file in found:
         if file != target:
             _check_inside(file, anchor if base.is_absolute() else file, top, base.is_absolute())
         folders = tuple(dict.fromkeys((str(file.resolve().parent), str(file.parent), str(top))))
-        files.append((str(file), show(file, top), folders))
-    return files
+        shards.append(Shard(str(file), 0, show(file, top), folders))
+    return shards
 
 
 def find_folder(path: str, root: Path) -> Path:
     """The folder of a source that is one; raises DataError as `find_files` does."""
+    target = find_path(path, root)
+    if not target.is_dir():
+        raise DataError(f"source {target} is not a folder")
+    return target
+
+
+def find_path(path: str, root: Path) -> Path:
+    """A file or folder that is taken whole; raises DataError as `find_files` does."""
     if is_remote(path):
-        raise DataError(f"source {path}: this type reads local folders only")
+        raise DataError(f"source {path}: this type reads local files only")
     top = resolve_root(root)
     base = Path(path).expanduser()
     target = base if base.is_absolute() else top / base
     if not target.exists():
         raise DataError(_not_found(target, top))
     _check_inside(target, target, top, absolute=base.is_absolute())
-    if not target.is_dir():
-        raise DataError(f"source {target} is not a folder")
     return target
 
 
@@ -101,10 +119,7 @@ def show(file: Path, top: Path) -> str:
 
 def open_binary(path: str) -> IO[bytes]:
     """Open a local file or a URL for reading; raises OSError."""
-    if is_remote(path):
-        stream: IO[bytes] = fsspec.open(path, "rb").open()
-        return stream
-    return Path(path).open("rb")
+    return open_remote(path) if is_remote(path) else Path(path).open("rb")
 
 
 def read_image(name: str, shard: Shard, max_bytes: int) -> bytes:
@@ -117,6 +132,7 @@ def read_image(name: str, shard: Shard, max_bytes: int) -> bytes:
     if is_remote(shard.path):
         return _read_remote_image(name, shard, max_bytes)
     outside = False
+    missing: dict[str, tuple[int, ...]] = {}
     for folder in shard.folders:
         try:
             file = (Path(folder) / name).resolve()
@@ -125,8 +141,12 @@ def read_image(name: str, shard: Shard, max_bytes: int) -> bytes:
                 continue
             if file.is_file():
                 return _read_at_most(str(file), max_bytes)
+            missing[str(file)] = ()
         except (OSError, ValueError, RuntimeError) as error:  # name too long, NUL, loop of links
             raise RowError(f"image cannot be read: {shorten(name)} ({error})") from error
+    noted = _NOTED.get()
+    if noted is not None:
+        noted.update(missing)
     if outside:
         raise RowError(f"image is outside the source's folder and data.root: {shorten(name)}")
     raise RowError(f"image not found: {shorten(name)}")
@@ -141,20 +161,22 @@ def _read_remote_image(name: str, shard: Shard, max_bytes: int) -> bytes:
         return _read_at_most(f"{folder}/{relative}", max_bytes)
     except FileNotFoundError as error:
         raise RowError(f"image not found: {shorten(name)}") from error
-    except Exception as error:  # each file system raises its own
-        raise RowError(f"image cannot be read: {shorten(name)} ({shorten(error)})") from error
 
 
 def _read_at_most(path: str, max_bytes: int) -> bytes:
     with open_binary(path) as stream:
         data = stream.read(max_bytes + 1)
+        noted = _NOTED.get()
+        if noted is not None and not is_remote(path):
+            state = os.fstat(stream.fileno())
+            noted[path] = (state.st_size, state.st_mtime_ns)
     if len(data) > max_bytes:
         raise RowError(f"the image has more than {max_bytes} bytes: {shorten(path)}")
     return data
 
 
 def _has_suffix(name: str, suffixes: Sequence[str]) -> bool:
-    return name.lower().endswith(tuple(suffixes))
+    return not suffixes or name.lower().endswith(tuple(suffixes))
 
 
 def _in_folder(folder: Path, suffixes: Sequence[str]) -> list[Path]:
@@ -199,30 +221,3 @@ def _not_found(target: Path, top: Path) -> str:
         f"source path not found: {target}: no '{missing.name}' in {parent}"
         f"{did_you_mean(missing.name, names)}; relative paths start from data.root, {top}"
     )
-
-
-def _find_remote(url: str, allow_network: bool, suffixes: Sequence[str]) -> list[str]:
-    scheme = url.split("://", 1)[0]
-    if scheme not in REMOTE_SCHEMES or "::" in url:
-        raise DataError(
-            f"source {url}: unknown scheme '{scheme}://'{did_you_mean(scheme, REMOTE_SCHEMES)}"
-        )
-    if not allow_network:
-        raise DataError(f"source {url} needs the network: set data.allow_network: true")
-    try:
-        system: Any
-        system, path = fsspec.core.url_to_fs(url)
-        if glob.has_magic(path):
-            names = system.glob(path)
-        elif system.isdir(path):
-            names = system.ls(path, detail=False)
-        else:
-            names = [path] if system.isfile(path) else []
-    except Exception as error:  # a missing driver, credentials, the network
-        raise DataError(f"source {url} cannot be listed: {shorten(error, 200)}") from error
-    found = sorted(name for name in names if _has_suffix(name, suffixes))
-    if not found:
-        raise DataError(
-            f"source {url}: nothing found with a supported suffix ({', '.join(suffixes)})"
-        )
-    return [str(system.unstrip_protocol(name)) for name in found]

@@ -20,7 +20,7 @@ from raytune_vlm.sources.base import Reader, RowError, Shard, shorten, text_part
 from raytune_vlm.sources.rows import Row, list_table_shards, read_table
 
 _IMAGE_KEYS = ("image", "image_url", "url")
-_FROM_COLUMN = object()
+FROM_COLUMN = object()
 """Stands for an image that the images column holds."""
 
 
@@ -29,23 +29,30 @@ def read_shard(
 ) -> Iterator[Sample | Quarantined]:
     """The conversations of a shard."""
     columns = (config.messages_column, config.images_column)
-    return read_table(config, shard, limits, columns, partial(_convert, config))
+    return read_table(config, shard, limits, columns, partial(convert, config))
 
 
-def _convert(config: MessagesSource, row: Row) -> Sample:
-    turns = row.column(config.messages_column)
-    if not isinstance(turns, list):
-        kind = type(turns).__name__
-        raise RowError(f"column '{config.messages_column}' must be a list, not {kind}")
+def convert(config: MessagesSource, row: Row) -> Sample:
+    """A row as a sample; raises RowError."""
+    messages, images = parse_turns(row.turns(config.messages_column))
+    return row.sample(messages, with_column(images, row, config.images_column))
+
+
+def parse_turns(turns: list[Any]) -> tuple[list[dict[str, Any]], list[Any]]:
+    """Turns with typed parts, and their images in order: each its value, or `FROM_COLUMN`."""
     images: list[Any] = []
-    messages = [_turn(number, turn, images) for number, turn in enumerate(turns, 1)]
-    row.check_images(sum(image is _FROM_COLUMN for image in images), config.images_column)
-    column = iter(row.images(config.images_column))
-    return row.sample(messages, [next(column) if i is _FROM_COLUMN else i for i in images])
+    return [_turn(number, turn, images) for number, turn in enumerate(turns, 1)], images
+
+
+def with_column(images: list[Any], row: Row, name: str) -> list[Any]:
+    """The images with those of the column in their places; raises RowError unless they fit."""
+    row.check_images(sum(image is FROM_COLUMN for image in images), name)
+    column = iter(row.images(name))
+    return [next(column) if image is FROM_COLUMN else image for image in images]
 
 
 def _turn(number: int, turn: Any, images: list[Any]) -> dict[str, Any]:
-    """A turn with typed parts; appends each image of it, or `_FROM_COLUMN`, to `images`."""
+    """A turn with typed parts; appends each image of it, or `FROM_COLUMN`, to `images`."""
     if not isinstance(turn, dict):
         raise RowError(f"turn {number} must be an object, not {type(turn).__name__}")
     role, content = turn.get("role"), turn.get("content")
@@ -55,7 +62,7 @@ def _turn(number: int, turn: Any, images: list[Any]) -> dict[str, Any]:
         raise RowError(f"turn {number} has tool calls, which are not supported")
     if isinstance(content, str):
         parts = text_parts(content)
-        images.extend(_FROM_COLUMN for part in parts if part["type"] == "image")
+        images.extend(FROM_COLUMN for part in parts if part["type"] == "image")
     elif isinstance(content, list):
         parts = [_part(number, part, images) for part in content]
     else:
@@ -83,11 +90,11 @@ def _part(number: int, part: Any, images: list[Any]) -> dict[str, Any]:
         raise RowError(f"turn {number}: an image part names {len(given)} images")
     if not given and kind == "image_url":
         raise RowError(f"turn {number}: an 'image_url' part without its image_url")
-    image = given[0] if given else _FROM_COLUMN
+    image = given[0] if given else FROM_COLUMN
     if isinstance(image, dict) and "url" in image:
         image = image["url"]
-    expected = sum(earlier is _FROM_COLUMN for earlier in images)
-    if image is _FROM_COLUMN and part.get("index") not in (None, expected):
+    expected = sum(earlier is FROM_COLUMN for earlier in images)
+    if image is FROM_COLUMN and part.get("index") not in (None, expected):
         raise RowError(f"turn {number}: image index {part['index']} where {expected} is expected")
     images.append(image)
     return {"type": "image"}

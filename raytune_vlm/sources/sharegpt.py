@@ -36,14 +36,12 @@ def read_shard(
 ) -> Iterator[Sample | Quarantined]:
     """The conversations of a shard."""
     columns = (config.conversations_column, config.images_column, SYSTEM_COLUMN)
-    return read_table(config, shard, limits, columns, partial(_convert, config))
+    return read_table(config, shard, limits, columns, partial(convert, config))
 
 
-def _convert(config: ShareGptSource, row: Row) -> Sample:
-    turns = row.column(config.conversations_column)
-    if not isinstance(turns, list):
-        kind = type(turns).__name__
-        raise RowError(f"column '{config.conversations_column}' must be a list, not {kind}")
+def convert(config: ShareGptSource, row: Row) -> Sample:
+    """A row as a sample; raises RowError."""
+    turns = row.turns(config.conversations_column)
     messages = [_turn(number, turn) for number, turn in enumerate(turns, 1)]
     system = row.raw.values.get(SYSTEM_COLUMN)
     if system:

@@ -16,6 +16,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from raytune_vlm.sources.base import (
     Reader,
     RowError,
     Shard,
+    attempt,
     make_sample,
     number_shards,
     question,
@@ -122,27 +124,20 @@ def _read_receipts(
             if isinstance(scan, str):
                 yield Quarantined(origin, scan, config.split)
             else:
-                yield _cut_out(config, scan, line, stem, origin)
+                make = partial(_cut_out, config, scan, line, stem, origin)
+                yield attempt(origin, config.split, make)
 
 
-def _cut_out(
-    config: SroieSource, scan: Image.Image, line: _Line, stem: str, origin: str
-) -> Sample | Quarantined:
-    try:
-        crop = scan.crop(crop_box(line.box, scan.size, config.margin))
-        if config.canvas is not None:
-            crop = on_canvas(crop, *config.canvas)
-        return make_sample(
-            origin=origin,
-            messages=question(config.instruction, line.text),
-            images=[encode_png(crop)],
-            group_id=stem,
-        )
-    except RowError as error:
-        return Quarantined(origin, error.message, config.split)
-    except Exception as error:  # one line never costs its neighbours
-        reason = f"unexpected {type(error).__name__}: {shorten(error, 160)}"
-        return Quarantined(origin, reason, config.split)
+def _cut_out(config: SroieSource, scan: Image.Image, line: _Line, stem: str, origin: str) -> Sample:
+    crop = scan.crop(crop_box(line.box, scan.size, config.margin))
+    if config.canvas is not None:
+        crop = on_canvas(crop, *config.canvas)
+    return make_sample(
+        origin=origin,
+        messages=question(config.instruction, line.text),
+        images=[encode_png(crop)],
+        group_id=stem,
+    )
 
 
 def crop_box(

@@ -10,7 +10,6 @@ from typing import Any
 
 from raytune_vlm.config.experiment import ExperimentConfig
 from raytune_vlm.errors import ConfigError
-from raytune_vlm.prepare.feed import STREAM_CPUS
 
 SPARE_CPUS = 1
 """Logical CPUs declared beyond the machine's own on a local run: for proxies and data tasks."""
@@ -72,13 +71,11 @@ def _check_resources(experiment: ExperimentConfig, there: dict[str, float]) -> N
     train = experiment.train
     workers = experiment.sweep.num_executors * train.num_workers
     light = PROXY_CPUS * experiment.sweep.num_executors
-    if experiment.data.consumption == "streaming":
-        light += STREAM_CPUS * workers
     asked = {"CPU": workers * train.cpus_per_worker + light, "GPU": workers * train.gpus_per_worker}
     for kind, amount in asked.items():
         if amount > there.get(kind, 0):
             raise ConfigError(
                 f"sweep.num_executors x train.num_workers = {workers} workers ask for "
-                f"{amount:g} {kind} (proxies and data tasks included), but the cluster has "
+                f"{amount:g} {kind} (proxies included), but the cluster has "
                 f"{there.get(kind, 0):g}; lower sweep.num_executors"
             )

@@ -19,6 +19,7 @@ from raytune_vlm.config.loader import render
 from raytune_vlm.errors import EvaluationError
 from raytune_vlm.evaluate.scoring import read_matrix
 from raytune_vlm.evaluate.statistics import corrected_winner, indistinguishable, paired_test
+from raytune_vlm.images import thumbnail
 from raytune_vlm.models.loading import load_processor
 from raytune_vlm.records import (
     PairedTest,
@@ -33,6 +34,9 @@ from raytune_vlm.report.model_card import model_card
 from raytune_vlm.sweep.jobs import Job
 from raytune_vlm.sweep.ledger import TrialState
 from raytune_vlm.sweep.runner import Scoring, Session, evaluate
+
+THUMBNAIL_SIDE = 320
+"""Longest side, in pixels, of the pictures that the report shows."""
 
 GALLERY_SIZE = 256
 """Pictures of `report` samples kept beside the report."""
@@ -254,8 +258,10 @@ def _write_gallery(running: Session) -> None:
     folder = running.folder.gallery
     folder.mkdir(parents=True, exist_ok=True)
     for row in rows[:GALLERY_SIZE]:
-        picture = split.thumbnail(row)
-        if picture is not None:
+        images = split.images(row)
+        if images:
+            limits = running.experiment.data.image_limits
+            picture = thumbnail(images[0], limits, THUMBNAIL_SIDE)
             (folder / f"{split.sample_ids[row]}.jpg").write_bytes(picture)
 
 

@@ -176,9 +176,8 @@ def session(
         name="",
         experiment=experiment,
         folder=str(folder.root),
-        store=data.manifest.store,
+        data=data.manifest,
         index_file=str(data.index_file),
-        data_digest=data.manifest.digest,
         board=board,
         scratch=tempfile.mkdtemp(prefix="raytune_vlm-"),
     )
@@ -257,15 +256,19 @@ def prepare_data(
     """Prepare the data and say what it is; see `prepare.prepare`."""
     monitor.say(f"data: {len(jobs)} shards of {len(experiment.data.sources)} sources")
     data = prepare(
-        experiment, jobs, lambda done, total: monitor.progress("data shards", done, total)
+        experiment,
+        jobs,
+        lambda step, done, total: monitor.progress(f"data: shards, {step}", done, total),
     )
     splits = ", ".join(f"{name} {entry.num_used}" for name, entry in data.manifest.splits.items())
     monitor.say(
         f"data: {splits} samples; {len(data.quarantine)} quarantined "
         f"({data.manifest.seconds:.1f} s, {data.manifest.digest})"
     )
+    monitor.say(f"data: {data.manifest.consumption}: {data.manifest.consumption_reason}")
     for pair, count in data.manifest.overlap.items():
-        monitor.say(f"data: WARNING: {count} groups stand in both {pair.replace('/', ' and ')}")
+        known, asked = pair.split("/")
+        monitor.say(f"data: WARNING: {count} samples of {asked} share group or images with {known}")
     return data
 
 

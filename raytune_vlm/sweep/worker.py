@@ -10,6 +10,7 @@ import json
 import time
 import traceback
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -24,6 +25,7 @@ from raytune_vlm.errors import (
 )
 from raytune_vlm.records import (
     BASE_TRIAL,
+    DataManifest,
     Scores,
     SweepFolder,
     TrialFolder,
@@ -53,9 +55,8 @@ class ExecutorSetup:
     name: str
     experiment: ExperimentConfig
     folder: str
-    store: str
+    data: DataManifest
     index_file: str
-    data_digest: str
     board: Any
     scratch: str
     """Where Ray Train keeps its own state; nothing of it outlives the session."""
@@ -73,6 +74,7 @@ class Worker:
         import torch
         import transformers
 
+        from raytune_vlm.collate.pixels import PixelMaker
         from raytune_vlm.models.loading import load_base
         from raytune_vlm.prepare.store import open_split
         from raytune_vlm.train.world import World
@@ -86,8 +88,14 @@ class Worker:
         self.folder = SweepFolder(setup.folder)
         self.world = World.current()
         self.base = load_base(setup.experiment.model, self.world.device)
+        maker = PixelMaker(
+            self.base.processor.image_processor,
+            self.base.family,
+            self.base.image_backend,
+            self.experiment.data.image_limits,
+        )
         self.splits = {
-            name: open_split(setup.store, setup.index_file, name)
+            name: open_split(setup.data.store, setup.index_file, name, maker.decode)
             for name in ("train", "select", "report")
         }
         limits = {
@@ -222,15 +230,16 @@ class TrialJob:
 
     def run(self) -> None:
         """Train and score until the last rung, a stop, or an error; leaves the base as it was."""
-        from raytune_vlm.train.run import Run
+        from raytune_vlm.train.run import Run, TrainingData
 
         worker = self.worker
+        data = worker.setup.data
         run = Run(
             worker.base,
             worker.splits["train"],
             self.experiment,
             worker.world,
-            data_digest=worker.setup.data_digest,
+            TrainingData(data.digest, data.store, worker.setup.index_file, data.consumption),
         )
         status, failure = "failed", None
         try:
@@ -253,12 +262,9 @@ class TrialJob:
         if folder is not None:
             run.restore(folder)
         if self.worker.world.rank == 0:
-            kept = [
-                row
-                for row in read_json_lines(self.folder.metrics_file)
-                if row["step"] <= run.steps_done
-            ]
-            write_text(self.folder.metrics_file, "".join(json.dumps(row) + "\n" for row in kept))
+            for file in (self.folder.metrics_file, *self.folder.samples.glob("*.jsonl")):
+                kept = [row for row in read_json_lines(file) if row["step"] <= run.steps_done]
+                write_text(file, "".join(json.dumps(row) + "\n" for row in kept))
 
     def _rungs(self, run: Any) -> bool:
         """Whether the last rung was reached (False: asked to stop)."""
@@ -294,6 +300,10 @@ class TrialJob:
                 ):
                     return False
                 metrics = run.step()
+                if config.log_samples:
+                    ids = self.worker.splits["train"].sample_ids
+                    row = {"step": metrics.step, "ids": [ids[row] for row in run.delivered]}
+                    _append(self.folder.samples / f"rank_{self.worker.world.rank}.jsonl", row)
                 if metrics.step % config.log_every == 0 or metrics.step in (1, rung):
                     self._log(metrics)
                 every = config.checkpoint_every
@@ -334,9 +344,7 @@ class TrialJob:
 
     def _log(self, metrics: Any) -> None:
         if self.worker.world.rank == 0:
-            self.folder.metrics_file.parent.mkdir(parents=True, exist_ok=True)
-            with self.folder.metrics_file.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(asdict(metrics)) + "\n")
+            _append(self.folder.metrics_file, asdict(metrics))
 
     def _record(self, run: Any, status: Any, failure: str | None = None) -> None:
         if self.worker.world.rank != 0:
@@ -362,3 +370,10 @@ class TrialJob:
             if self.job.attempt > 1 or not run.audit:
                 record = replace(record, audit=record.audit or earlier.audit)
         write_json(self.folder.record_file, record)
+
+
+def _append(file: Path, row: dict[str, Any]) -> None:
+    """One more line of a JSON-lines file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(row) + "\n")

@@ -15,21 +15,23 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.nn.functional import cross_entropy
 
 from raytune_vlm.collate.arrays import IGNORED
 from raytune_vlm.collate.batch import PixelTable
+from raytune_vlm.collate.pixels import PixelMaker
 from raytune_vlm.config.experiment import ExperimentConfig, digest_of
 from raytune_vlm.errors import CheckpointError, TrialDiverged, TrialInfeasible
 from raytune_vlm.models.audit import check_effects, check_gradients
 from raytune_vlm.models.loading import Base
 from raytune_vlm.models.lora import attach, trainable_by_scope
-from raytune_vlm.prepare.feed import Arrays, CachedFeed, Collation, Feed, StreamingFeed
-from raytune_vlm.prepare.plan import Plan
+from raytune_vlm.prepare.feed import Arrays, CachedFeed, Collation, Feed, MicroBatch, Part
+from raytune_vlm.prepare.plan import Plan, PlanSpec
 from raytune_vlm.prepare.store import PreparedSplit
+from raytune_vlm.prepare.stream import Augmenting, Decoding, StreamingFeed, StreamSource
 from raytune_vlm.train import checkpoint
 from raytune_vlm.train.schedule import learning_rate
 from raytune_vlm.train.world import World
@@ -58,6 +60,28 @@ class StepMetrics:
     """Unix time at the end of the step."""
 
 
+@dataclass(frozen=True)
+class TrainingData:
+    """The prepared data as a run needs to know it."""
+
+    digest: str
+    store: str = ""
+    index_file: str = ""
+    consumption: Literal["cached", "streaming"] = "cached"
+
+
+def plan_spec(experiment: ExperimentConfig) -> PlanSpec:
+    """What an experiment makes of its training samples."""
+    sources = experiment.data.sources
+    weighted = any(source.weight is not None for source in sources)
+    return PlanSpec(
+        batch_size=experiment.train.batch_size,
+        seed=experiment.seed,
+        group_by_length=experiment.train.group_by_length,
+        weights=tuple(source.weight or 0.0 for source in sources) if weighted else None,
+    )
+
+
 class Run:
     """A trial in training.
 
@@ -71,8 +95,8 @@ class Run:
         The experiment with the trial's recipe applied.
     world
         This worker's place.
-    data_digest
-        Digest of the prepared data; goes into the plan's.
+    data
+        Where the prepared data lies and how it is consumed.
     """
 
     def __init__(
@@ -81,34 +105,34 @@ class Run:
         split: PreparedSplit,
         experiment: ExperimentConfig,
         world: World,
-        *,
-        data_digest: str,
+        data: TrainingData,
     ) -> None:
         self.experiment = experiment
         self.config = experiment.train
         self.steps_done = 0
         self.audit: dict[str, Any] = {}
+        self.delivered: tuple[int, ...] = ()
+        """The rows of the samples that the feed gave this rank in the last step."""
         self._base, self._split, self._world = base, split, world
-        self._pixels = PixelTable(base.processor.image_processor, base.family, world.device)
+        self._pixels = PixelTable(
+            base.processor.image_processor, base.family, world.device, backend=base.image_backend
+        )
         self._collation = Collation(
             model_type=base.family.model_type,
             pad_token_id=base.processor.tokenizer.pad_token_id,
             micro_batch_size=self.config.micro_batch_size,
+            micro_batch_tokens=self.config.micro_batch_tokens,
             rank=world.rank,
             world_size=world.size,
         )
         self._skipped = 0
         self.model = attach(base.model, base.family, experiment.lora, seed=experiment.seed)
         self.trainable = trainable_by_scope(self.model, base.family)
-        self.plan = Plan(
-            len(split),
-            batch_size=self.config.batch_size,
-            seed=experiment.seed,
-            data_digest=data_digest,
-        )
+        spec = plan_spec(experiment)
+        self.plan = Plan(split.lengths, split.sources, spec, data_digest=data.digest)
         self._feed: Feed = CachedFeed(split, self.plan, self._collation)
-        if experiment.data.consumption == "streaming":
-            self._feed = StreamingFeed(split, self.plan, self._collation, self.config.max_steps)
+        if data.consumption == "streaming":
+            self._feed = self._streaming(spec, data)
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
         self._optimizer = torch.optim.AdamW(
             self._parameters, lr=self.config.learning_rate, weight_decay=self.config.weight_decay
@@ -119,10 +143,38 @@ class Run:
         # Dropout must not depend on how many random numbers the initialisation drew.
         torch.manual_seed(experiment.seed * 1009 + world.rank)
 
+    def _streaming(self, spec: PlanSpec, data: TrainingData) -> StreamingFeed:
+        config, base = self.experiment.data, self._base
+        changing = None
+        if config.augmentation is not None:
+            ids = self._split.sample_ids
+            changing = Augmenting(config.augmentation, self.experiment.seed, ids)
+        maker = PixelMaker(
+            base.processor.image_processor, base.family, base.image_backend, config.image_limits
+        )
+        return StreamingFeed(
+            StreamSource(data.store, data.index_file, spec, data.digest, self._collation),
+            Decoding(self._collation, maker, changing),
+            self.plan,
+            self._split.lengths,
+            max_steps=self.config.max_steps,
+            num_threads=config.decode_threads or max(1, int(self.config.cpus_per_worker)),
+            stall_timeout_s=config.stall_timeout_s,
+        )
+
     @property
     def recipe_digest(self) -> str:
         """Digest of what a checkpoint must agree with to be continued."""
-        train = self.config.model_dump(exclude={"log_every", "checkpoint_every", "num_workers"})
+        train = self.config.model_dump(
+            exclude={
+                "log_every",
+                "log_samples",
+                "checkpoint_every",
+                "num_workers",
+                "micro_batch_size",
+                "micro_batch_tokens",
+            }
+        )
         return digest_of({"lora": self.experiment.lora.model_dump(), "train": train})
 
     def step(self) -> StepMetrics:
@@ -138,7 +190,7 @@ class Run:
             At the first step, if the adapter does not train or has no effect.
         """
         began = time.monotonic()
-        rows = self.plan.step(self.steps_done)
+        rows = self.plan.rows(self.steps_done)
         labelled = int(self._split.num_labelled[rows].sum())
         rate = learning_rate(self.config, self.steps_done)
         for group in self._optimizer.param_groups:
@@ -146,6 +198,9 @@ class Run:
         self.model.train()
         try:
             micro_batches = self._feed.step(self.steps_done)
+            self.delivered = tuple(
+                row for entry in micro_batches if entry.counts for row in entry.rows
+            )
             loss = self._backward(micro_batches, labelled)
         except torch.OutOfMemoryError as error:
             raise TrialInfeasible(
@@ -163,8 +218,11 @@ class Run:
         self._optimizer.zero_grad(set_to_none=True)
         self.steps_done += 1
         if first and finite:
-            few = self._collation.collate(self._split, rows[:2])
-            self.audit.update(check_effects(self.model, self._on_device(few)[0]))
+            few = tuple(int(row) for row in rows[:2])
+            batch = self._collation.collate(
+                Part(few, (0,) * len(few)), [self._split.encoded(row) for row in few]
+            )
+            self.audit.update(check_effects(self.model, self._on_device(batch.arrays)[0]))
         return StepMetrics(
             step=self.steps_done,
             loss=loss,
@@ -177,12 +235,12 @@ class Run:
             time=time.time(),
         )
 
-    def _backward(self, micro_batches: list[Arrays], labelled: int) -> float:
+    def _backward(self, micro_batches: list[MicroBatch], labelled: int) -> float:
         """Accumulate gradients of the global batch's loss; returns that loss, on every rank."""
         total = torch.zeros((), device=self._world.device)
-        for number, arrays in enumerate(micro_batches):
+        for number, micro_batch in enumerate(micro_batches):
             last = number == len(micro_batches) - 1
-            batch, labels = self._on_device(arrays)
+            batch, labels = self._on_device(micro_batch.arrays)
             local = self._world.size == 1 or last
             with contextlib.nullcontext() if local else self._forward.no_sync():
                 logits = self._forward(**batch).logits
