@@ -63,9 +63,10 @@ def validate(experiment: Path, overrides: tuple[str, ...], show: bool) -> None:
 
 def _check_sources(experiment: ExperimentConfig) -> None:
     from raytune_vlm.sources import SOURCES
+    from raytune_vlm.sources.remote import is_remote
 
     for source in experiment.data.sources:
-        if not source.path.startswith(("hf://", "s3://", "gs://")):
+        if not is_remote(source.path):
             SOURCES[source.type].list_shards(source, Path(experiment.data.root), False)
 
 

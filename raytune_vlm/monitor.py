@@ -39,6 +39,8 @@ class Monitor:
         self._spoke = 0.0
         self._bars: Progress | None = None
         self._tasks: dict[str, Any] = {}
+        self._first: dict[str, tuple[float, int]] = {}
+        """When a stage was first heard of, and how far it was then."""
 
     def __enter__(self) -> Monitor:
         if self.console.is_terminal:
@@ -65,7 +67,12 @@ class Monitor:
         self.console.print(f"[{duration(time.monotonic() - self._began)}] {message}", markup=False)
 
     def progress(self, name: str, done: int, total: int, detail: str = "") -> None:
-        """Where a stage stands; on a terminal a bar, in a log a line every ten seconds."""
+        """Where a stage stands; on a terminal a bar, in a log a line every ten seconds.
+
+        Both say how long the rest will take at the pace so far.
+        """
+        left = self._time_left(name, done, total)
+        detail = f"{detail} {left}".strip()
         if self._bars is None:
             if time.monotonic() - self._spoke >= QUIET_S:
                 self.say(f"{name}: {done}/{total} {detail}".rstrip())
@@ -75,6 +82,15 @@ class Monitor:
         self._bars.update(self._tasks[name], completed=done, total=total, detail=detail)
         if done >= total:
             self._bars.remove_task(self._tasks.pop(name))
+
+    def _time_left(self, name: str, done: int, total: int) -> str:
+        began, before = self._first.setdefault(name, (time.monotonic(), done))
+        if done >= total:
+            del self._first[name]
+        if done <= before or done >= total:
+            return ""
+        pace = (time.monotonic() - began) / (done - before)
+        return f"{duration(pace * (total - done))} left"
 
     def table(self, title: str, columns: list[str], rows: list[list[str]]) -> None:
         """A table on the console."""

@@ -102,9 +102,9 @@ class DataManifest:
     overlap: dict[str, int]
     """`"train/report"` -> samples of the second split whose group or images stand in the first."""
     seconds: float = 0.0
-    consumption: Literal["cached", "streaming"] = "cached"
-    """How batches reach the workers, resolved."""
-    consumption_reason: str = ""
+    tier: Literal["pixels", "encoded"] = "pixels"
+    """What the store holds of the images."""
+    tier_reason: str = ""
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> DataManifest:

@@ -86,6 +86,7 @@ def tiny_split(
                         "source": 0,
                         "images_id": "",
                         "num_media": 0,
+                        "num_bytes": 100,
                         "num_pixel_bytes": 0,
                         "truncated": False,
                         "sample_id": f"s{number}",
@@ -125,7 +126,9 @@ def write_experiment(
 ) -> Callable[..., tuple[Path, Path]]:
     """Write data and a sweep of three short trials; returns the file and the sweep folder."""
 
-    def write(name: str = "small", **sections: object) -> tuple[Path, Path]:
+    def write(
+        name: str = "small", data_extra: dict[str, object] | None = None, **sections: object
+    ) -> tuple[Path, Path]:
         data = tmp_path / "data"
         if not data.exists():
             write_data(data)
@@ -139,6 +142,7 @@ def write_experiment(
                     {"type": "messages", "path": f"{split}.jsonl", "split": split}
                     for split in ("train", "select", "report")
                 ],
+                **(data_extra or {}),
             },
             "train": {"max_steps": 12, "warmup_steps": 2, "batch_size": 6, "micro_batch_size": 4},
             "evaluation": {

@@ -19,6 +19,7 @@ import pytest
 import yaml
 from click.testing import CliRunner, Result
 from made import cli_command, cli_environment, picture, run_cli, turn, write_data
+from PIL import Image
 from rich.console import Console
 from test_cli import PROBE, refused
 
@@ -26,14 +27,13 @@ from raytune_vlm.cli import cli
 from raytune_vlm.config.model import ModelConfig
 from raytune_vlm.inspection import columns, page, terminal
 from raytune_vlm.inspection.lengths import bars, histogram, padding_waste, spread
-from raytune_vlm.inspection.pictures import given_images, unpatchify
+from raytune_vlm.inspection.pictures import given_images
 from raytune_vlm.inspection.rows import open_encoder
 from raytune_vlm.inspection.sample_view import SampleView, view_of
 from raytune_vlm.inspection.tally import normalised
 from raytune_vlm.inspection.target import resolve_target
-from raytune_vlm.inspection.text import middle_out, visible
+from raytune_vlm.inspection.text import TIMES, middle_out, visible
 from raytune_vlm.inspection.tokens import count_image_tokens, pieces_of
-from raytune_vlm.models.loading import load_processor
 from raytune_vlm.sources import SOURCES
 from raytune_vlm.sources.containers import CONTAINERS
 
@@ -317,21 +317,15 @@ def test_images_are_shown_as_the_model_gets_them(family, size, tokens, encoder_o
         assert np.abs(expected - entry.pixels).mean() < 3
 
 
-def test_patches_are_put_together_as_the_processor_cut_them(tiny_model, encoder_of):
-    processor = load_processor(ModelConfig(name=str(tiny_model("qwen2_5_vl")))).image_processor
-    image = picture(3, 130, 90)
-    made = processor([image], do_rescale=False, do_normalize=False, return_tensors="np")
-    _, down, across = made["image_grid_thw"][0].tolist()
-    whole = unpatchify(
-        made["pixel_values"],
-        (down, across),
-        patch_size=processor.patch_size,
-        merge_size=processor.merge_size,
-    )
+def test_images_of_any_size_are_shown_as_the_processor_resized_them(encoder_of):
     encoder = encoder_of("qwen2_5_vl")
+    image = picture(3, 130, 90)
     encoded = encoder.training([turn("user", "q", images=1), turn("assistant", "a")], [image])
-    pieces = pieces_of(encoded, encoder.processor)
-    assert np.array_equal(given_images(encoded, encoder.processor, pieces, 1)[0].pixels, whole)
+    given = given_images(encoded, encoder.processor, pieces_of(encoded, encoder.processor), 1)[0]
+    height, width = given.pixels.shape[:2]
+    resized = image.resize((width, height), Image.Resampling.BICUBIC)
+    assert np.array_equal(given.pixels, np.asarray(resized))
+    assert given.size == f"{height} {TIMES} {width}"
 
 
 def test_tiles_lie_in_their_rows_and_columns(encoder_of):

@@ -102,8 +102,8 @@ def test_appending_to_a_file_leaves_what_was_there_alone(project, monkeypatch):
 
 def test_pixels_are_stored_where_they_fit_and_decoded_where_they_do_not(project):
     stored, _ = project.run(project())
-    assert stored.manifest.consumption == "cached"
-    assert "within" in stored.manifest.consumption_reason
+    assert stored.manifest.tier == "pixels"
+    assert "within" in stored.manifest.tier_reason
     base = project.folder.parent / "elsewhere"
     config = project(disk_budget_gb=1e-6).model_copy(update={"storage_path": str(base)})
     store = base / "prepared"
@@ -113,8 +113,8 @@ def test_pixels_are_stored_where_they_fit_and_decoded_where_they_do_not(project)
     for job in jobs:
         TokenStep(preparer)(job)
     lean = prepare(config, jobs, lambda step, done, total: None)
-    assert lean.manifest.consumption == "streaming"
-    assert "more than data.disk_budget_gb=1e-06" in lean.manifest.consumption_reason
+    assert lean.manifest.tier == "encoded"
+    assert "more than data.disk_budget_gb=1e-06" in lean.manifest.tier_reason
     assert lean.manifest.digest == stored.manifest.digest and not list(store.glob("*.pixels"))
     with pytest.raises(DataError, match="pixels of train are not stored"):
         lean.split("train").encoded(0)
@@ -126,8 +126,8 @@ def test_pixels_are_stored_where_they_fit_and_decoded_where_they_do_not(project)
         theirs = stored.split("train").encoded(row).tensors
         assert ours.keys() == theirs.keys()
         assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
-    strict = config.data.model_copy(update={"consumption": "cached"})
-    with pytest.raises(DataError, match=r"consumption=cached needs .*streaming"):
+    strict = config.data.model_copy(update={"tier": "pixels"})
+    with pytest.raises(DataError, match=r"tier=pixels needs .*tier=encoded"):
         prepare(config.model_copy(update={"data": strict}), jobs, lambda *_: None)
 
 

@@ -77,7 +77,7 @@ class PixelTable:
         return {**batch, "pixel_values": values}
 
     def _patches(self, flat: torch.Tensor, grids: torch.Tensor) -> torch.Tensor:
-        """`[patches, 3 * t * p * p]` of flat channels-last images, in the order of Qwen2-VL.
+        """`[patches, 3 * t * p * p]` of flat channels-first images, in the order of Qwen2-VL.
 
         transformers/models/qwen2_vl/image_processing_pil_qwen2_vl.py, `patchify`.
         """
@@ -86,10 +86,10 @@ class PixelTable:
         made, start = [], 0
         for _, down, across in grids.tolist():
             end = start + down * across * size * size * 3
-            image = self._look_up(flat[start:end].view(down * size, across * size, 3), 2)
+            image = self._look_up(flat[start:end].view(3, down * size, across * size), 0)
             blocks = image.view(
-                down // merge, merge, size, across // merge, merge, size, 3
-            ).permute(0, 3, 1, 4, 6, 2, 5)
+                3, down // merge, merge, size, across // merge, merge, size
+            ).permute(1, 4, 2, 5, 0, 3, 6)
             twice = blocks.unsqueeze(5).expand(*blocks.shape[:5], frames, size, size)
             made.append(twice.reshape(down * across, -1))
             start = end

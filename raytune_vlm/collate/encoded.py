@@ -23,7 +23,7 @@ class Encoded:
         end-of-turn token. Empty for a prompt that is to be answered.
     tensors
         Everything else the processor gave, by name: media tensors (pixels as uint8; for families
-        that take patches flat channels-last images, see `collate.pixels`) and token-aligned
+        that take patches flat channels-first images, see `collate.pixels`) and token-aligned
         tensors `[length]`.
     """
 

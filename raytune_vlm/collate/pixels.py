@@ -38,7 +38,7 @@ _TORCH_MODES = {Image.Resampling.BILINEAR: "bilinear", Image.Resampling.BICUBIC:
 
 
 class _FastBackend(PilBackend):
-    """`PilBackend` on uint8 arrays that are channels-first views of channels-last memory."""
+    """`PilBackend` on uint8 arrays `[3, height, width]`, whatever their layout in memory."""
 
     fast_backend: ImageBackend = "pil"
     sizes_only: bool = False
@@ -85,9 +85,9 @@ class _WholeImages:
     def patchify(
         self, image: np.ndarray, patch_size: int, *_: Any, **__: Any
     ) -> tuple[np.ndarray, int, int]:
-        """Flat channels-last pixels `[height * width * 3]`, and the patch grid."""
+        """Flat channels-first pixels `[3 * height * width]`, and the patch grid."""
         _, height, width = image.shape
-        return np.moveaxis(image, 0, -1).reshape(-1), height // patch_size, width // patch_size
+        return image.reshape(-1), height // patch_size, width // patch_size
 
 
 def _target_size(image: np.ndarray, size: Any) -> tuple[int, int]:

@@ -57,21 +57,22 @@ class DataConfig(Section):
     """Score at most so many samples of `select` (a fixed choice by hash)."""
     max_report_samples: int | None = Field(default=None, ge=1)
     """Score at most so many samples of `report`."""
-    consumption: Literal["auto", "cached", "streaming"] = "auto"
-    """How batches reach the training workers: `cached` reads prepared pixels from the memory-mapped
-    store, `streaming` lets Ray Data ship the encoded images and decodes them while training. The
-    batches are the same. `auto` takes `cached` where the pixels fit on the disk."""
+    tier: Literal["auto", "pixels", "encoded"] = "auto"
+    """What the prepared store holds of the images: `pixels` as the model takes them, read without
+    any work, or the `encoded` files, decoded by threads of the worker while training. The batches
+    are the same. `auto` takes `pixels` where they fit on the disk."""
     disk_budget_gb: float | None = Field(default=None, gt=0)
     """Disk that the prepared pixels may take, in GB; None: four fifths of what is free."""
+    consumption: Literal["cached", "streaming"] = "cached"
+    """How samples reach the training workers: `cached` reads the memory-mapped store, `streaming`
+    lets Ray Data ship the encoded images from where the store is."""
     decode_threads: int | None = Field(default=None, ge=1)
-    """Threads of a worker that decode and collate ahead while streaming; None:
-    `train.cpus_per_worker`."""
+    """Threads of a worker that decode and collate ahead; None: `train.cpus_per_worker`."""
     stall_timeout_s: float = Field(default=120.0, gt=0)
-    """Without a batch for so long, a streaming worker says who holds the cluster's resources; after
+    """Without a batch for so long, a worker says who holds the cluster's resources; after
     five times as long it gives up."""
     augmentation: AugmentationConfig | None = None
-    """Random changes of training images, anew in every epoch (`consumption` is then
-    `streaming`)."""
+    """Random changes of training images, anew in every epoch (from the `encoded` tier)."""
     allow_network: bool = False
     """Let sources read `hf://` and object stores."""
 
@@ -89,8 +90,10 @@ class DataConfig(Section):
                 raise ValueError(
                     f"weight only concerns training: {source.path} has split={source.split}"
                 )
-        if self.augmentation is not None and self.consumption == "cached":
-            raise ValueError(
-                "augmentation makes pictures anew in every epoch: consumption cannot be cached"
-            )
+        for setting, wanted in (
+            ("augmentation", self.augmentation is not None),
+            ("consumption: streaming", self.consumption == "streaming"),
+        ):
+            if wanted and self.tier == "pixels":
+                raise ValueError(f"{setting} works on encoded images: tier cannot be pixels")
         return self

@@ -77,8 +77,33 @@ class ExperimentConfig(Section):
         return {scope for value in values for scope in str(value).split("+")}
 
     def fingerprint(self) -> str:
-        """A digest of everything that determines a sweep's results (not of where it is stored)."""
-        plain = self.model_dump(mode="json", exclude={"storage_path", "name"})
+        """A digest of everything that determines a sweep's results.
+
+        Where it is stored, on how many workers it runs and how its data gets there do not: a run
+        may be continued with others.
+        """
+        plain = self.model_dump(
+            mode="json",
+            exclude={
+                "storage_path": True,
+                "name": True,
+                "data": {
+                    "consumption",
+                    "tier",
+                    "disk_budget_gb",
+                    "decode_threads",
+                    "stall_timeout_s",
+                },
+                "train": {
+                    "num_workers",
+                    "cpus_per_worker",
+                    "micro_batch_size",
+                    "micro_batch_tokens",
+                    "log_every",
+                    "log_samples",
+                },
+            },
+        )
         return digest_of(plain)
 
     def with_recipe(self, recipe: dict[str, Any]) -> "ExperimentConfig":

@@ -1,8 +1,7 @@
 """The pixels that the model gets, put together again from a sample's tensors.
 
 Idefics3, SmolVLM and Gemma 3 take tiles `[tiles, 3, height, width]`; the Qwen family takes images
-of its own sizes, as patches `[patches, 3 * frames * p * p]` in blocks of `merge_size`, or flat and
-channels-last `[height * width * 3]` until the device cuts them (`collate.pixels`).
+of its own sizes, flat `[3 * height * width]` until the device cuts them (`collate.pixels`).
 """
 
 from __future__ import annotations
@@ -58,32 +57,12 @@ def _from_grids(pixels: np.ndarray, grids: np.ndarray, settings: Any) -> list[Gi
     given, start = [], 0
     for frames, down, across in grids.tolist():
         count = frames * down * across
-        if pixels.ndim == 1:
-            size = count * patch * patch * 3
-            image = pixels[start : start + size].reshape(-1, across * patch, 3)
-        else:
-            size = count
-            rows = pixels[start : start + size]
-            image = unpatchify(rows, (down, across), patch_size=patch, merge_size=merge)
+        size = count * patch * patch * 3
+        image = pixels[start : start + size].reshape(3, -1, across * patch)
         start += size
         shown = f"{down * patch} {TIMES} {across * patch}"
-        given.append(Given(shown, count // merge**2, image[: down * patch]))
+        given.append(Given(shown, count // merge**2, np.moveaxis(image, 0, -1)))
     return given
-
-
-def unpatchify(
-    patches: np.ndarray, grid: tuple[int, int], *, patch_size: int, merge_size: int
-) -> np.ndarray:
-    """The first frame `[height, width, 3]` of Qwen's patches: blocks of `merge_size` squared.
-
-    The inverse of `patchify` in transformers/models/qwen2_vl/image_processing_pil_qwen2_vl.py.
-    """
-    (down, across), merge, size = grid, merge_size, patch_size
-    blocks = patches[: down * across].reshape(
-        down // merge, across // merge, merge, merge, 3, -1, size, size
-    )[:, :, :, :, :, 0]
-    ordered = blocks.transpose(0, 2, 5, 1, 3, 6, 4)
-    return np.ascontiguousarray(ordered.reshape(down * size, across * size, 3))
 
 
 def _from_tiles(

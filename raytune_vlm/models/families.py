@@ -33,7 +33,7 @@ class Family:
     channels
         Where the colour channel of `pixel_values` is: its axis counted from the end (`-3` for
         `[..., 3, height, width]`), or `patches` for Qwen's `[patches, 3 * t * p * p]`, cut on the
-        device from flat images `[height * width * 3]`.
+        device from flat images `[3 * height * width]`.
     scopes
         LoRA scope -> prefixes of module names. The longest prefix that fits a module decides.
     needs

@@ -25,7 +25,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from raytune_vlm.config.experiment import ExperimentConfig, digest_of
-from raytune_vlm.errors import DataError
+from raytune_vlm.errors import DataError, RaytuneVlmError
 from raytune_vlm.models.loading import model_fingerprint
 from raytune_vlm.prepare.shard import PixelStep, Preparer, ShardJob, TokenStep
 from raytune_vlm.prepare.statistics import (
@@ -38,7 +38,7 @@ from raytune_vlm.prepare.store import PixelDecoder, PreparedSplit, open_split
 from raytune_vlm.records import SPLITS, DataManifest, Quarantined, read_json, write_json
 from raytune_vlm.sources import SOURCES, Shard
 
-FORMAT = 2
+FORMAT = 3
 """Version of the store's format; a change of it makes every shard anew."""
 
 FREE_SHARE = 0.8
@@ -121,11 +121,11 @@ def _key_of(store: Path, base: str) -> str:
     return known["key"] if now == known["images"] else digest_of({"base": base, "images": now})
 
 
-def _stamp(name: str) -> list[int] | None:
+def _stamp(name: str) -> list[int]:
     try:
         state = Path(name).stat()
     except OSError:
-        return None
+        return []  # as `noted_images` notes a file that is not there
     return [state.st_size, state.st_mtime_ns]
 
 
@@ -140,7 +140,7 @@ def prepare(
     ------
     DataError
         If more than `data.max_bad_fraction` of the samples are bad, there is nothing to train on,
-        or the pixels do not fit where `data.consumption` wants them. The prepared shards stay; no
+        or the pixels do not fit where `data.tier` wants them. The prepared shards stay; no
         manifest is written.
     """
     began = time.monotonic()
@@ -157,8 +157,8 @@ def prepare(
     if not pc.any(pc.equal(index["split"], "train")).as_py():
         where = ", ".join(source.path for source in experiment.data.sources)
         raise DataError(f"data.sources: no training samples in {where}")
-    consumption, reason = _consumption(experiment, store, index)
-    if consumption == "cached":
+    tier, reason = _tier(experiment, store, index)
+    if tier == "pixels":
         _run("pixels", experiment, store, jobs, progress)
     index_file = store / f"{digest}.index.parquet"
     _write_whole(index_file, index)
@@ -178,23 +178,25 @@ def prepare(
         quarantine_reasons=dict(Counter(entry.reason for entry in quarantine).most_common()),
         overlap=overlaps(index),
         seconds=time.monotonic() - began,
-        consumption=consumption,
-        consumption_reason=reason,
+        tier=tier,
+        tier_reason=reason,
     )
     write_json(store / f"{digest}.manifest.json", manifest)
     return PreparedData(manifest, index_file, quarantine)
 
 
-def _consumption(
+def _tier(
     experiment: ExperimentConfig, store: Path, index: pa.Table
-) -> tuple[Literal["cached", "streaming"], str]:
-    """How batches will reach the workers, and why."""
+) -> tuple[Literal["pixels", "encoded"], str]:
+    """What the store shall hold of the images, and why."""
     data = experiment.data
     size = int(pc.sum(index["num_pixel_bytes"]).as_py() or 0) / 1e9
     if data.augmentation is not None:
-        return "streaming", "augmented pictures are made anew for every epoch"
+        return "encoded", "augmented pictures are made anew in every epoch"
     if data.consumption == "streaming":
-        return "streaming", "as data.consumption says"
+        return "encoded", "Ray Data ships encoded images"
+    if data.tier == "encoded":
+        return "encoded", "as data.tier says"
     if data.disk_budget_gb is not None:
         room, allowed = data.disk_budget_gb, f"data.disk_budget_gb={data.disk_budget_gb:g}"
     else:
@@ -204,13 +206,13 @@ def _consumption(
     fits = size <= room
     need = f"{size:.3g} GB of pixels, {'within' if fits else 'more than'} {allowed}"
     if fits:
-        return "cached", need
-    if data.consumption == "cached":
+        return "pixels", need
+    if data.tier == "pixels":
         raise DataError(
-            f"data.consumption=cached needs {need}; take data.consumption=streaming, which decodes "
-            "the images while training"
+            f"data.tier=pixels needs {need}; take data.tier=encoded, which decodes the images "
+            "while training"
         )
-    return "streaming", need
+    return "encoded", need
 
 
 def _run(
@@ -252,7 +254,7 @@ def _run(
             done += 1
             progress(step, done, len(jobs))
     except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, DataError):
+        if isinstance(error.cause, RaytuneVlmError):
             raise error.cause from None
         raise
 

@@ -201,6 +201,7 @@ class TokenStep:
                 "num_labelled": encoded.num_labelled,
                 "num_media": self._encoder.num_media(encoded),
                 "num_images": len(sample.images),
+                "num_bytes": encoded.input_ids.nbytes + sum(map(len, sample.images)),
                 "num_pixel_bytes": sum(array.nbytes for array in pixels),
                 "truncated": length > data.max_length,
             }

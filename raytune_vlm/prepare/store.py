@@ -67,6 +67,7 @@ INDEX_SCHEMA = pa.schema(
         ("num_labelled", pa.int32()),
         ("num_media", pa.int32()),
         ("num_images", pa.int32()),
+        ("num_bytes", pa.int64()),
         ("num_pixel_bytes", pa.int64()),
         ("truncated", pa.bool_()),
     ]
@@ -177,6 +178,8 @@ class PreparedSplit:
         self.lengths = index["length"].to_numpy()
         self.num_labelled = index["num_labelled"].to_numpy()
         self.sources = index["source"].to_numpy()
+        self.num_bytes = index["num_bytes"].to_numpy()
+        """What each sample weighs with its images still encoded."""
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -1,10 +1,12 @@
-"""Streaming: Ray Data ships the plan's samples with their images still encoded, in order; threads
-of the training worker decode and collate them ahead of the optimizer.
+"""Micro-batches decoded while training: threads of the worker decode and collate ahead of the
+optimizer what the store holds, images still encoded.
 
-What travels is what the JPEG file weighs and the token ids: float pixels would be 76 times as much.
-The reading tasks reserve no CPU, so trials that hold every CPU of the cluster cannot keep their own
-data from coming; how much they may run ahead is bounded. A task knows the store and the plan's
-settings, not the plan: it works out its steps itself, so nothing grows with the data.
+The samples come from the memory-mapped store (`cached`) or, where the worker shall not read it,
+through Ray Data, in the order of the plan (`streaming`). What travels is what the JPEG file weighs
+and the token ids: float pixels would be 76 times as much. The reading tasks reserve no CPU, so
+trials that hold every CPU of the cluster cannot keep their own data from coming; how much they may
+run ahead is bounded. A task knows the store and the plan's settings, not the plan: it works out its
+steps itself, so nothing grows with the data.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import itertools
 import logging
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +31,6 @@ from raytune_vlm.prepare.feed import Collation, MicroBatch, Part
 from raytune_vlm.prepare.holders import holders
 from raytune_vlm.prepare.plan import Plan, PlanSpec
 from raytune_vlm.prepare.store import (
-    SAMPLE_FIELDS,
     PreparedSplit,
     open_split,
     sample_at,
@@ -37,10 +38,14 @@ from raytune_vlm.prepare.store import (
 
 STREAM_TASKS = 2
 """Reading tasks at once for one worker."""
-MICRO_BATCHES_PER_TASK = 16
-"""A block of one micro-batch would cost more to hand over than to make."""
-STREAM_BYTES = 512 * 2**20
-"""Object store that one stream may fill."""
+BLOCK_BYTES = 64 * 2**20
+"""About what one reading task brings, once the stream is under way; a task costs some 50 ms."""
+FIRST_BLOCK_BYTES = 4 * 2**20
+"""The first block is small, for somebody waits for it; each stretch then has larger ones."""
+STRETCH_BLOCKS = 2
+"""Blocks of one Ray Data job. One stretch is consumed while the next is read, so two of them are
+what a worker holds of the object store. (A single job over all steps would do, but Ray Data's
+scheduling loop spins while its consumer is the slower one: measured, a third of a core.)"""
 PATIENCE = 5
 """So many times `data.stall_timeout_s` without a batch end the trial."""
 
@@ -58,21 +63,28 @@ class StreamSource:
     collation: Collation
 
     def read(self, steps: list[int]) -> pa.Table:
-        """The samples of this rank in some steps, one a row, in order."""
+        """`read_steps` in a task."""
         split, plan = _opened(self)
-        pieces, places = [], []
-        for step in steps:
-            parts = self.collation.parts(plan, split.lengths, step)
-            for number, part in enumerate(parts):
-                pieces.append(split.samples(part.rows))
-                places += [
-                    (step, number, row, epoch, part.counts)
-                    for row, epoch in zip(part.rows, part.epochs, strict=True)
-                ]
-        table = pa.concat_tables(pieces).combine_chunks()
-        for name, column in zip(_PLACE_COLUMNS, zip(*places, strict=True), strict=True):
-            table = table.append_column(name, pa.array(column))
-        return table
+        # In one piece: Ray would serialise a thousand slices one by one.
+        return read_steps(split, plan, self.collation, steps).combine_chunks()
+
+
+def read_steps(
+    split: PreparedSplit, plan: Plan, collation: Collation, steps: list[int]
+) -> pa.Table:
+    """The samples of a rank in some steps, one a row, in order; with where each belongs."""
+    pieces, places = [], []
+    for step in steps:
+        for number, part in enumerate(collation.parts(plan, split.lengths, step)):
+            pieces.append(split.samples(part.rows))
+            places += [
+                (step, number, row, epoch, part.counts)
+                for row, epoch in zip(part.rows, part.epochs, strict=True)
+            ]
+    table = pa.concat_tables(pieces)
+    for name, column in zip(_PLACE_COLUMNS, zip(*places, strict=True), strict=True):
+        table = table.append_column(name, pa.array(column))
+    return table
 
 
 _PLACE_COLUMNS = ("step", "part", "row", "epoch", "counts")
@@ -80,6 +92,9 @@ _PLACE_COLUMNS = ("step", "part", "row", "epoch", "counts")
 
 @functools.lru_cache(maxsize=2)
 def _opened(source: StreamSource) -> tuple[PreparedSplit, Plan]:
+    # Arrow's own allocators give a block's memory back at once, and fetching it anew for the next
+    # block costs more than filling it.
+    pa.set_memory_pool(pa.system_memory_pool())
     split = open_split(source.store, source.index_file, "train")
     plan = Plan(split.lengths, split.sources, source.spec, data_digest=source.data_digest)
     return split, plan
@@ -103,12 +118,12 @@ class Decoding:
     """The model's `collate.pixels.PixelMaker`."""
     augmenting: Augmenting | None = None
 
-    def make(self, part: Part, rows: pa.RecordBatch) -> MicroBatch:
+    def make(self, part: Part, located: list[Located]) -> MicroBatch:
         """Decode and collate one micro-batch."""
         samples = []
-        for place, (row, epoch) in enumerate(zip(part.rows, part.epochs, strict=True)):
-            sample = sample_at(rows, place)
-            images = rows.column("images")[place].as_py()
+        for (batch, place), row, epoch in zip(located, part.rows, part.epochs, strict=True):
+            sample = sample_at(batch, place)
+            images = batch.column("images")[place].as_py()
             sample.tensors.update(self._pixels(images, row, epoch))
             samples.append(sample)
         return self.collation.collate(part, samples)
@@ -138,21 +153,21 @@ class Decoding:
         return made
 
 
-class StreamingFeed:
-    """Micro-batches that come from Ray Data, from the first step that is asked for.
+Blocks = Callable[[int], Iterator[pa.Table]]
+"""The tables of `read_steps` from a first step on, in order."""
+
+
+class DecodingFeed:
+    """Micro-batches whose images are decoded ahead, from the first step that is asked for.
 
     Parameters
     ----------
-    source
-        What the tasks read.
+    blocks
+        `stored_blocks` or `streamed_blocks`.
     decoding
-        What the threads do with it.
-    plan
-        The plan of `source`: every batch that arrives is compared with it.
-    lengths
-        Tokens of each training sample.
-    max_steps
-        The stream ends after so many steps of the plan.
+        What the threads do with them.
+    plan, lengths
+        The plan and the tokens of each sample: every batch that arrives is compared with them.
     num_threads
         Threads that decode.
     stall_timeout_s
@@ -161,24 +176,22 @@ class StreamingFeed:
 
     def __init__(
         self,
-        source: StreamSource,
+        blocks: Blocks,
         decoding: Decoding,
         plan: Plan,
         lengths: np.ndarray,
         *,
-        max_steps: int,
         num_threads: int = 1,
         stall_timeout_s: float = 120.0,
     ) -> None:
-        self._source, self._decoding = source, decoding
+        self._blocks, self._decoding = blocks, decoding
         self._plan, self._lengths = plan, lengths
-        self._max_steps, self._num_threads = max_steps, num_threads
-        self._stall_timeout_s = stall_timeout_s
+        self._num_threads, self._stall_timeout_s = num_threads, stall_timeout_s
         self._next: int | None = None
         self._ahead: _Ahead | None = None
 
     def step(self, number: int) -> list[MicroBatch]:
-        """See `Feed.step`; a step out of order starts the stream anew.
+        """See `Feed.step`; a step out of order starts anew.
 
         Raises
         ------
@@ -187,13 +200,10 @@ class StreamingFeed:
         """
         if self._ahead is None or number != self._next:
             self.close()
-            self._ahead = _Ahead(
-                _blocks(self._source, number, self._max_steps), self._decoding, self._num_threads
-            )
+            self._ahead = _Ahead(self._blocks(number), self._decoding, self._num_threads)
         self._next = number + 1
-        expected = self._source.collation.parts(self._plan, self._lengths, number)
         made = []
-        for part in expected:
+        for part in self._decoding.collation.parts(self._plan, self._lengths, number):
             batch = self._ahead.next(self._stall_timeout_s)
             if batch.rows != part.rows:
                 raise InfrastructureError(
@@ -203,55 +213,87 @@ class StreamingFeed:
         return made
 
     def close(self) -> None:
-        """Drop the stream; its tasks and threads end."""
+        """Let go of what runs ahead; its tasks and threads end."""
         if self._ahead is not None:
             self._ahead.close()
             self._ahead = None
 
 
-def _blocks(source: StreamSource, first: int, max_steps: int) -> Iterator[pa.Table]:
-    """The tables of `StreamSource.read` for all steps from the first, in order."""
+def stored_blocks(split: PreparedSplit, plan: Plan, collation: Collation, max_steps: int) -> Blocks:
+    """Blocks that this process reads from the memory-mapped store, a step each."""
+
+    def blocks(first: int) -> Iterator[pa.Table]:
+        for step in range(first, max_steps):
+            yield read_steps(split, plan, collation, [step])
+
+    return blocks
+
+
+def streamed_blocks(source: StreamSource, split: PreparedSplit, max_steps: int) -> Blocks:
+    """Blocks that Ray Data tasks read, stretch by stretch."""
+    units = max(1.0, source.spec.batch_size / source.collation.world_size)
+    step_bytes = max(1.0, float(split.num_bytes.mean()) * units)
+
+    def stretches(first: int) -> Iterator[list[range]]:
+        size, count = FIRST_BLOCK_BYTES, 1
+        while first < max_steps:
+            length = max(1, int(size / step_bytes))
+            end = min(first + count * length, max_steps)
+            yield [range(begin, min(begin + length, end)) for begin in range(first, end, length)]
+            first, size, count = end, min(4 * size, BLOCK_BYTES), STRETCH_BLOCKS
+
+    def blocks(first: int) -> Iterator[pa.Table]:
+        import ray
+
+        with ThreadPoolExecutor(1, thread_name_prefix="stretch") as reader:
+            ahead: Future[list[Any]] | None = None
+            for stretch in itertools.chain(stretches(first), [None]):
+                current, ahead = ahead, None
+                references = current.result() if current is not None else []
+                if stretch is not None:
+                    ahead = reader.submit(_read_stretch, source, stretch)
+                while references:
+                    yield ray.get(references.pop(0))
+
+    return blocks
+
+
+def _read_stretch(source: StreamSource, blocks: list[range]) -> list[Any]:
+    """The tables of some runs of steps, as object references in order."""
     import ray.data
 
     context = ray.data.DataContext.get_current()
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
-    units = source.spec.batch_size / source.collation.world_size
-    per_step = max(1.0, units / source.collation.micro_batch_size)
-    steps_per_task = max(1, int(MICRO_BATCHES_PER_TASK / per_step))
-    count = max_steps - first
+    context.print_on_execution_start = False
 
     def read(batch: dict[str, np.ndarray]) -> pa.Table:
-        return source.read([first + int(number) for number in batch["id"]])
+        return source.read([step for number in batch["id"] for step in blocks[int(number)]])
 
-    dataset = ray.data.range(count, override_num_blocks=-(-count // steps_per_task)).map_batches(
+    dataset = ray.data.range(len(blocks), override_num_blocks=len(blocks)).map_batches(
         read,
         batch_size=None,
         num_cpus=0,
         compute=ray.data.TaskPoolStrategy(size=STREAM_TASKS),
     )
-    limits = ray.data.ExecutionResources(object_store_memory=STREAM_BYTES)
-    dataset.context.execution_options.resource_limits = limits
-    yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
+    references: list[Any] = dataset.materialize().to_arrow_refs()
+    return references
 
 
-def parts_of(table: pa.Table) -> Iterator[tuple[Part, pa.RecordBatch]]:
-    """The micro-batches of a table of `StreamSource.read`."""
-    steps, parts = table["step"].to_numpy(), table["part"].to_numpy()
-    changes = np.flatnonzero((np.diff(steps) != 0) | (np.diff(parts) != 0)) + 1
-    bounds = [0, *changes.tolist(), len(table)]
-    batch = table.combine_chunks().to_batches()[0]
-    for start, end in itertools.pairwise(bounds):
-        rows = batch.slice(start, end - start)
-        yield (
-            Part(
-                rows=tuple(rows.column("row").to_pylist()),
-                epochs=tuple(rows.column("epoch").to_pylist()),
-                counts=rows.column("counts")[0].as_py(),
-            ),
-            rows.select([name for name, _ in SAMPLE_FIELDS]),
-        )
+Located = tuple[pa.RecordBatch, int]
+"""A row of a record batch."""
+
+
+def parts_of(table: pa.Table) -> Iterator[tuple[Part, list[Located]]]:
+    """The micro-batches of a table of `read_steps`, each with where its samples lie."""
+    places = [(batch, place) for batch in table.to_batches() for place in range(batch.num_rows)]
+    columns = [table[name].to_pylist() for name in _PLACE_COLUMNS]
+    keyed = zip(zip(*columns, strict=True), places, strict=True)
+    for _, group in itertools.groupby(keyed, key=lambda entry: entry[0][:2]):
+        entries, located = zip(*group, strict=True)
+        _, _, rows, epochs, counts = zip(*entries, strict=True)
+        yield Part(rows, epochs, counts[0]), list(located)
 
 
 class _Ahead:
@@ -270,8 +312,8 @@ class _Ahead:
     def _pull(self) -> None:
         try:
             for table in self._blocks:
-                for part, rows in parts_of(table):
-                    if not self._put(self._pool.submit(self._decoding.make, part, rows)):
+                for part, located in parts_of(table):
+                    if not self._put(self._pool.submit(self._decoding.make, part, located)):
                         return
             self._put(DataError("the stream has ended before the plan"))
         except BaseException as error:

@@ -265,7 +265,7 @@ def prepare_data(
         f"data: {splits} samples; {len(data.quarantine)} quarantined "
         f"({data.manifest.seconds:.1f} s, {data.manifest.digest})"
     )
-    monitor.say(f"data: {data.manifest.consumption}: {data.manifest.consumption_reason}")
+    monitor.say(f"data: tier {data.manifest.tier}: {data.manifest.tier_reason}")
     for pair, count in data.manifest.overlap.items():
         known, asked = pair.split("/")
         monitor.say(f"data: WARNING: {count} samples of {asked} share group or images with {known}")

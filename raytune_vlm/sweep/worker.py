@@ -239,7 +239,7 @@ class TrialJob:
             worker.splits["train"],
             self.experiment,
             worker.world,
-            TrainingData(data.digest, data.store, worker.setup.index_file, data.consumption),
+            TrainingData(data.digest, data.store, worker.setup.index_file, data.tier),
         )
         status, failure = "failed", None
         try:

@@ -31,7 +31,14 @@ from raytune_vlm.models.lora import attach, trainable_by_scope
 from raytune_vlm.prepare.feed import Arrays, CachedFeed, Collation, Feed, MicroBatch, Part
 from raytune_vlm.prepare.plan import Plan, PlanSpec
 from raytune_vlm.prepare.store import PreparedSplit
-from raytune_vlm.prepare.stream import Augmenting, Decoding, StreamingFeed, StreamSource
+from raytune_vlm.prepare.stream import (
+    Augmenting,
+    Decoding,
+    DecodingFeed,
+    StreamSource,
+    stored_blocks,
+    streamed_blocks,
+)
 from raytune_vlm.train import checkpoint
 from raytune_vlm.train.schedule import learning_rate
 from raytune_vlm.train.world import World
@@ -67,7 +74,7 @@ class TrainingData:
     digest: str
     store: str = ""
     index_file: str = ""
-    consumption: Literal["cached", "streaming"] = "cached"
+    tier: Literal["pixels", "encoded"] = "pixels"
 
 
 def plan_spec(experiment: ExperimentConfig) -> PlanSpec:
@@ -130,9 +137,11 @@ class Run:
         self.trainable = trainable_by_scope(self.model, base.family)
         spec = plan_spec(experiment)
         self.plan = Plan(split.lengths, split.sources, spec, data_digest=data.digest)
-        self._feed: Feed = CachedFeed(split, self.plan, self._collation)
-        if data.consumption == "streaming":
-            self._feed = self._streaming(spec, data)
+        self._feed: Feed = (
+            CachedFeed(split, self.plan, self._collation)
+            if data.tier == "pixels"
+            else self._decoding(spec, data)
+        )
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
         self._optimizer = torch.optim.AdamW(
             self._parameters, lr=self.config.learning_rate, weight_decay=self.config.weight_decay
@@ -143,21 +152,26 @@ class Run:
         # Dropout must not depend on how many random numbers the initialisation drew.
         torch.manual_seed(experiment.seed * 1009 + world.rank)
 
-    def _streaming(self, spec: PlanSpec, data: TrainingData) -> StreamingFeed:
-        config, base = self.experiment.data, self._base
+    def _decoding(self, spec: PlanSpec, data: TrainingData) -> DecodingFeed:
+        """The feed of the `encoded` tier."""
+        config, base, split = self.experiment.data, self._base, self._split
+        steps = self.config.max_steps
+        if config.consumption == "streaming":
+            source = StreamSource(data.store, data.index_file, spec, data.digest, self._collation)
+            blocks = streamed_blocks(source, split, steps)
+        else:
+            blocks = stored_blocks(split, self.plan, self._collation, steps)
         changing = None
         if config.augmentation is not None:
-            ids = self._split.sample_ids
-            changing = Augmenting(config.augmentation, self.experiment.seed, ids)
+            changing = Augmenting(config.augmentation, self.experiment.seed, split.sample_ids)
         maker = PixelMaker(
             base.processor.image_processor, base.family, base.image_backend, config.image_limits
         )
-        return StreamingFeed(
-            StreamSource(data.store, data.index_file, spec, data.digest, self._collation),
+        return DecodingFeed(
+            blocks,
             Decoding(self._collation, maker, changing),
             self.plan,
-            self._split.lengths,
-            max_steps=self.config.max_steps,
+            split.lengths,
             num_threads=config.decode_threads or max(1, int(self.config.cpus_per_worker)),
             stall_timeout_s=config.stall_timeout_s,
         )

@@ -7,13 +7,15 @@ import json
 import signal
 import subprocess
 import time
+from collections import Counter
 
 import psutil
 import pyarrow.parquet as pq
 import pytest
 from made import cli_command, cli_environment, run_cli
 
-from raytune_vlm.records import SweepFolder, read_json_lines
+from raytune_vlm.prepare.store import open_split
+from raytune_vlm.records import SweepFolder, read_json, read_json_lines
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
@@ -109,28 +111,78 @@ def test_a_sweep_killed_or_stopped_and_resumed_equals_the_undisturbed_one(write_
     assert refused.returncode == 2 and "holds a sweep already" in refused.stderr
 
 
-def test_two_workers_and_a_streaming_feed_give_the_losses_of_one_cached_worker(write_experiment):
+def test_every_tier_and_two_workers_give_the_losses_of_one_cached_worker(write_experiment):
     losses = {}
-    for workers, consumption in ((1, "cached"), (1, "streaming"), (2, "streaming")):
+    ways = {
+        "pixels": (),
+        "encoded": ("data.tier=encoded", "data.decode_threads=2"),
+        "streaming": ("data.consumption=streaming",),
+        "two": ("data.consumption=streaming", "train.num_workers=2"),
+    }
+    for name, overrides in ways.items():
         file, folder = write_experiment(
-            f"{consumption}{workers}", train={"max_steps": 6, "warmup_steps": 1, "batch_size": 6}
+            name, train={"max_steps": 6, "warmup_steps": 1, "batch_size": 6}
         )
-        overrides = (f"train.num_workers={workers}", "train.log_every=1")
-        stream = f"data.consumption={consumption}"
-        run_cli("train", file, *overrides, stream, "train.micro_batch_size=2")
+        overrides = (*overrides, "train.log_every=1", "train.micro_batch_size=2")
+        run_cli("train", file, *overrides)
         rows = read_json_lines(SweepFolder(folder).trial("t0000").metrics_file)
-        losses[workers, consumption] = [row["loss"] for row in rows]
-    one = losses[1, "cached"]
+        losses[name] = [row["loss"] for row in rows]
+        tier = read_json(SweepFolder(folder).manifest_file)["tier"]
+        assert tier == ("pixels" if name == "pixels" else "encoded")
+    one = losses["pixels"]
     assert len(one) == 6
-    assert losses[1, "streaming"] == one
-    assert losses[2, "streaming"] == pytest.approx(one, abs=1e-5)
+    assert losses["encoded"] == losses["streaming"] == one
+    assert losses["two"] == pytest.approx(one, abs=1e-5)
 
-    again = run_cli("train", file, *overrides, stream, "train.micro_batch_size=2")
+    again = run_cli("train", file, *overrides)
     assert "step_000006" in again.stdout
     scored = run_cli("evaluate", folder, "--trial", "t0000", "--split", "report")
     assert "cer@micro" in scored.stdout
     file = folder / "trials/t0000/evaluations/report/step_000006/scores.json"
     assert json.loads(file.read_text())["num_samples"] == 8
+
+
+def test_every_sample_is_used_once_an_epoch_over_a_kill_and_a_change_of_workers(write_experiment):
+    file, folder = write_experiment(
+        "account",
+        train={"max_steps": 15, "warmup_steps": 1, "batch_size": 4, "checkpoint_every": 2},
+        data_extra={"consumption": "streaming"},
+    )
+    overrides = ("train.log_samples=true", "train.micro_batch_size=2", "train.log_every=1")
+    first = subprocess.Popen(
+        cli_command("train", file, *overrides, "train.num_workers=2"),
+        env=cli_environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    trial = SweepFolder(folder).trial("t0000")
+    end = time.monotonic() + 240
+    while not (trial.checkpoint(6) / "manifest.json").exists():
+        assert first.poll() is None and time.monotonic() < end
+        time.sleep(0.02)
+    for process in [*psutil.Process(first.pid).children(recursive=True), first]:
+        process.send_signal(signal.SIGKILL)
+    first.wait()
+    assert not (trial.checkpoint(14) / "manifest.json").exists(), "killed too late"
+    run_cli("train", file, *overrides, "train.num_workers=1")
+
+    used: dict[int, list[str]] = {}
+    for rank in (0, 1):
+        for row in read_json_lines(trial.samples / f"rank_{rank}.jsonl"):
+            used.setdefault(row["step"], []).extend(row["ids"])
+    assert sorted(used) == list(range(1, 16))
+    assert all(len(ids) == 4 for ids in used.values())
+    flat = [name for step in sorted(used) for name in used[step]]
+    known = open_split(
+        read_json(SweepFolder(folder).manifest_file)["store"],
+        next((folder.parent / "prepared").glob("*.index.parquet")),
+        "train",
+    ).sample_ids
+    assert len(known) == 30
+    counts = Counter(flat)
+    assert set(counts) == set(known) and set(counts.values()) == {2}  # 60 draws, two epochs
+    alone = {row["step"] for row in read_json_lines(trial.samples / "rank_1.jsonl")}
+    assert alone and max(alone) < 15, "one worker went on alone"
 
 
 def test_a_recipe_that_diverges_fails_alone_and_the_sweep_goes_on(write_experiment):
