@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-from data_path_ours import ours_first_batch, ours_prepared, ours_streaming
+from data_path_ours import ours_encoded, ours_first_batch, ours_prepared, ours_streaming
 from data_path_run import Consume, Task
 
 BATCH = 8
@@ -111,6 +111,7 @@ CONTESTANTS = {
     "map_batches_hf": map_batches_hf,
     "read_parquet_default": read_parquet_default,
     "streaming": ours_streaming,
+    "encoded": ours_encoded,
     "prepared": ours_prepared,
     "first_batch": ours_first_batch,
 }

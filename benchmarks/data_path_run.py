@@ -55,11 +55,7 @@ def main(name: str, task_file: Path) -> None:
     from data_path_contestants import CONTESTANTS
 
     task = Task.load(task_file)
-    try:
-        consume = CONTESTANTS[name](task)
-    except NotImplementedError as error:
-        print(json.dumps({"name": name, "not_implemented": str(error)}), file=channel)
-        return
+    consume = CONTESTANTS[name](task)
     consume(task.warm_up)
     print("READY", file=channel)
     sys.stdin.readline()

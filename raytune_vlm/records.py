@@ -25,7 +25,7 @@ import json
 import os
 import uuid
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -109,7 +109,9 @@ class DataManifest:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> DataManifest:
         splits = {name: SplitStatistics(**entry) for name, entry in value["splits"].items()}
-        return cls(**{**value, "splits": splits})
+        known = {entry.name for entry in fields(cls)}
+        given = {name: entry for name, entry in value.items() if name in known}
+        return cls(**{**given, "splits": splits})
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ Mode = Literal["max", "min"]
 
 RUNGS = (50, 150, 400)
 NUM_REPORT = 40
+MAX_LENGTH = 1792
 START = 1_790_000_000.0
 _ITEMS = ("ICED TEA", "NASI GORENG", "LATTE (L)", "BUN", "AYAM BAKAR", "ES JERUK", "MIE KUAH")
 
@@ -93,7 +94,13 @@ def experiment(example: Example) -> ExperimentConfig:
         {
             "name": "receipts-lora" if is_max else "lines-lora",
             "model": {"name": "Qwen/Qwen2.5-VL-3B-Instruct", "dtype": "bfloat16"},
-            "data": {"sources": [source], "max_bad_fraction": 0.02},
+            "data": {
+                "sources": [source],
+                "max_bad_fraction": 0.02,
+                "max_length": MAX_LENGTH,
+                "over_long": "truncate",
+                "deduplicate": True,
+            },
             "train": {"max_steps": 400},
             "evaluation": {
                 "metrics": [example.metric, example.other_metric],
@@ -136,25 +143,60 @@ def _write_data(example: Example, folder: SweepFolder) -> None:
     reasons = ["image is truncated", "no labelled token", "image has 61,000,000 pixels, limit 50e6"]
     if example.hostile:
         reasons[0] = "<img src=x onerror=alert(2)>"
+    stem = "<s>stem</s>" if example.hostile else "train"
     rows = [
-        Quarantined(f"cord-v2/train-0000{i % 4}.parquet:{13 * i + 7}", reasons[i % 3], "train")
+        Quarantined(f"cord-v2/{stem}-0000{i % 4}.parquet:{13 * i + 7}", reasons[i % 3], "train")
         for i in range(7)
     ]
     lines = "".join(pyjson(asdict(row)) + "\n" for row in rows)
     write_text(folder.quarantine_file, lines)
+    reason = "3.41 GB of pixels, within 212 GB of free disk"
     manifest = DataManifest(
         digest="9f2c41d07be86a35",
         store="runs/store/9f2c41d07be86a35",
         splits={
-            "train": SplitStatistics(800, 790, 7, 3, 790, 790, 1984, 812.4, 164.2),
-            "select": SplitStatistics(100, 100, 0, 0, 100, 100, 1760, 798.9, 159.0),
-            "report": SplitStatistics(NUM_REPORT, NUM_REPORT, 0, 0, 36, 40, 1802, 805.1, 161.7),
+            "train": _statistics(819, 790, 984, quarantined=7, over_long=3, duplicates=19),
+            "select": _statistics(100, 100, 820),
+            "report": _statistics(NUM_REPORT, NUM_REPORT, 820),
         },
         quarantine_reasons={reason: sum(r.reason == reason for r in rows) for reason in reasons},
-        overlap={"train/select": 0, "train/report": 0, "select/report": 2},
+        overlap={"select/report": 2},
         seconds=94.2,
+        tier_reason=f"<u>{reason}</u>" if example.hostile else reason,
     )
     write_json(folder.manifest_file, manifest)
+
+
+def _statistics(
+    seen: int,
+    used: int,
+    middle: int,
+    *,
+    quarantined: int = 0,
+    over_long: int = 0,
+    duplicates: int = 0,
+) -> SplitStatistics:
+    """A split whose samples have lengths around `middle`; those beyond the limit were cut."""
+    raw = numpy.random.default_rng(used).gamma(9.0, middle / 9.0, used)
+    lengths = numpy.minimum(raw.astype(int), MAX_LENGTH)
+    top = int(lengths.max())
+    counts, edges = numpy.histogram(lengths, bins=24, range=(0, top))
+    return SplitStatistics(
+        num_seen=seen,
+        num_used=used,
+        num_quarantined=quarantined,
+        num_dropped_over_long=over_long,
+        num_groups=36 if used == NUM_REPORT else used,
+        num_images=used,
+        max_length=top,
+        mean_length=float(lengths.mean()),
+        mean_labelled=164.2 if middle > 900 else 0.0,
+        mean_media=0.72 * float(lengths.mean()),
+        num_truncated=int((raw > MAX_LENGTH).sum()),
+        num_duplicates=duplicates,
+        length_counts=counts.tolist(),
+        length_edges=[round(float(edge), 1) for edge in edges],
+    )
 
 
 def pyjson(value: Any) -> str:

@@ -22,8 +22,8 @@ ALL = AugmentationConfig(
 )
 
 
-def changed(image, config, sample_id="s", epoch=0, place=0, seed=1):
-    made = augment(image, config, seed=seed, sample_id=sample_id, epoch=epoch, place=place)
+def changed(image, config, sample_id="s", draw=0, place=0, seed=1):
+    made = augment(image, config, seed=seed, sample_id=sample_id, draw=draw, place=place)
     return np.asarray(made)
 
 
@@ -32,19 +32,19 @@ def test_nothing_is_changed_unless_asked_for():
     assert np.array_equal(changed(image, AugmentationConfig()), np.asarray(image))
 
 
-def test_the_same_sample_epoch_and_seed_give_the_same_picture():
+def test_the_same_sample_draw_and_seed_give_the_same_picture():
     image = picture(1)
     first = changed(image, ALL)
     assert np.array_equal(first, changed(image, ALL))
-    for other in ({"sample_id": "t"}, {"epoch": 1}, {"place": 1}, {"seed": 2}):
+    for other in ({"sample_id": "t"}, {"draw": 1}, {"place": 1}, {"seed": 2}):
         assert not np.array_equal(first, changed(image, ALL, **other))
 
 
 def test_the_size_stays_and_so_does_the_picture_for_the_most_part():
     gradient = np.linspace(40, 200, 90, dtype=np.uint8)[None, :, None].repeat(60, 0).repeat(3, 2)
     image = Image.fromarray(gradient)
-    for epoch in range(20):
-        made = changed(image, ALL, epoch=epoch)
+    for draw in range(20):
+        made = changed(image, ALL, draw=draw)
         assert made.shape == gradient.shape
         assert np.corrcoef(made.ravel(), gradient.ravel())[0, 1] > 0.9
 
@@ -52,7 +52,7 @@ def test_the_size_stays_and_so_does_the_picture_for_the_most_part():
 def test_brightness_stays_within_its_bound_and_uses_it():
     grey = Image.new("RGB", (32, 32), (100, 100, 100))
     config = AugmentationConfig(brightness=0.2)
-    means = [changed(grey, config, epoch=epoch).mean() for epoch in range(60)]
+    means = [changed(grey, config, draw=draw).mean() for draw in range(60)]
     assert min(means) >= 79 and max(means) <= 121
     assert min(means) < 87 and max(means) > 113
 
@@ -61,7 +61,7 @@ def test_a_crop_keeps_at_least_its_share():
     columns = np.tile(np.arange(200, dtype=np.uint8), (100, 1))
     image = Image.fromarray(columns).convert("RGB")
     config = AugmentationConfig(min_crop=0.8)
-    kept = [np.ptp(changed(image, config, epoch=epoch)[50, :, 0]) for epoch in range(60)]
+    kept = [np.ptp(changed(image, config, draw=draw)[50, :, 0]) for draw in range(60)]
     assert min(kept) >= 0.8 * 199 - 3
     assert min(kept) < 0.86 * 199 and max(kept) > 0.95 * 199
 

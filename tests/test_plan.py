@@ -124,9 +124,12 @@ def test_mixtures_meet_their_quotas_exactly_and_everywhere():
     assert set(large) == {2}
 
 
-def test_quotas_sum_up_whatever_the_weights():
-    assert exact_quotas((1.0, 1.0, 1.0), 10) == [4, 3, 3]
-    assert exact_quotas((0.5, 0.0, 0.25), 8) == [5, 0, 3]
+def test_quotas_sum_up_and_what_rounding_takes_it_gives_back():
+    assert exact_quotas((1.0, 1.0, 1.0), 10, 3) == [[4, 3, 3], [3, 4, 3], [3, 3, 4]]
+    assert exact_quotas((0.5, 0.0, 0.25), 8, 1) == [[5, 0, 3]]
+    rare = np.array(exact_quotas((0.999, 0.001), 400, 40))
+    assert rare.sum(axis=1).tolist() == [400] * 40 and rare.min() >= 0
+    assert rare[:, 1].sum() == 16
 
 
 def test_a_weight_without_samples_is_an_error():
@@ -185,9 +188,8 @@ def test_ranks_share_a_step_without_loss_or_copy_and_keep_in_step(world_size):
         assert sorted(seen) == sorted(plan.rows(number).tolist())
 
 
-def test_a_sample_that_stands_twice_in_a_step_is_of_two_epochs():
+def test_no_two_uses_of_a_sample_have_the_same_draw():
     plan = plan_of(3, batch_size=5)
-    parts = Collation("idefics3", 0, 5).parts(plan, np.full(3, 5), 0)
-    epochs = sorted(zip(parts[0].rows, parts[0].epochs, strict=True))
-    assert [row for row, _ in epochs if epochs.count((row, 0)) != 1] == []
-    assert [epoch for _, epoch in epochs].count(0) == 3
+    parts = [Collation("idefics3", 0, 5).parts(plan, np.full(3, 5), step)[0] for step in (0, 1)]
+    draws = [draw for part in parts for draw in part.draws]
+    assert sorted(draws) == list(range(10))

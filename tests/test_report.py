@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import functools
 import json
@@ -84,6 +85,8 @@ class _Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
+        if tag in ("td", "dd", "small"):
+            self.text += " "
         if tag not in self.void:
             self.open.append(tag)
 
@@ -147,6 +150,9 @@ def test_everything_from_outside_is_escaped(examples: Copy) -> None:
     assert "&lt;script&gt;alert(4)&lt;/script&gt;" in text
     assert "&lt;b onclick=&#34;alert(3)&#34;&gt;boom&lt;/b&gt; &amp;" in text
     assert "&lt;img src=x onerror=alert(2)&gt;" in text
+    assert "&lt;u&gt;3.41 GB of pixels" in text
+    assert text.count("&lt;s&gt;stem&lt;/s&gt;-00000.parquet:7<") == 2
+    assert "<u>" not in text and "<s>" not in text
     assert "alert(1)</script>" in _Page(text).text
 
 
@@ -368,19 +374,85 @@ def test_tree_marks_wrong_missing_and_extra_fields() -> None:
 
 
 def test_data_and_audit_are_told(examples: Copy) -> None:
-    page = page_of(examples())
+    folder = examples()
+    page = page_of(folder)
     assert page.text.count("balances") == 3
-    assert "2 shared" in page.text
-    assert "cord-v2/train-00000.parquet:7" in page.text
+    assert "train 819 790 7 3 19 balances" in page.text
+    assert "train 790 790 977.4 703.7 72 % 164.2 16.8 % 1,792 14 1.77 %" in page.text
+    assert "select 100 100 899.9 647.9 72 % \u2013 1,710 0" in page.text
+    assert "data.max_length = 1,792: a longer training sample is cut" in page.text
+    assert "(3.41 GB of pixels, within 212 GB of free disk)" in page.text
+    assert "Images pixels prepared as the model takes them" in page.text
+    assert "Samples cached read from the memory-mapped store" in page.text
+    assert "report train none report select 2 of 40 (5 %)" in page.text
+    assert "image is truncated cord-v2/train-00000.parquet:7 3 " in page.text
+    assert page.text.count("cord-v2/train-00000.parquet:7 ") == 2
     assert "59 checks passed, 1 failed." in page.text
+
+
+def histograms_of(page: _Page) -> list[tuple[str, str]]:
+    """The alternative text of every histogram of lengths, and its picture as SVG."""
+    images = [(a["alt"] or "", a["src"] or "") for tag, a in page.tags if tag == "img"]
+    found = [pair for pair in images if pair[0].startswith("Histogram of the lengths")]
+    return [(alt, base64.b64decode(uri.partition(",")[2]).decode()) for alt, uri in found]
+
+
+def test_lengths_are_drawn_for_every_split(examples: Copy) -> None:
+    drawn = histograms_of(page_of(examples()))
+    assert [alt.split()[8] for alt, _ in drawn] == ["train", "select", "report"]
+    assert "between 821 and 896, the mean is 977, the longest 1,792." in drawn[0][0]
+    for _, picture in drawn:
+        words = re.findall(r"<text[^>]*>([^<]*)</text>", picture)
+        assert {"tokens", "samples", "mean", "data.max_length", "1,200"} <= set(words)
+        bars = re.findall(r'<path d="([^"]+)" clip-path[^>]*style="fill: #b4bfcb', picture)
+        assert len(bars) == 24
+
+
+def test_any_manifest_can_be_shown(copy: Copy) -> None:
+    """Splits of any name or without samples, a torn histogram, more reasons than are listed."""
+    folder = copy(state="single")
+    plain = read_json(folder.manifest_file)
+    train, select, report = (plain["splits"][name] for name in ("train", "select", "report"))
+    report["length_edges"].pop()
+    nothing = {name: [] if isinstance(value, list) else 0 for name, value in select.items()}
+    plain["splits"] = {'"><b>': train, "select": nothing, "report": report}
+    plain["quarantine_reasons"] = {f"exact duplicate of {n}": n for n in range(30, 17, -1)}
+    plain |= {"tier": "encoded", "tier_reason": "4 GB of pixels, more than data.disk_budget_gb=1"}
+    write_json(folder.manifest_file, plain)
+    page = page_of(folder)
+    assert [alt.split(" in tokens")[0][-5:] for alt, _ in histograms_of(page)] == ['"><b>']
+    assert "select 0 0 \u2013 \u2013 \u2013 \u2013 0 " in page.text
+    assert "exact duplicate of 21 21 3 more reasons 57 " in page.text
+    assert "Images encoded the files as they came, decoded by threads" in page.text
+    assert "(4 GB of pixels, more than data.disk_budget_gb=1)" in page.text
+
+
+def test_a_manifest_of_an_earlier_version(copy: Copy) -> None:
+    """What it did not record is told as missing, and its overlap in the meaning that it had."""
+    folder = copy(state="single")
+    plain = read_json(folder.manifest_file)
+    del plain["tier"], plain["tier_reason"]
+    for entry in plain["splits"].values():
+        entry["num_seen"] -= entry["num_duplicates"]
+        for name in list(entry)[9:]:
+            del entry[name]
+    plain["overlap"] = {"train/report": 0, "select/report": 2}
+    write_json(folder.manifest_file, plain)
+    page = page_of(folder)
+    assert "train 800 790 7 3 \u2013 balances" in page.text
+    assert "train 790 790 977.4 \u2013 164.2 16.8 % 1,792 \u2013" in page.text
+    assert histograms_of(page) == []
+    assert "How batches are made" not in page.text
+    assert "report train none report select 2 groups or samples" in page.text
 
 
 def test_an_account_that_does_not_balance_is_told(copy: Copy) -> None:
     folder = copy(state="single")
     plain = read_json(folder.manifest_file)
-    plain["splits"]["train"]["num_used"] -= 1
+    plain["splits"]["train"]["num_duplicates"] -= 1
     write_json(folder.manifest_file, plain)
-    assert "does not add up" in page_of(folder).text
+    page = page_of(folder)
+    assert (page.text.count("does not add up"), page.text.count("balances")) == (1, 2)
 
 
 def test_provenance(examples: Copy) -> None:

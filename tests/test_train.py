@@ -11,7 +11,7 @@ from made import experiment
 from safetensors.torch import load_file
 
 from raytune_vlm.config.train import TrainConfig
-from raytune_vlm.errors import CheckpointError, TrialDiverged
+from raytune_vlm.errors import CheckpointError, DataError, TrialDiverged
 from raytune_vlm.models.tiny import BUILDERS
 from raytune_vlm.train import checkpoint
 from raytune_vlm.train.run import Run, TrainingData, summed_cross_entropy
@@ -182,6 +182,16 @@ def test_cross_entropy_is_summed_over_labelled_next_tokens():
         for row, place in ((0, 2), (0, 3), (1, 1), (1, 4))
     )
     assert float(summed_cross_entropy(logits, labels)) == pytest.approx(float(by_hand), abs=1e-5)
+
+
+def test_a_run_that_cannot_begin_leaves_the_base_as_it_was(tiny_base, tiny_split):
+    base = tiny_base("idefics3")
+    before = [name for name, _ in base.model.named_parameters()]
+    source = {"type": "messages", "path": "a.jsonl", "split": "train", "weight": 1}
+    config = experiment(data={"sources": [source, {**source, "path": "b.jsonl"}]})
+    with pytest.raises(DataError, match=r"sources\[1\] has a weight but no training samples"):
+        Run(base, tiny_split("idefics3"), config, World(), TrainingData("d"))
+    assert [name for name, _ in base.model.named_parameters()] == before
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])

@@ -1,4 +1,4 @@
-"""Random changes of a training image: a pure function of seed, sample, epoch and place."""
+"""Random changes of a training image: a pure function of seed, sample, draw and place."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ def augment(
     *,
     seed: int,
     sample_id: str,
-    epoch: int,
+    draw: int,
     place: int,
 ) -> Image.Image:
     """The RGB image changed within the bounds of the config; its size stays.
 
-    The random numbers come from a hash of the keyword arguments (`place`: which image of the
-    sample), so neither the number of workers nor a resume changes what a sample looks like.
+    The random numbers come from a hash of the keyword arguments (`draw`: which use of a sample in
+    the run, `place`: which image of the sample), so neither the number of workers nor a resume
+    changes what a sample looks like.
     """
-    key = hashlib.blake2b(f"{seed}/{sample_id}/{epoch}/{place}".encode(), digest_size=16).digest()
+    key = hashlib.blake2b(f"{seed}/{sample_id}/{draw}/{place}".encode(), digest_size=16).digest()
     generator = np.random.Generator(np.random.PCG64(int.from_bytes(key, "big")))
     # All are drawn, whatever is on: one setting does not change what the others do.
     unit = generator.uniform(-1, 1, size=4)

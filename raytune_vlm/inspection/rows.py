@@ -61,7 +61,9 @@ def open_encoder(config: ModelConfig, *, sizes_only: bool = False) -> Encoder:
     family = check_model(config)
     from raytune_vlm.collate.encode import Encoder
 
-    return Encoder(load_processor(config), family, image_backend(config), sizes_only=sizes_only)
+    processor = load_processor(config)
+    backend = image_backend(config, processor.image_processor)
+    return Encoder(processor, family, backend, sizes_only=sizes_only)
 
 
 def list_shards(experiment: ExperimentConfig) -> list[list[Shard]]:

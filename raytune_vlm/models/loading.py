@@ -38,10 +38,28 @@ class Base:
     image_backend: ImageBackend = "pil"
 
 
-def image_backend(config: ModelConfig) -> ImageBackend:
-    """The backend that `model.image_backend` means on this machine."""
+TORCH_FILTERS = (2, 3)
+"""Pillow's numbers of the filters that torch has for uint8 images: bilinear and bicubic."""
+
+
+def image_backend(config: ModelConfig, image_processor: Any) -> ImageBackend:
+    """The backend that `model.image_backend` means for a processor on this machine.
+
+    Raises
+    ------
+    ModelError
+        If torchvision's resampling is asked for and the processor's filter is not one of torch's.
+    """
+    resample: Any = getattr(image_processor, "resample", None)
+    possible = resample is None or int(resample) in TORCH_FILTERS
     if config.image_backend == "auto":
-        return "torchvision" if find_spec("torchvision") else "pil"
+        return "torchvision" if find_spec("torchvision") and possible else "pil"
+    if config.image_backend == "torchvision" and not possible:
+        raise ModelError(
+            f"model.image_backend=torchvision: {type(image_processor).__name__} resizes with "
+            f"filter {int(resample)} of Pillow, which torch does not have; use "
+            "model.image_backend: pil"
+        )
     return config.image_backend
 
 
@@ -126,13 +144,16 @@ def model_fingerprint(config: ModelConfig) -> dict[str, str]:
     folder = Path(model_path(config))
     digest = hashlib.sha256()
     if folder.is_dir():
-        for file in sorted(folder.glob("*.json*")) + sorted(folder.glob("*.jinja")):
-            digest.update(file.name.encode() + b"\0" + file.read_bytes())
+        weights = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".md")
+        for file in sorted(folder.rglob("*")):
+            if file.is_file() and file.suffix not in weights and file.stat().st_size < 2**28:
+                digest.update(str(file.relative_to(folder)).encode() + b"\0" + file.read_bytes())
     return {
         "name": config.name,
         "revision": str(config.revision),
         "files": digest.hexdigest()[:16],
-        "image_backend": image_backend(config),
+        "image_backend": config.image_backend,
+        "torchvision": str(find_spec("torchvision") is not None),
     }
 
 
@@ -207,6 +228,5 @@ def load_base(config: ModelConfig, device: str = "cpu") -> Base:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
     model.to(device)
-    return Base(
-        model=model, processor=processor, family=family, image_backend=image_backend(config)
-    )
+    backend = image_backend(config, processor.image_processor)
+    return Base(model=model, processor=processor, family=family, image_backend=backend)

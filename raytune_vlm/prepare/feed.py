@@ -37,8 +37,9 @@ class Part:
     """The samples of a micro-batch of one rank, before they are read."""
 
     rows: tuple[int, ...]
-    epochs: tuple[int, ...]
-    """The epoch of each sample, for what changes from one to the next."""
+    draws: tuple[int, ...]
+    """The number of the unit that drew each sample, from the first step on: what is random about a
+    sample hangs on it, so that no two uses of a sample are alike."""
     counts: bool = True
 
 
@@ -70,7 +71,7 @@ class Collation:
 
     def parts(self, plan: Plan, lengths: np.ndarray, number: int) -> list[Part]:
         """The micro-batches of this rank in a step."""
-        units, epochs = plan.step(number), plan.epochs(number)
+        units, first = plan.step(number), number * plan.spec.batch_size
         batches = micro_batches(
             units,
             lengths,
@@ -84,8 +85,8 @@ class Collation:
             counts = place < len(batches)
             chosen = batches[place] if counts else batches[-1][-1:]
             rows = tuple(int(row) for unit in chosen for row in units[unit])
-            passes = tuple(epochs[unit] for unit in chosen for _ in units[unit])
-            parts.append(Part(rows, passes, counts))
+            draws = tuple(first + unit for unit in chosen for _ in units[unit])
+            parts.append(Part(rows, draws, counts))
         return parts
 
     def collate(self, part: Part, samples: Sequence[Encoded]) -> MicroBatch:

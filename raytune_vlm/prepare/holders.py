@@ -6,7 +6,14 @@ MOST_HOLDERS = 6
 
 
 def holders() -> str:
-    """One line: what is in use, and the placement groups and actors that hold most of it."""
+    """One line: what is in use, and the placement groups that hold most of it; never raises."""
+    try:
+        return _holders()
+    except Exception as error:  # it must not hide what it is to explain
+        return f"the cluster does not say who holds its resources ({type(error).__name__})"
+
+
+def _holders() -> str:
     import ray
     from ray.util import placement_group_table
 

@@ -113,11 +113,6 @@ class Plan:
             epoch, wanted = epoch + 1, first + len(content)
         return units
 
-    def epochs(self, number: int) -> list[int]:
-        """The epoch of each unit of a step."""
-        first = number * self.spec.batch_size
-        return [self._epoch_of(first + place) for place in range(self.spec.batch_size)]
-
     def rows(self, number: int) -> np.ndarray:
         """All samples of a step, in the order of its units."""
         return np.concatenate(self.step(number))
@@ -161,10 +156,11 @@ class Plan:
         """The rows of an epoch, shuffled; by the exact quotas of the mixture where it has one."""
         if self.spec.weights is None:
             return generator.permutation(len(self._lengths))
-        quotas = exact_quotas(self.spec.weights, len(self._lengths))
+        *earlier, now = exact_quotas(self.spec.weights, len(self._lengths), epoch + 1)
+        before = np.array([np.zeros(len(now)), *earlier]).sum(axis=0).astype(np.int64)
         rows, keys = [], []
-        for number, (members, quota) in enumerate(zip(self._sources, quotas, strict=True)):
-            rows.append(self._drawn(number, members, epoch * quota, quota))
+        for number, (members, quota) in enumerate(zip(self._sources, now, strict=True)):
+            rows.append(self._drawn(number, members, int(before[number]), quota))
             # The k-th of q stands near (k + u) / q of the epoch: every stretch of it has the
             # quotas of the whole.
             offsets = generator.random(quota)
@@ -213,17 +209,27 @@ class Plan:
         return float(self._lengths[content.rows].sum() / (len(content) * self.spec.pack_length))
 
 
-def exact_quotas(weights: tuple[float, ...], total: int) -> list[int]:
-    """Whole numbers that sum up to `total` in the proportion of the weights.
+def exact_quotas(weights: tuple[float, ...], total: int, epochs: int) -> list[list[int]]:
+    """The draws from each source in each of the first epochs of `total` draws.
 
-    Largest remainders get the rest (Hamilton's method); ties go to the source named first.
+    Whole numbers in the proportion of the weights by largest remainders (Hamilton's method); what
+    rounding takes from a source in one epoch it is given back in a later one.
     """
-    shares = [weight / sum(weights) * total for weight in weights]
-    quotas = [int(share) for share in shares]
-    by_remainder = sorted(range(len(shares)), key=lambda n: quotas[n] - shares[n])
-    for number in by_remainder[: total - sum(quotas)]:
-        quotas[number] += 1
-    return quotas
+    owed = np.zeros(len(weights))
+    shares = np.array(weights) / sum(weights) * total
+    found = []
+    for _ in range(epochs):
+        owed += shares
+        quotas = np.maximum(np.floor(owed + 1e-9), 0).astype(np.int64)
+        rest = total - int(quotas.sum())
+        order = np.argsort(quotas - owed, kind="stable")  # the most owed first
+        if rest > 0:
+            quotas[order[:rest]] += 1
+        for place in order[::-1][: max(-rest, 0)]:
+            quotas[place] -= 1
+        owed -= quotas
+        found.append(quotas.tolist())
+    return found
 
 
 def micro_batches(

@@ -8,6 +8,7 @@ then, where the disk budget allows it, their pixels.
 from __future__ import annotations
 
 import functools
+import glob
 import json
 import logging
 import shutil
@@ -34,12 +35,15 @@ from raytune_vlm.prepare.statistics import (
     split_statistics,
     without_duplicates,
 )
-from raytune_vlm.prepare.store import PixelDecoder, PreparedSplit, open_split
-from raytune_vlm.records import SPLITS, DataManifest, Quarantined, read_json, write_json
+from raytune_vlm.prepare.store import PixelDecoder, PreparedSplit, open_split, pixel_folder
+from raytune_vlm.records import SPLITS, DataManifest, Quarantined, read_json
 from raytune_vlm.sources import SOURCES, Shard
 
 FORMAT = 3
 """Version of the store's format; a change of it makes every shard anew."""
+
+VERSIONS = ("transformers", "tokenizers", "torch", "pillow", "simplejpeg")
+"""Libraries whose version the prepared data depends on."""
 
 FREE_SHARE = 0.8
 """Share of the free disk that pixels may take where `data.disk_budget_gb` does not say."""
@@ -81,7 +85,7 @@ def list_shards(experiment: ExperimentConfig) -> list[ShardJob]:
         "limits": data.image_limits.model_dump(),
         "max_length": data.max_length,
         "over_long": data.over_long,
-        **{name: version(name) for name in ("transformers", "tokenizers", "pillow", "simplejpeg")},
+        **{name: version(name) for name in VERSIONS},
     }
     jobs = []
     for number, source in enumerate(data.sources):
@@ -103,7 +107,8 @@ def _state_of(shard: Shard) -> list[tuple[str, int, int]]:
     if path.is_file():
         files = [path]
     else:
-        files = sorted(file for stem in shard.members for file in path.glob(f"*/{stem}.*"))
+        patterns = [f"*/{glob.escape(stem)}.*" for stem in shard.members]
+        files = sorted(file for pattern in patterns for file in path.glob(pattern))
     return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
@@ -157,7 +162,8 @@ def prepare(
     if not pc.any(pc.equal(index["split"], "train")).as_py():
         where = ", ".join(source.path for source in experiment.data.sources)
         raise DataError(f"data.sources: no training samples in {where}")
-    tier, reason = _tier(experiment, store, index)
+    _check_weights(experiment, index)
+    tier, reason = _tier(experiment, store, jobs, index)
     if tier == "pixels":
         _run("pixels", experiment, store, jobs, progress)
     index_file = store / f"{digest}.index.parquet"
@@ -181,12 +187,20 @@ def prepare(
         tier=tier,
         tier_reason=reason,
     )
-    write_json(store / f"{digest}.manifest.json", manifest)
     return PreparedData(manifest, index_file, quarantine)
 
 
+def _check_weights(experiment: ExperimentConfig, index: pa.Table) -> None:
+    training = index.filter(pc.equal(index["split"], "train"))["source"].unique().to_pylist()
+    for number, source in enumerate(experiment.data.sources):
+        if source.weight is not None and number not in training:
+            raise DataError(
+                f"data.sources[{number}] ({source.path}) has a weight but no training samples"
+            )
+
+
 def _tier(
-    experiment: ExperimentConfig, store: Path, index: pa.Table
+    experiment: ExperimentConfig, store: Path, jobs: list[ShardJob], index: pa.Table
 ) -> tuple[Literal["pixels", "encoded"], str]:
     """What the store shall hold of the images, and why."""
     data = experiment.data
@@ -201,7 +215,8 @@ def _tier(
         room, allowed = data.disk_budget_gb, f"data.disk_budget_gb={data.disk_budget_gb:g}"
     else:
         room = shutil.disk_usage(store).free * FREE_SHARE / 1e9
-        room += sum(file.stat().st_size for file in store.glob("*.pixels/*")) / 1e9
+        there = (store / pixel_folder(job.key) for job in jobs)
+        room += sum(file.stat().st_size for folder in there for file in folder.glob("*")) / 1e9
         allowed = f"{room:.3g} GB of free disk"
     fits = size <= room
     need = f"{size:.3g} GB of pixels, {'within' if fits else 'more than'} {allowed}"
@@ -224,7 +239,8 @@ def _run(
 ) -> None:
     """One step for all shards that lack it, a Ray Data task each."""
     folder = STEPS[step].folder
-    missing = [job for job in jobs if not folder(store, job).exists()]
+    # By key: two sources may have a shard in common.
+    missing = list({job.key: job for job in jobs if not folder(store, job).exists()}.values())
     done = len(jobs) - len(missing)
     progress(step, done, len(jobs))
     if not missing:
@@ -232,10 +248,11 @@ def _run(
     import ray
 
     context = ray.data.DataContext.get_current()
-    # After the first use of ray.data, which sets its own level.
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    # After the first use of ray.data, which sets its own level; what it would print is raised.
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    context.raise_original_map_exception = True
     workers = max(1, min(len(missing), int(ray.cluster_resources().get("CPU", 1)) - 1))
     plain = experiment.model_dump_json()
     references = ray.put(missing)

@@ -89,7 +89,7 @@ class Preparer:
         self.experiment, self.store = experiment, store
         self.family: Family = FAMILIES[check_model(experiment.model).model_type]
         self.processor = load_processor(experiment.model)
-        self.backend = image_backend(experiment.model)
+        self.backend = image_backend(experiment.model, self.processor.image_processor)
 
 
 @dataclass
@@ -131,17 +131,20 @@ class TokenStep:
             }
             for entry, split in self._rows(job):
                 if isinstance(entry, Quarantined):
-                    outcome.refused.append(Quarantined(entry.origin, entry.reason, split))
+                    self._refuse(entry.origin, entry.reason, split, outcome)
                 else:
                     self._add(entry, split, job, writers[split], outcome)
             write_index(folder / "index.parquet", outcome.index)
+            if images:
+                # Before the rename: a note without its folder only makes the folder be made.
+                noted = {name: list(state) for name, state in images.items()}
+                write_json(
+                    self._store / f"{job.base}.images.json", {"key": job.key, "images": noted}
+                )
             refused = [asdict(entry) for entry in outcome.refused]
             write_json(
                 folder / "summary.json", {"quarantined": refused, "over_long": outcome.over_long}
             )
-        if images:
-            noted = {name: list(state) for name, state in images.items()}
-            write_json(self._store / f"{job.base}.images.json", {"key": job.key, "images": noted})
 
     def _rows(self, job: ShardJob) -> Iterator[tuple[Sample | Quarantined, Split]]:
         data = self._experiment.data
@@ -169,11 +172,13 @@ class TokenStep:
         except ModelError:
             raise
         except DataError as error:
-            outcome.refused.append(Quarantined(sample.origin, error.message, split))
+            self._refuse(sample.origin, error.message, split, outcome)
             return
+        except (MemoryError, OSError):  # the machine's fault, not the row's
+            raise
         except Exception as error:  # processors raise what they like: an odd size, a bad token
             reason = f"the processor refuses it: {shorten(error, 160)}"
-            outcome.refused.append(Quarantined(sample.origin, reason, split))
+            self._refuse(sample.origin, reason, split, outcome)
             return
         length = len(encoded.input_ids)
         if length > data.max_length:
@@ -216,6 +221,12 @@ class TokenStep:
                 **encoded_to_row(encoded),
             }
         )
+
+    @staticmethod
+    def _refuse(origin: str, reason: str, split: Split, outcome: _Outcome) -> None:
+        # Half a surrogate pair from a row could not be written.
+        plain = [text.encode("utf-8", "replace").decode() for text in (origin, reason)]
+        outcome.refused.append(Quarantined(plain[0], plain[1], split))
 
     @staticmethod
     def _too_long(sample: Sample, length: int, data: DataConfig) -> bool:

@@ -178,6 +178,7 @@ class PreparedSplit:
         self.lengths = index["length"].to_numpy()
         self.num_labelled = index["num_labelled"].to_numpy()
         self.sources = index["source"].to_numpy()
+        self.num_images = index["num_images"].to_numpy()
         self.num_bytes = index["num_bytes"].to_numpy()
         """What each sample weighs with its images still encoded."""
 

@@ -26,7 +26,7 @@ import pyarrow as pa
 from PIL import Image
 
 from raytune_vlm.config.augmentation import AugmentationConfig
-from raytune_vlm.errors import DataError, InfrastructureError
+from raytune_vlm.errors import InfrastructureError
 from raytune_vlm.prepare.feed import Collation, MicroBatch, Part
 from raytune_vlm.prepare.holders import holders
 from raytune_vlm.prepare.plan import Plan, PlanSpec
@@ -78,8 +78,8 @@ def read_steps(
         for number, part in enumerate(collation.parts(plan, split.lengths, step)):
             pieces.append(split.samples(part.rows))
             places += [
-                (step, number, row, epoch, part.counts)
-                for row, epoch in zip(part.rows, part.epochs, strict=True)
+                (step, number, row, draw, part.counts)
+                for row, draw in zip(part.rows, part.draws, strict=True)
             ]
     table = pa.concat_tables(pieces)
     for name, column in zip(_PLACE_COLUMNS, zip(*places, strict=True), strict=True):
@@ -87,7 +87,7 @@ def read_steps(
     return table
 
 
-_PLACE_COLUMNS = ("step", "part", "row", "epoch", "counts")
+_PLACE_COLUMNS = ("step", "part", "row", "draw", "counts")
 
 
 @functools.lru_cache(maxsize=2)
@@ -121,14 +121,14 @@ class Decoding:
     def make(self, part: Part, located: list[Located]) -> MicroBatch:
         """Decode and collate one micro-batch."""
         samples = []
-        for (batch, place), row, epoch in zip(located, part.rows, part.epochs, strict=True):
+        for (batch, place), row, draw in zip(located, part.rows, part.draws, strict=True):
             sample = sample_at(batch, place)
             images = batch.column("images")[place].as_py()
-            sample.tensors.update(self._pixels(images, row, epoch))
+            sample.tensors.update(self._pixels(images, row, draw))
             samples.append(sample)
         return self.collation.collate(part, samples)
 
-    def _pixels(self, images: list[bytes], row: int, epoch: int) -> dict[str, np.ndarray]:
+    def _pixels(self, images: list[bytes], row: int, draw: int) -> dict[str, np.ndarray]:
         if not images:
             return {}
         made: dict[str, np.ndarray]
@@ -144,7 +144,7 @@ class Decoding:
                 changing.config,
                 seed=changing.seed,
                 sample_id=changing.sample_ids[row],
-                epoch=epoch,
+                draw=draw,
                 place=place,
             )
             for place, pixels in enumerate(self.maker.open(images))
@@ -245,15 +245,31 @@ def streamed_blocks(source: StreamSource, split: PreparedSplit, max_steps: int) 
     def blocks(first: int) -> Iterator[pa.Table]:
         import ray
 
-        with ThreadPoolExecutor(1, thread_name_prefix="stretch") as reader:
-            ahead: Future[list[Any]] | None = None
-            for stretch in itertools.chain(stretches(first), [None]):
-                current, ahead = ahead, None
-                references = current.result() if current is not None else []
-                if stretch is not None:
-                    ahead = reader.submit(_read_stretch, source, stretch)
-                while references:
-                    yield ray.get(references.pop(0))
+        ahead: queue.Queue[list[Any] | BaseException] = queue.Queue(maxsize=1)
+
+        def read(stretch: list[range]) -> None:
+            try:
+                ahead.put(_read_stretch(source, stretch))
+            except BaseException as error:
+                ahead.put(error)
+
+        def begin(stretch: list[range]) -> None:
+            # A daemon: whoever gives up on the stream does not wait for it.
+            threading.Thread(target=read, args=(stretch,), name="stretch", daemon=True).start()
+
+        rest = stretches(first)
+        upcoming = next(rest, None)
+        if upcoming is not None:
+            begin(upcoming)
+        while upcoming is not None:
+            references = ahead.get()
+            if isinstance(references, BaseException):
+                raise references
+            upcoming = next(rest, None)
+            if upcoming is not None:
+                begin(upcoming)
+            while references:
+                yield ray.get(references.pop(0))
 
     return blocks
 
@@ -263,7 +279,7 @@ def _read_stretch(source: StreamSource, blocks: list[range]) -> list[Any]:
     import ray.data
 
     context = ray.data.DataContext.get_current()
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -271,11 +287,13 @@ def _read_stretch(source: StreamSource, blocks: list[range]) -> list[Any]:
     def read(batch: dict[str, np.ndarray]) -> pa.Table:
         return source.read([step for number in batch["id"] for step in blocks[int(number)]])
 
-    dataset = ray.data.range(len(blocks), override_num_blocks=len(blocks)).map_batches(
+    # From blocks that are there: a read task would ask for a CPU.
+    numbers = [pa.table({"id": [number]}) for number in range(len(blocks))]
+    dataset = ray.data.from_blocks(numbers).map_batches(
         read,
         batch_size=None,
         num_cpus=0,
-        compute=ray.data.TaskPoolStrategy(size=STREAM_TASKS),
+        compute=ray.data.TaskPoolStrategy(size=min(STREAM_TASKS, len(blocks))),
     )
     references: list[Any] = dataset.materialize().to_arrow_refs()
     return references
@@ -292,8 +310,8 @@ def parts_of(table: pa.Table) -> Iterator[tuple[Part, list[Located]]]:
     keyed = zip(zip(*columns, strict=True), places, strict=True)
     for _, group in itertools.groupby(keyed, key=lambda entry: entry[0][:2]):
         entries, located = zip(*group, strict=True)
-        _, _, rows, epochs, counts = zip(*entries, strict=True)
-        yield Part(rows, epochs, counts[0]), list(located)
+        _, _, rows, draws, counts = zip(*entries, strict=True)
+        yield Part(rows, draws, counts[0]), list(located)
 
 
 class _Ahead:
@@ -315,7 +333,7 @@ class _Ahead:
                 for part, located in parts_of(table):
                     if not self._put(self._pool.submit(self._decoding.make, part, located)):
                         return
-            self._put(DataError("the stream has ended before the plan"))
+            self._put(InfrastructureError("the stream has ended before the plan"))
         except BaseException as error:
             self._put(error)
 
@@ -342,11 +360,12 @@ class _Ahead:
             else:
                 if isinstance(item, BaseException):
                     raise item
-                return item.result()
+                return item.result(timeout=PATIENCE * stall_timeout_s)
         raise AssertionError("unreachable")
 
     def close(self) -> None:
         """End the threads."""
         self._closed.set()
         self._pool.shutdown(wait=True, cancel_futures=True)
-        self._thread.join(timeout=10)
+        # It may be waiting for the cluster; it is a daemon and holds nothing but references.
+        self._thread.join(timeout=1)

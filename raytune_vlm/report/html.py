@@ -12,7 +12,8 @@ from typing import Any
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from raytune_vlm.records import SplitStatistics, TrialRecord, write_text
+from raytune_vlm.records import TrialRecord, write_text
+from raytune_vlm.report.data import data_section
 from raytune_vlm.report.formatting import FILTERS
 from raytune_vlm.report.gallery import NUM_OPENING, gallery
 from raytune_vlm.report.headline import clearly, headline
@@ -66,7 +67,7 @@ def render(view: SweepView) -> str:
         panels=panels,
         exhibits=gallery(view),
         num_opening=NUM_OPENING,
-        splits=_splits(view),
+        data=data_section(view),
         quarantined=view.quarantined[:MAX_QUARANTINED_ROWS],
         times=_times(view),
         audit=_audit(view),
@@ -98,22 +99,6 @@ def _metric_table(view: SweepView) -> list[dict[str, Any]]:
         if scores is not None:
             table.append({"role": role, "trial_id": view.role_of(role), "scores": scores})
     return table
-
-
-def _splits(view: SweepView) -> list[dict[str, Any]]:
-    """The account of every split: seen = used + quarantined + dropped, and whether it holds."""
-    if view.manifest is None:
-        return []
-    return [
-        {"name": name, "statistics": entry, "balances": _balances(entry)}
-        for name, entry in view.manifest.splits.items()
-    ]
-
-
-def _balances(entry: SplitStatistics) -> bool:
-    accounted = entry.num_used + entry.num_quarantined + entry.num_dropped_over_long
-    accounted += entry.num_duplicates
-    return accounted == entry.num_seen
 
 
 def _times(view: SweepView) -> list[dict[str, Any]]:

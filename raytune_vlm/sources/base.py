@@ -147,6 +147,7 @@ def make_sample(
     placeholders = sum(part["type"] == "image" for turn in clean for part in turn["content"])
     check_counts(placeholders, len(images))
     try:
+        (group_id or "").encode()
         text = json.dumps(clean, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode()
     except UnicodeEncodeError as error:
         raise RowError("the text holds half of a surrogate pair: not valid Unicode") from error

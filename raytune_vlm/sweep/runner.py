@@ -94,7 +94,7 @@ def run_sweep(experiment: ExperimentConfig, *, command: str, monitor: Monitor) -
     jobs = plan_of(experiment)
     with ray_session(experiment):
         data = prepare_data(experiment, jobs, monitor)
-        _require_splits(data, "select", "report")
+        require_splits(data, "select", "report")
         write_head(folder, experiment, data, command)
         with Lease(folder.lease_file):
             return _drive(experiment, folder, data, monitor)
@@ -272,7 +272,8 @@ def prepare_data(
     return data
 
 
-def _require_splits(data: PreparedData, *names: str) -> None:
+def require_splits(data: PreparedData, *names: str) -> None:
+    """Raise DataError for a split without samples."""
     for name in names:
         if data.manifest.splits[name].num_used == 0:
             raise DataError(

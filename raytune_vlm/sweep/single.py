@@ -44,6 +44,7 @@ def train_one(experiment: ExperimentConfig, *, command: str, monitor: Monitor) -
             raise ConfigError(f"{folder.root} holds another experiment; choose another name=")
     with ray_session(single):
         data = runner.prepare_data(single, jobs, monitor)
+        runner.require_splits(data, "select")
         runner.write_head(folder, single, data, command)
         with Lease(folder.lease_file), runner.session(single, folder, data, monitor) as running:
             states = running.states or {TRAINED: TrialState(TRAINED, 0, {})}

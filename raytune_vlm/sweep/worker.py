@@ -19,6 +19,7 @@ from raytune_vlm.config.experiment import ExperimentConfig
 from raytune_vlm.errors import (
     AuditFailed,
     CheckpointError,
+    InfrastructureError,
     RaytuneVlmError,
     TrialDiverged,
     TrialInfeasible,
@@ -128,6 +129,8 @@ class Worker:
                 self._evaluate_job(job)
         except Exception as error:
             kind = FAILURE_KINDS.get(type(error), "error")
+            if isinstance(error, InfrastructureError):
+                raise  # the recipe is not to blame: Ray Train restarts, the board counts
             if self.world.size > 1 and kind in ("infeasible", "error"):
                 # Perhaps on this rank alone: the others would wait for it in a collective. Ray
                 # Train restarts the group, and the board counts the attempt.
@@ -250,8 +253,10 @@ class TrialJob:
             failure = str(error)
             raise
         finally:
-            self._record(run, status, failure)
-            run.close()
+            try:
+                self._record(run, status, failure)
+            finally:
+                run.close()
 
     def _resume(self, run: Any) -> None:
         from raytune_vlm.train.checkpoint import newest

@@ -10,7 +10,6 @@ The caller owns the loop: `run.step()` does one optimizer step, `run.save()` a c
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from dataclasses import dataclass
@@ -133,8 +132,6 @@ class Run:
             world_size=world.size,
         )
         self._skipped = 0
-        self.model = attach(base.model, base.family, experiment.lora, seed=experiment.seed)
-        self.trainable = trainable_by_scope(self.model, base.family)
         spec = plan_spec(experiment)
         self.plan = Plan(split.lengths, split.sources, spec, data_digest=data.digest)
         self._feed: Feed = (
@@ -142,13 +139,13 @@ class Run:
             if data.tier == "pixels"
             else self._decoding(spec, data)
         )
+        # Last, because from here on the base is wrapped until `close`.
+        self.model = attach(base.model, base.family, experiment.lora, seed=experiment.seed)
+        self.trainable = trainable_by_scope(self.model, base.family)
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
         self._optimizer = torch.optim.AdamW(
             self._parameters, lr=self.config.learning_rate, weight_decay=self.config.weight_decay
         )
-        self._forward: Any = self.model
-        if world.size > 1:
-            self._forward = torch.nn.parallel.DistributedDataParallel(self.model)
         # Dropout must not depend on how many random numbers the initialisation drew.
         torch.manual_seed(experiment.seed * 1009 + world.rank)
 
@@ -201,7 +198,8 @@ class Run:
         TrialInfeasible
             If the accelerator is out of memory.
         AuditFailed
-            At the first step, if the adapter does not train or has no effect.
+            At the first step (with images, if there are any), if the adapter does not train or has
+            no effect.
         """
         began = time.monotonic()
         rows = self.plan.rows(self.steps_done)
@@ -221,18 +219,20 @@ class Run:
                 f"out of memory at micro_batch_size={self.config.micro_batch_size}: {error}"
             ) from None
         norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, self.config.max_grad_norm))
-        first = self.steps_done == 0
+        # A step without images says nothing of a vision tower; unless all are so, wait for one.
+        with_images = rows[self._split.num_images[rows] > 0]
+        due = not self.audit and (len(with_images) > 0 or not self._split.num_images.any())
         finite = math.isfinite(loss) and math.isfinite(norm)
         if finite:
-            if first:
+            if due:
                 self.audit["gradients"] = check_gradients(self.model)
             self._optimizer.step()
         else:
             self._count_skip(loss, norm)
         self._optimizer.zero_grad(set_to_none=True)
         self.steps_done += 1
-        if first and finite:
-            few = tuple(int(row) for row in rows[:2])
+        if due and finite:
+            few = tuple(int(row) for row in (with_images if len(with_images) else rows)[:2])
             batch = self._collation.collate(
                 Part(few, (0,) * len(few)), [self._split.encoded(row) for row in few]
             )
@@ -252,19 +252,38 @@ class Run:
     def _backward(self, micro_batches: list[MicroBatch], labelled: int) -> float:
         """Accumulate gradients of the global batch's loss; returns that loss, on every rank."""
         total = torch.zeros((), device=self._world.device)
-        for number, micro_batch in enumerate(micro_batches):
-            last = number == len(micro_batches) - 1
+        for micro_batch in micro_batches:
             batch, labels = self._on_device(micro_batch.arrays)
-            local = self._world.size == 1 or last
-            with contextlib.nullcontext() if local else self._forward.no_sync():
-                logits = self._forward(**batch).logits
-                summed = summed_cross_entropy(logits, labels) / labelled
-                # DDP averages gradients over the ranks, the loss is a sum over them.
-                (summed * self._world.size).backward()
+            summed = summed_cross_entropy(self.model(**batch).logits, labels) / labelled
+            summed.backward()
             total += summed.detach()
         if self._world.size > 1:
             torch.distributed.all_reduce(total)
+            self._add_up_gradients()
         return float(total)
+
+    def _add_up_gradients(self) -> None:
+        """Sum the ranks' gradients, in one message.
+
+        Not `DistributedDataParallel`: a rank whose samples have no images has no gradient in the
+        vision tower, and its buckets would then wait for one or meet another collective. What has
+        a gradient on no rank keeps none, as on a single worker.
+        """
+        parameters = self._parameters
+        present = torch.tensor([float(p.grad is not None) for p in parameters])
+        flat = torch.cat(
+            [
+                (torch.zeros_like(p) if p.grad is None else p.grad).flatten().float()
+                for p in parameters
+            ]
+        )
+        present = present.to(flat.device)
+        torch.distributed.all_reduce(present)
+        torch.distributed.all_reduce(flat)
+        pieces = flat.split([p.numel() for p in parameters])
+        for parameter, piece, count in zip(parameters, pieces, present.tolist(), strict=True):
+            if count:
+                parameter.grad = piece.view_as(parameter).to(parameter.dtype)
 
     def _on_device(self, arrays: Arrays) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
@@ -314,10 +333,11 @@ class Run:
 
     def close(self) -> None:
         """Take the adapter off; the base model is again what it was."""
-        self._feed.close()
-        self._optimizer.zero_grad(set_to_none=True)
-        self._forward = None
-        self._base.model = self._unloaded()
+        try:
+            self._feed.close()
+        finally:
+            self._optimizer.zero_grad(set_to_none=True)
+            self._base.model = self._unloaded()
 
     def _unloaded(self) -> torch.nn.Module:
         model: torch.nn.Module = self.model.unload()
