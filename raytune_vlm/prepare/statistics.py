@@ -17,6 +17,8 @@ WORST_REASONS = 10
 
 HISTOGRAM_BINS = 24
 
+_MEANS = ("num_labelled", "num_media")
+
 
 def without_duplicates(
     index: pa.Table, *, in_training: bool
@@ -52,7 +54,8 @@ def without_duplicates(
         )
     removed = copy & train if in_training else np.zeros(len(index), dtype=bool)
     kept = ~(copy & ~train | removed)
-    return index.filter(pa.array(kept)), quarantined, int(removed.sum())
+    whole = bool(kept.all())
+    return index if whole else index.filter(pa.array(kept)), quarantined, int(removed.sum())
 
 
 def refuse_bad(experiment: ExperimentConfig, num_good: int, quarantine: list[Quarantined]) -> None:
@@ -85,7 +88,9 @@ def split_statistics(
     num_duplicates: int,
 ) -> SplitStatistics:
     """The figures of one split; seen = used + quarantined + over-long + duplicates removed."""
-    rows = index.filter(pc.equal(index["split"], name))
+    # Only what is counted: a filter copies every column.
+    counted = index.select(["length", "group_id", "num_images", *_MEANS, "truncated"])
+    rows = counted.filter(pc.equal(index["split"], name))
     refused = sum(entry.split == name for entry in quarantine)
     lengths = rows["length"].to_numpy()
     top = max(int(lengths.max()), 1) if len(rows) else 1
@@ -114,7 +119,8 @@ def overlaps(index: pa.Table) -> dict[str, int]:
     Pairs without any are left out.
     """
     found = {}
-    parts = {name: index.filter(pc.equal(index["split"], name)) for name in SPLITS}
+    names = index.select(["group_id", "images_id"])
+    parts = {name: names.filter(pc.equal(index["split"], name)) for name in SPLITS}
     for place, first in enumerate(SPLITS):
         for second in SPLITS[place + 1 :]:
             known, asked = parts[first], parts[second]
