@@ -13,6 +13,11 @@ from raytune_vlm.models.families import Family
 IGNORED = -100
 """The label of a token that carries no loss."""
 
+ENCODER_IDS = "encoder_input_ids"
+"""The tensor that holds the tokens of a text encoder, int32 `[length of the question]`."""
+
+_ENCODER_MASK = "encoder_attention_mask"
+
 
 def collate_arrays(
     samples: Sequence[Encoded],
@@ -20,26 +25,28 @@ def collate_arrays(
     *,
     pad_token_id: int,
     padding_side: Literal["left", "right"] = "right",
+    pad_to: int = 0,
 ) -> dict[str, np.ndarray]:
     """A batch of exactly what the family's forward takes, plus `labels`; pixels still uint8.
+
+    Parameters
+    ----------
+    pad_to
+        Least length of the batch; 0 pads to the longest sample.
 
     Returns
     -------
     dict
         `input_ids`, `attention_mask`, `labels` int64 `[batch, longest]` (labels are not shifted and
-        -100 outside the assistant's turns), token-aligned arrays `[batch, longest]` padded with
-        zero, media arrays batched as `Family.media` says.
+        -100 outside the assistant's turns), token-aligned arrays `[batch, longest, ...]` padded
+        with zero, media arrays batched as `Family.media` says. Of an encoder-decoder the first two
+        are named `decoder_input_ids` and `decoder_attention_mask`, and those names are its text
+        encoder's, padded on the right, where it has one.
     """
-    length = max(len(sample.input_ids) for sample in samples)
+    length = max(pad_to, *(len(sample.input_ids) for sample in samples))
 
     def padded(arrays: Sequence[np.ndarray], fill: int) -> np.ndarray:
-        out = np.full((len(arrays), length), fill, dtype=np.int64)
-        for row, array in zip(out, arrays, strict=True):
-            if padding_side == "right":
-                row[: len(array)] = array
-            else:
-                row[length - len(array) :] = array
-        return out
+        return _padded(arrays, fill, length, padding_side)
 
     labels = []
     for sample in samples:
@@ -54,17 +61,59 @@ def collate_arrays(
     }
     for name in sorted({name for sample in samples for name in sample.tensors}):
         arrays = [sample.tensors[name] for sample in samples if name in sample.tensors]
-        layout = family.media.get(name)
-        if layout is None:
-            whole = [
-                sample.tensors.get(name, np.zeros_like(sample.input_ids)) for sample in samples
-            ]
-            batch[name] = padded(whole, 0)
+        layout = family.media.get(name, "tokens")
+        if name == ENCODER_IDS:
+            longest = max(map(len, arrays))
+            batch[name] = _padded(arrays, pad_token_id, longest, "right")
+            masks = [np.ones_like(array) for array in arrays]
+            batch[_ENCODER_MASK] = _padded(masks, 0, longest, "right")
         elif layout == "concatenate":
-            batch[name] = _widened(np.concatenate(arrays))
-        else:
+            batch[name] = _widened(np.concatenate(_same_size(arrays)))
+        elif layout == "samples":
             batch[name] = _widened(_stacked(samples, name))
-    return batch
+        else:
+            blank = arrays[0][:0]
+            batch[name] = padded([sample.tensors.get(name, blank) for sample in samples], 0)
+    return _named(batch, family)
+
+
+def _padded(
+    arrays: Sequence[np.ndarray], fill: int, length: int, side: Literal["left", "right"]
+) -> np.ndarray:
+    """int64 `[batch, length, ...]`; dimensions after the tokens are as large as the largest."""
+    shape = np.max([array.shape[1:] for array in arrays], axis=0).astype(int)
+    out = np.full((len(arrays), length, *shape), fill, dtype=np.int64)
+    for row, array in zip(out, arrays, strict=True):
+        begin = 0 if side == "right" else length - len(array)
+        row[(slice(begin, begin + len(array)), *map(slice, array.shape[1:]))] = array
+    return out
+
+
+def _named(batch: dict[str, np.ndarray], family: Family) -> dict[str, np.ndarray]:
+    """The names that the family's forward has for the sequences."""
+    if family.prompt not in ("encoder-decoder", "image-encoder"):
+        return batch
+    names = {
+        "input_ids": "decoder_input_ids",
+        "attention_mask": "decoder_attention_mask",
+        ENCODER_IDS: "input_ids",
+        _ENCODER_MASK: "attention_mask",
+    }
+    return {names.get(name, name): array for name, array in batch.items()}
+
+
+def _same_size(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Arrays padded with zeros behind, so that only their first dimensions differ."""
+    shape = np.max([array.shape[1:] for array in arrays], axis=0).astype(int).tolist()
+    return [
+        array
+        if array.shape[1:] == tuple(shape)
+        else np.pad(
+            array,
+            [(0, 0), *((0, size - own) for size, own in zip(shape, array.shape[1:], strict=True))],
+        )
+        for array in arrays
+    ]
 
 
 def _stacked(samples: Sequence[Encoded], name: str) -> np.ndarray:

@@ -69,12 +69,21 @@ class PixelTable:
             return batch
         if self.family.channels == "patches":
             values = self._patches(pixels, batch["image_grid_thw"])
+        elif self.family.channels == "interleaved":
+            colours = pixels.unflatten(-1, (-1, 3))
+            values = self._look_up(colours, colours.dim() - 1).flatten(-2)
         else:
             values = self._look_up(pixels, pixels.dim() + self.family.channels)
-        mask = batch.get("pixel_attention_mask")
-        if mask is not None:
-            values = values * mask.unsqueeze(2).to(values.dtype)
-        return {**batch, "pixel_values": values}
+        return {**batch, "pixel_values": self._without_padding(values, batch)}
+
+    @staticmethod
+    def _without_padding(values: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Padding as the processors make it, after normalisation: zeros."""
+        if "pixel_attention_mask" in batch:  # [samples, tiles, height, width]
+            return values * batch["pixel_attention_mask"].unsqueeze(2).to(values.dtype)
+        if "aspect_ratio_mask" in batch:  # [samples, images, tiles]
+            return values * batch["aspect_ratio_mask"][..., None, None, None].to(values.dtype)
+        return values
 
     def _patches(self, flat: torch.Tensor, grids: torch.Tensor) -> torch.Tensor:
         """`[patches, 3 * t * p * p]` of flat channels-first images, in the order of Qwen2-VL.

@@ -11,24 +11,37 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from raytune_vlm.collate.encoded import Encoded
-from raytune_vlm.collate.labels import (
-    control_tokens,
-    find_markers,
-    spans_of_markers,
-    spans_of_mask,
+from raytune_vlm.collate.chat import ChatPrompts, is_aligned
+from raytune_vlm.collate.encoded import Encoded, SampleRefused
+from raytune_vlm.collate.labels import structural_tokens
+from raytune_vlm.collate.pixels import fast_image_processor
+from raytune_vlm.collate.single_turn import (
+    EncoderDecoderPrompts,
+    ImageEncoderPrompts,
+    PrefixPrompts,
 )
-from raytune_vlm.collate.pixels import fast_image_processor, media_tensors
-from raytune_vlm.errors import DataError, ModelError
 from raytune_vlm.models.families import Family
 from raytune_vlm.models.loading import ImageBackend
 
 if TYPE_CHECKING:
     from PIL import Image
 
+_PROMPTS: dict[str, Any] = {
+    "chat": ChatPrompts,
+    "prefix": PrefixPrompts,
+    "encoder-decoder": EncoderDecoderPrompts,
+    "image-encoder": ImageEncoderPrompts,
+}
+"""`Family.prompt` -> the class that makes tokens of a conversation."""
 
-class SampleRefused(DataError):
-    """This one sample cannot be used; the reason is its message."""
+_MEDIA_TOKENS = (
+    *("image_token", "video_token", "audio_token", "fake_image_token", "global_image_tag"),
+    *("boi_token", "eoi_token", "boa_token", "eoa_token"),
+    *("start_image_token", "end_image_token", "context_image_token"),
+    *("vision_start_token", "vision_end_token", "vision_bos_token", "vision_eos_token"),
+    *("audio_bos_token", "audio_eos_token", "image_break_token", "image_end_token"),
+)
+"""What processors and tokenizers of transformers call the tokens that belong to media."""
 
 
 class Encoder:
@@ -53,18 +66,14 @@ class Encoder:
         *,
         sizes_only: bool = False,
     ) -> None:
-        template = processor.chat_template or getattr(processor.tokenizer, "chat_template", None)
-        if not isinstance(template, str):
-            raise ModelError(f"{type(processor).__name__} has no chat template")
         self.processor = copy.copy(processor)
         self.processor.image_processor = fast_image_processor(
             processor.image_processor, family, backend, sizes_only=sizes_only
         )
         self.family = family
-        self._has_generation = "{% generation" in template or "{%- generation" in template
-        self._markers = None if self._has_generation else find_markers(processor)
-        self._control = sorted(filter(None, control_tokens(processor.tokenizer).values()))
-        self._media_ids = _media_ids(processor)
+        self._prompts = _PROMPTS[family.prompt](self.processor, family)
+        self._control = sorted(structural_tokens(processor.tokenizer, family).values())
+        self._media_ids = media_ids(processor)
 
     def training(self, messages: list[dict[str, Any]], images: list[Image.Image]) -> Encoded:
         """Encode a whole conversation with labels on the assistant's turns.
@@ -72,64 +81,26 @@ class Encoder:
         Raises
         ------
         SampleRefused
-            If a text contains a control token of the tokenizer, or nothing would be labelled.
+            If a text contains a control token of the tokenizer, images and their places do not
+            agree, the family has no place for the turns, or a label would stand on a media token.
         """
-        inputs = self._apply(messages, images, mask=self._has_generation)
-        mask = inputs.pop("assistant_masks", None)
-        encoded = self._encoded(inputs)
-        if self._markers is None:
-            spans = spans_of_mask(mask[0].tolist() if mask is not None else [])
-        else:
-            spans = spans_of_markers(encoded.input_ids.tolist(), self._markers)
-        num_turns = sum(message["role"] == "assistant" for message in messages)
-        if len(spans) != num_turns:
-            raise SampleRefused(
-                f"{num_turns} assistant turns but {len(spans)} labelled spans in the tokens"
-            )
-        labelled = np.concatenate([encoded.input_ids[start:end] for start, end in spans])
+        self._check(messages, images)
+        encoded: Encoded = self._prompts.training(messages, images)
+        labelled = np.concatenate([encoded.input_ids[start:end] for start, end in encoded.spans])
         if np.isin(labelled, self._media_ids).any():
             raise SampleRefused("a media token stands inside an assistant turn")
-        return Encoded(encoded.input_ids, spans, encoded.tensors)
+        return encoded
 
     def prompt(self, messages: list[dict[str, Any]], images: list[Image.Image]) -> Encoded:
         """Encode a conversation that ends before the turn that the model shall write."""
-        return self._encoded(self._apply(messages, images, generation_prompt=True))
+        self._check(messages, images)
+        encoded: Encoded = self._prompts.prompt(messages, images)
+        return encoded
 
-    def _apply(
-        self,
-        messages: list[dict[str, Any]],
-        images: list[Image.Image],
-        *,
-        mask: bool = False,
-        generation_prompt: bool = False,
-    ) -> dict[str, Any]:
-        self._refuse_control_tokens(messages)
-        pixels = iter(images)
-        conversation = [
-            {
-                "role": message["role"],
-                "content": [
-                    {"type": "image", "image": next(pixels)}
-                    if part["type"] == "image"
-                    else {"type": "text", "text": part["text"]}
-                    for part in message["content"]
-                ],
-            }
-            for message in messages
-        ]
-        return dict(
-            self.processor.apply_chat_template(
-                [conversation],
-                tokenize=True,
-                return_dict=True,
-                return_tensors="np",
-                return_assistant_tokens_mask=mask,
-                add_generation_prompt=generation_prompt,
-                processor_kwargs={"do_rescale": False, "do_normalize": False},
-            )
-        )
-
-    def _refuse_control_tokens(self, messages: list[dict[str, Any]]) -> None:
+    def _check(self, messages: list[dict[str, Any]], images: list[Image.Image]) -> None:
+        places = sum(part["type"] == "image" for message in messages for part in message["content"])
+        if places != len(images):
+            raise SampleRefused(f"{places} places for images but {len(images)} images")
         for message in messages:
             for part in message["content"]:
                 text = part.get("text") or ""
@@ -138,11 +109,6 @@ class Encoder:
                         raise SampleRefused(
                             f"the {message['role']}'s text contains the control token {token!r}"
                         )
-
-    def _encoded(self, inputs: dict[str, Any]) -> Encoded:
-        input_ids = np.asarray(inputs.pop("input_ids"))[0].astype(np.int32)
-        inputs.pop("attention_mask", None)
-        return Encoded(input_ids, [], media_tensors(inputs, self.family))
 
     def num_media(self, encoded: Encoded) -> int:
         """Tokens that stand for media."""
@@ -165,17 +131,20 @@ class Encoder:
         if not spans:
             return None
         tensors = {
-            name: array[:max_length]
-            if name not in self.family.media and array.shape[:1] == (length,)
-            else array
+            name: array[:max_length] if is_aligned(name, array, length, self.family) else array
             for name, array in encoded.tensors.items()
         }
         return Encoded(encoded.input_ids[:max_length], spans, tensors)
 
 
-def _media_ids(processor: Any) -> np.ndarray:
+def media_ids(processor: Any) -> np.ndarray:
+    """The ids of all tokens that belong to media, sorted."""
     tokenizer = processor.tokenizer
-    names = [getattr(processor, name, None) for name in ("image_token", "video_token")]
-    names += [getattr(tokenizer, name, None) for name in ("image_token", "boi_token", "eoi_token")]
-    tokens = {str(name) for name in names if name}
-    return np.array(sorted(tokenizer.convert_tokens_to_ids(list(tokens))), dtype=np.int64)
+    tokens = {
+        str(token)
+        for holder in (processor, tokenizer)
+        for name in _MEDIA_TOKENS
+        if (token := getattr(holder, name, None))
+    }
+    known = tokenizer.get_vocab()
+    return np.array(sorted(known[token] for token in tokens if token in known), dtype=np.int64)

@@ -6,8 +6,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from raytune_vlm.errors import DataError
+
 Span = tuple[int, int]
 """Half-open range of token positions `[start, end)`."""
+
+
+class SampleRefused(DataError):
+    """This one sample cannot be used; the reason is its message."""
 
 
 @dataclass(frozen=True)

@@ -7,22 +7,36 @@ sentinel conversation; a template for which neither works is an error that names
 
 from __future__ import annotations
 
+import os.path
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from raytune_vlm.collate.encoded import Span
 from raytune_vlm.errors import ModelError
+from raytune_vlm.models.families import Family
 
 _SENTINELS = ("qaz", "wsx", "edc", "rfv")
 
 
 @dataclass(frozen=True)
 class TurnMarkers:
-    """Token ids around the assistant's text: `header` opens a turn, `end` closes it."""
+    """Token ids around the assistant's text.
+
+    Attributes
+    ----------
+    header
+        What opens a turn.
+    end
+        The token that closes it.
+    prefix
+        What the generation prompt puts between header and answer, and rendered conversations do
+        not have: Gemma 4's empty thinking channel.
+    """
 
     header: tuple[int, ...]
     end: int
+    prefix: tuple[int, ...] = ()
 
 
 def spans_of_mask(mask: Sequence[int]) -> list[Span]:
@@ -68,12 +82,27 @@ def control_tokens(tokenizer: Any) -> dict[int, str]:
     return {**{number: token.content for number, token in added if token.special}, **dict(named)}
 
 
+def structural_tokens(tokenizer: Any, family: Family) -> dict[int, str]:
+    """The tokens that structure a sequence and are never part of a text, by id.
+
+    All special tokens; where answers are made of added tokens (Donut's `<s_menu>`), those that
+    begin, end and pad a sequence.
+    """
+    tokens = control_tokens(tokenizer)
+    if family.prompt != "image-encoder":
+        return {number: token for number, token in tokens.items() if token}
+    names = ("bos", "eos", "pad", "unk", "sep", "cls", "mask")
+    named = {getattr(tokenizer, f"{name}_token", None) for name in names}
+    return {number: token for number, token in tokens.items() if token in named}
+
+
 def find_markers(processor: Any) -> TurnMarkers:
     """The markers of a chat template without a generation block.
 
     A conversation of four sentinel turns is rendered; what stands between a user's and an
     assistant's sentinel ends with the assistant's header, and the first special token after the
-    assistant's sentinel ends the turn. The markers are accepted only if scanning the rendered
+    assistant's sentinel ends the turn. What a generation prompt has beyond that is the prefix of
+    the model's answers. The markers are accepted only if scanning the rendered
     conversation with them gives back exactly the assistant's sentinels.
 
     Raises
@@ -94,9 +123,11 @@ def find_markers(processor: Any) -> TurnMarkers:
         conversation[:3], tokenize=False, add_generation_prompt=True
     )
     name = type(processor).__name__
-    if not text.startswith(prompt) or not text[len(prompt) :].lstrip().startswith(answer_2):
+    opened = os.path.commonprefix([text, prompt])
+    prefix_text = prompt[len(opened) :]
+    if not text[len(opened) :].lstrip().startswith(answer_2):
         raise ModelError(f"the chat template of {name} changes earlier turns when one is added")
-    header_text = prompt.rsplit(user_2, 1)[1]
+    header_text = opened.rsplit(user_2, 1)[1]
     between = text.split(user_1, 1)[1].split(answer_1, 1)[0]
     if not header_text.endswith(between[-1:]) or not between:
         raise ModelError(f"the chat template of {name} opens assistant turns in two ways")
@@ -110,18 +141,21 @@ def find_markers(processor: Any) -> TurnMarkers:
             f"the chat template of {name} marks assistant turns with no special token; "
             "add a {% generation %} block to it"
         )
-    markers = TurnMarkers(header=tuple(header_ids[begins[-1] :]), end=ends[0])
+    prefix = tokenizer(prefix_text, add_special_tokens=False)["input_ids"] if prefix_text else []
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    found = [
-        tokenizer.decode(ids[start : end - 1]).strip()
-        for start, end in spans_of_markers(ids, markers)
-    ]
-    if found != [answer_1, answer_2]:
-        raise ModelError(
-            f"the chat template of {name} does not let the assistant's turns be found "
-            f"(expected {[answer_1, answer_2]}, scanned {found}); add a generation block to it"
-        )
-    return markers
+    # The shortest header that tells the assistant's turns from the user's.
+    for begin in reversed(begins):
+        markers = TurnMarkers(tuple(header_ids[begin:]), ends[0], tuple(prefix))
+        found = [
+            tokenizer.decode(ids[start : end - 1]).strip()
+            for start, end in spans_of_markers(ids, markers)
+        ]
+        if found == [answer_1, answer_2]:
+            return markers
+    raise ModelError(
+        f"the chat template of {name} does not let the assistant's turns be found "
+        f"(expected {[answer_1, answer_2]}, scanned {found}); add a generation block to it"
+    )
 
 
 def _text_turn(role: str, text: str) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from functools import lru_cache
+from inspect import signature
 from typing import Any, cast
 
 import numpy as np
@@ -26,7 +27,7 @@ import torch
 from PIL import Image
 from transformers.image_processing_backends import PilBackend
 from transformers.image_transforms import get_resize_output_image_size, get_size_with_aspect_ratio
-from transformers.image_utils import get_image_size_for_max_height_width
+from transformers.image_utils import SizeDict, get_image_size_for_max_height_width
 
 from raytune_vlm.config.data import ImageLimits
 from raytune_vlm.errors import ModelError
@@ -90,6 +91,30 @@ class _WholeImages:
         return image.reshape(-1), height // patch_size, width // patch_size
 
 
+class _PatchBudget:
+    """Gemma 4's resizing: the size from its own rule, the resampling from the backend."""
+
+    def aspect_ratio_preserving_resize(
+        self,
+        image: np.ndarray,
+        patch_size: int,
+        max_patches: int,
+        pooling_kernel_size: int,
+        resample: Any,
+    ) -> np.ndarray:
+        """uint8 `[3, height, width]` at the largest size that fits the budget of patches."""
+        from transformers.models.gemma4.image_processing_pil_gemma4 import (
+            get_aspect_ratio_preserving_size,
+        )
+
+        height, width = get_aspect_ratio_preserving_size(
+            *image.shape[-2:], patch_size, max_patches, pooling_kernel_size
+        )
+        if image.shape[-2:] == (height, width):
+            return image
+        return self.resize(image, SizeDict(height=height, width=width), resample)
+
+
 def _target_size(image: np.ndarray, size: Any) -> tuple[int, int]:
     """Height and width that `PilBackend.resize` resizes to, by the same rules in the same order."""
     height, width = image.shape[-2:]
@@ -115,8 +140,12 @@ def _target_size(image: np.ndarray, size: Any) -> tuple[int, int]:
 
 @lru_cache(maxsize=32)
 def _fast_class(cls: Any, whole: bool) -> type:
-    bases = (_WholeImages, cls, _FastBackend) if whole else (cls, _FastBackend)
-    return type(f"Fast{cls.__name__}", bases, {})
+    bases = [cls, _FastBackend]
+    if whole:
+        bases.insert(0, _WholeImages)
+    if hasattr(cls, "aspect_ratio_preserving_resize"):
+        bases.insert(0, _PatchBudget)
+    return type(f"Fast{cls.__name__}", tuple(bases), {})
 
 
 def fast_image_processor(
@@ -163,6 +192,7 @@ class PixelMaker:
         }
         settings |= {"do_rescale": False, "do_normalize": False, "return_tensors": "np"}
         self._settings = self._fast._standardize_kwargs(**settings)
+        self._counts_images = "batch_num_images" in signature(self._fast._preprocess).parameters
 
     def decode(self, images: Sequence[bytes]) -> dict[str, np.ndarray]:
         """The pixel tensors of one sample's images; raises ImageError for a broken one."""
@@ -176,7 +206,8 @@ class PixelMaker:
         """The pixel tensors of one sample's pictures (Pillow's or uint8 `[h, w, 3]`)."""
         if not pictures:
             return {}
-        made = self._fast._preprocess_image_like_inputs(list(pictures), **self._settings)
+        counts = ([len(pictures)],) if self._counts_images else ()
+        made = self._fast._preprocess_image_like_inputs([list(pictures)], *counts, **self._settings)
         return media_tensors(made, self._family, PIXEL_NAMES)
 
 
@@ -193,7 +224,7 @@ def media_tensors(
         if names is not None and name not in names:
             continue
         array = np.asarray(value)
-        if family.media.get(name, "samples") == "samples":
+        if family.media.get(name, "tokens") != "concatenate":
             array = array[0]
         tensors[name] = _compact(name, array)
     return tensors

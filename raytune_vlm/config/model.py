@@ -14,8 +14,9 @@ class ModelConfig(Section):
     """Commit or tag on the hub; None takes the default branch."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Number format of the frozen weights; adapters are always trained in float32."""
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """Attention implementation, as transformers names it."""
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """Attention implementation, as transformers names it; `auto` takes the one that transformers
+    takes for the family: sdpa where the family has it."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
     image_backend: Literal["auto", "pil", "torchvision"] = "auto"

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
 
 from raytune_vlm.collate.batch import PixelTable, collate
+from raytune_vlm.collate.labels import structural_tokens
 from raytune_vlm.config.evaluation import EvaluationConfig
 from raytune_vlm.evaluate.scoring import Prediction
+from raytune_vlm.models.families import Family
 from raytune_vlm.models.loading import Base
 from raytune_vlm.prepare.store import PreparedSplit
 
@@ -27,8 +30,9 @@ def generate(
 ) -> list[Prediction] | None:
     """The model's answers to the prompts of some rows, in the order of the rows.
 
-    Prompts are sorted by length, padded on the left and answered greedily until the end-of-turn
-    token or `max_new_tokens`.
+    Prompts are sorted by length, padded on the left (or answered with those of the same length,
+    where a family has no padding on the left) and answered greedily until the end-of-turn token or
+    `max_new_tokens`.
 
     Returns
     -------
@@ -40,13 +44,11 @@ def generate(
     )
     tokenizer = base.processor.tokenizer
     ends = _end_tokens(model, tokenizer)
-    order = sorted(rows, key=lambda row: int(split.lengths[row]))
     found: dict[int, Prediction] = {}
     model.eval()
-    for start in range(0, len(order), config.batch_size):
+    for chunk in _chunks(split, rows, base.family, config.batch_size):
         if not keep_going():
             return None
-        chunk = order[start : start + config.batch_size]
         batch = collate(
             [split.encoded(row) for row in chunk],
             base.family,
@@ -63,10 +65,22 @@ def generate(
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=ends,
         )
-        answers = output[:, batch["input_ids"].shape[1] :].tolist()
-        for row, tokens in zip(chunk, answers, strict=True):
-            found[row] = _prediction(split, row, tokens, ends, tokenizer)
+        # What is generated follows the decoder's tokens, also where an encoder reads the prompt.
+        asked = batch.get("decoder_input_ids", batch.get("input_ids")).shape[1]
+        for row, tokens in zip(chunk, output[:, asked:].tolist(), strict=True):
+            found[row] = _prediction(split, row, tokens, ends, base)
     return [found[row] for row in rows]
+
+
+def _chunks(
+    split: PreparedSplit, rows: Sequence[int], family: Family, size: int
+) -> Iterator[list[int]]:
+    """Rows of about the same length together, at most `size`."""
+    order = sorted(rows, key=lambda row: int(split.lengths[row]))
+    by_length = groupby(order, key=lambda row: 0 if family.left_padding else split.lengths[row])
+    for _, group in by_length:
+        equal = list(group)
+        yield from (equal[start : start + size] for start in range(0, len(equal), size))
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
@@ -76,10 +90,12 @@ def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
 
 
 def _prediction(
-    split: PreparedSplit, row: int, tokens: list[int], ends: list[int], tokenizer: Any
+    split: PreparedSplit, row: int, tokens: list[int], ends: list[int], base: Base
 ) -> Prediction:
     stop = next((place for place, token in enumerate(tokens) if token in ends), None)
-    text = tokenizer.decode(tokens[:stop], skip_special_tokens=True)
+    structure = structural_tokens(base.processor.tokenizer, base.family)
+    answer = [token for token in tokens[:stop] if token not in structure]
+    text = base.processor.tokenizer.decode(answer)
     return Prediction(
         sample_id=split.sample_ids[row],
         group_id=split.group_ids[row],

@@ -1,18 +1,34 @@
 """`FAMILIES`: everything the program knows about a VLM architecture, one entry a `model_type`.
 
-A new family is one entry here and one builder in `models/tiny.py`; the contract tests in
-`tests/test_models.py` and `tests/test_collate.py` pick it up from the table.
+A new family is one entry here and one builder in `models/tiny/`; the contract tests in
+`tests/contracts/` pick it up from the tables.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from raytune_vlm.errors import ModelError
 
-MediaLayout = Literal["samples", "concatenate"]
+MediaLayout = Literal["samples", "concatenate", "tokens"]
+"""How a batch is made of the samples' media tensors:
+
+- `samples`: stacked along a new first dimension, the others padded with zeros;
+- `concatenate`: joined along dimension 0 (images, patches or tiles), the others padded with zeros;
+- `tokens`: `[length, ...]`, padded with the tokens, on their side.
+"""
+
+Prompt = Literal["chat", "prefix", "encoder-decoder", "image-encoder"]
+"""How a conversation becomes tokens:
+
+- `chat`: by the processor's chat template;
+- `prefix`: one question and one answer, as prefix and suffix of one sequence (PaliGemma);
+- `encoder-decoder`: the question into the text encoder, the answer from the decoder (Florence-2);
+- `image-encoder`: the image alone is encoded; the decoder reads the question and goes on with the
+  answer (Donut).
+"""
 
 
 @dataclass(frozen=True)
@@ -23,32 +39,48 @@ class Family:
     ----------
     model_type
         As `config.json` names it.
-    media
-        Media tensor -> how a batch of samples is made of it: `samples` stacks along a new first
-        dimension, padding the second (tiles) with zeros; `concatenate` joins along dimension 0
-        (images, patches or tiles).
-    media_tokens
-        Names of the token-id attributes of the model's config that stand for media; a label never
-        stands on one of them.
-    channels
-        Where the colour channel of `pixel_values` is: its axis counted from the end (`-3` for
-        `[..., 3, height, width]`), or `patches` for Qwen's `[patches, 3 * t * p * p]`, cut on the
-        device from flat images `[3 * height * width]`.
     scopes
         LoRA scope -> prefixes of module names. The longest prefix that fits a module decides.
+    media
+        Media tensor -> how a batch is made of it. What is not named is aligned with the tokens.
+    prompt
+        How a conversation becomes tokens.
+    channels
+        Where the colour channel of `pixel_values` is: its axis counted from the end (`-3` for
+        `[..., 3, height, width]`); `patches` for Qwen's `[patches, 3 * t * p * p]`, cut on the
+        device from flat images `[3 * height * width]`; `interleaved` for patches whose last
+        dimension is `p * p * 3` with the colour running fastest.
+    model_class
+        Class of transformers that loads it.
+    max_images
+        Most images of a sample; None: any number.
     needs
         Packages that the processor imports beyond ours.
+    hub_needs
+        Packages that the processor of a hub checkpoint imports, for its video part, and that a
+        folder saved without one does not need.
     no_linear
         Scopes without any linear layer, where LoRA cannot go.
+    outside
+        Prefixes of what belongs to no scope: audio towers.
+    left_padding
+        Whether prompts of different lengths can be answered in one batch, padded on the left.
     """
 
     model_type: str
-    media: Mapping[str, MediaLayout]
     scopes: Mapping[str, tuple[str, ...]]
-    media_tokens: tuple[str, ...] = ("image_token_id",)
-    channels: Literal[-3, "patches"] = -3
+    media: Mapping[str, MediaLayout] = field(
+        default_factory=lambda: {"pixel_values": "concatenate"}
+    )
+    prompt: Prompt = "chat"
+    channels: Literal[-3, "patches", "interleaved"] = -3
+    model_class: str = "AutoModelForImageTextToText"
+    max_images: int | None = None
     needs: tuple[str, ...] = ()
+    hub_needs: tuple[str, ...] = ()
     no_linear: tuple[str, ...] = ()
+    outside: tuple[str, ...] = ()
+    left_padding: bool = True
 
     def check_scopes(self, scopes: set[str]) -> None:
         """Raise ModelError for a LoRA scope that holds no linear layer in this family."""
@@ -59,63 +91,136 @@ class Family:
             )
 
 
-_QWEN_MEDIA: dict[str, MediaLayout] = {
-    "pixel_values": "concatenate",
-    "image_grid_thw": "concatenate",
-}
-_QWEN_TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-_QWEN_SCOPES = {
-    "text": ("model.language_model.",),
-    "projector": ("model.visual.merger.", "model.visual.deepstack_merger_list."),
-    "vision": ("model.visual.",),
-}
+def _scopes(text: str, projector: str, vision: str) -> dict[str, tuple[str, ...]]:
+    return {
+        "text": tuple(text.split()),
+        "projector": tuple(projector.split()),
+        "vision": tuple(vision.split()),
+    }
 
-FAMILIES: dict[str, Family] = {
-    "idefics3": Family(
-        model_type="idefics3",
-        media={"pixel_values": "samples", "pixel_attention_mask": "samples"},
-        scopes={
-            "text": ("model.text_model.",),
-            "projector": ("model.connector.",),
-            "vision": ("model.vision_model.",),
-        },
-    ),
-    "smolvlm": Family(
-        model_type="smolvlm",
-        media={"pixel_values": "samples", "pixel_attention_mask": "samples"},
-        scopes={
-            "text": ("model.text_model.",),
-            "projector": ("model.connector.",),
-            "vision": ("model.vision_model.",),
-        },
-        needs=("num2words",),
-    ),
-    "qwen2_vl": Family(
-        model_type="qwen2_vl",
-        media=_QWEN_MEDIA,
-        media_tokens=_QWEN_TOKENS,
-        channels="patches",
+
+_LLAVA_SCOPES = _scopes(
+    "model.language_model.",
+    "model.multi_modal_projector model.image_newline",
+    "model.vision_tower.",
+)
+_IDEFICS_SCOPES = _scopes("model.text_model.", "model.connector.", "model.vision_model.")
+_QWEN_SCOPES = _scopes(
+    "model.language_model.",
+    "model.visual.merger. model.visual.deepstack_merger_list.",
+    "model.visual.",
+)
+_OMNI_SCOPES = _scopes(
+    "model.language_model.", "model.visual.merger. model.visual.merger_list.", "model.visual."
+)
+_GEMMA4_SCOPES = _scopes("model.language_model.", "model.embed_vision.", "model.vision_tower.")
+
+_PATCHES: dict[str, MediaLayout] = {"pixel_values": "concatenate", "image_grid_thw": "concatenate"}
+_TILES: dict[str, MediaLayout] = {"pixel_values": "samples", "pixel_attention_mask": "samples"}
+_SIZED: dict[str, MediaLayout] = {"pixel_values": "concatenate", "image_sizes": "concatenate"}
+_GEMMA4_MEDIA: dict[str, MediaLayout] = {
+    "pixel_values": "concatenate",
+    "image_position_ids": "concatenate",
+}
+_GEMMA4_AUDIO = ("model.audio_tower.", "model.embed_audio.")
+
+
+def _qwen(model_type: str) -> Family:
+    return Family(
+        model_type=model_type,
         scopes=_QWEN_SCOPES,
-        needs=("torchvision",),
-    ),
-    "qwen2_5_vl": Family(
-        model_type="qwen2_5_vl",
-        media=_QWEN_MEDIA,
-        media_tokens=_QWEN_TOKENS,
+        media=_PATCHES,
         channels="patches",
-        scopes=_QWEN_SCOPES,
-        needs=("torchvision",),
-    ),
-    "gemma3": Family(
+        hub_needs=("torchvision",),
+    )
+
+
+def _omni(model_type: str, model_class: str) -> Family:
+    return Family(
+        model_type=model_type,
+        scopes=_OMNI_SCOPES,
+        media=_PATCHES,
+        channels="patches",
+        model_class=model_class,
+        hub_needs=("torchvision",),
+        outside=("model.audio_tower.",),
+    )
+
+
+_QWEN2_5_OMNI = "Qwen2_5OmniThinkerForConditionalGeneration"
+_QWEN3_OMNI = "Qwen3OmniMoeThinkerForConditionalGeneration"
+
+_ENTRIES = (
+    _qwen("qwen2_vl"),
+    _qwen("qwen2_5_vl"),
+    _qwen("qwen3_vl"),
+    # Of Qwen's omni models the thinker is tuned: what reads images and writes text.
+    _omni("qwen2_5_omni", _QWEN2_5_OMNI),
+    _omni("qwen2_5_omni_thinker", _QWEN2_5_OMNI),
+    _omni("qwen3_omni_moe", _QWEN3_OMNI),
+    _omni("qwen3_omni_moe_thinker", _QWEN3_OMNI),
+    Family(
         model_type="gemma3",
-        media={"pixel_values": "concatenate"},
-        media_tokens=("image_token_id", "boi_token_index", "eoi_token_index"),
-        scopes={
-            "text": ("model.language_model.",),
-            "projector": ("model.multi_modal_projector.",),
-            "vision": ("model.vision_tower.",),
-        },
+        scopes=_scopes(
+            "model.language_model.", "model.multi_modal_projector.", "model.vision_tower."
+        ),
         # Gemma 3's projection is a bare Parameter.
         no_linear=("projector",),
     ),
-}
+    Family(
+        model_type="gemma4",
+        scopes=_GEMMA4_SCOPES,
+        media=_GEMMA4_MEDIA,
+        channels="interleaved",
+        hub_needs=("torchvision",),
+        outside=_GEMMA4_AUDIO,
+    ),
+    Family(model_type="paligemma", scopes=_LLAVA_SCOPES, prompt="prefix"),
+    Family(model_type="llava", scopes=_LLAVA_SCOPES),
+    Family(model_type="llava_next", scopes=_LLAVA_SCOPES, media=_SIZED),
+    Family(
+        model_type="llava_onevision",
+        scopes=_LLAVA_SCOPES,
+        media={**_SIZED, "batch_num_images": "concatenate"},
+        hub_needs=("torchvision",),
+    ),
+    Family(model_type="internvl", scopes=_LLAVA_SCOPES, hub_needs=("torchvision",)),
+    Family(model_type="idefics3", scopes=_IDEFICS_SCOPES, media=_TILES),
+    Family(
+        model_type="smolvlm",
+        scopes=_IDEFICS_SCOPES,
+        media=_TILES,
+        needs=("num2words",),
+        hub_needs=("torchvision",),
+    ),
+    Family(
+        model_type="mllama",
+        scopes=_scopes(
+            "model.language_model.", "model.multi_modal_projector", "model.vision_model."
+        ),
+        media={
+            "pixel_values": "samples",
+            "aspect_ratio_ids": "samples",
+            "aspect_ratio_mask": "samples",
+            "cross_attention_mask": "tokens",
+        },
+    ),
+    Family(
+        model_type="florence2",
+        scopes=_LLAVA_SCOPES,
+        prompt="encoder-decoder",
+        max_images=1,
+    ),
+    Family(
+        model_type="vision-encoder-decoder",
+        scopes=_scopes("decoder.", "enc_to_dec_proj", "encoder."),
+        prompt="image-encoder",
+        max_images=1,
+        # Donut's encoder and decoder are of one width.
+        no_linear=("projector",),
+        # Donut's decoder counts positions from the first token, padding or not.
+        left_padding=False,
+    ),
+)
+
+FAMILIES: dict[str, Family] = {entry.model_type: entry for entry in _ENTRIES}

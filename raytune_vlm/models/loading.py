@@ -84,8 +84,9 @@ def check_model(config: ModelConfig) -> Family:
             f"model.name={config.name!r}: unknown family {model_type!r}"
             f"{did_you_mean(str(model_type), FAMILIES)}"
         )
-    missing = [name for name in family.needs if find_spec(name) is None]
-    if missing and not Path(model_path(config)).is_dir():
+    needs = family.needs + (() if Path(model_path(config)).is_dir() else family.hub_needs)
+    missing = [name for name in needs if find_spec(name) is None]
+    if missing:
         raise ModelError(
             f"model.name={config.name!r}: the processor of {model_type} needs "
             f"{', '.join(missing)}: pip install {' '.join(missing)}"
@@ -211,17 +212,21 @@ def load_base(config: ModelConfig, device: str = "cpu") -> Base:
         If it is not found or of an unknown family.
     """
     import torch
-    from transformers import AutoModelForImageTextToText
+    import transformers
 
     family = check_model(config)
     processor = load_processor(config)
-    model = AutoModelForImageTextToText.from_pretrained(
-        model_path(config),
-        revision=config.revision,
-        dtype=getattr(torch, config.dtype),
-        attn_implementation=config.attention,
-        trust_remote_code=False,
-    )
+    try:
+        model = getattr(transformers, family.model_class).from_pretrained(
+            model_path(config),
+            revision=config.revision,
+            dtype=getattr(torch, config.dtype),
+            attn_implementation=None if config.attention == "auto" else config.attention,
+            trust_remote_code=False,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        reason = textwrap.shorten(str(error), 240, placeholder="...")
+        raise ModelError(f"model.name={config.name!r}: not loaded: {reason}") from error
     model.requires_grad_(False)
     model.eval()
     if config.gradient_checkpointing:

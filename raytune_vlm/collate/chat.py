@@ -1,0 +1,122 @@
+"""Conversations through the chat template of the model's processor."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from raytune_vlm.collate.encoded import Encoded, SampleRefused, Span
+from raytune_vlm.collate.labels import find_markers, spans_of_markers, spans_of_mask
+from raytune_vlm.collate.pixels import media_tensors
+from raytune_vlm.errors import ModelError
+from raytune_vlm.models.families import Family
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+class ChatPrompts:
+    """Encodes conversations with a chat template.
+
+    Raises
+    ------
+    ModelError
+        If the processor has no chat template, or its assistant turns cannot be found.
+    """
+
+    def __init__(self, processor: Any, family: Family) -> None:
+        template = processor.chat_template or getattr(processor.tokenizer, "chat_template", None)
+        if not isinstance(template, str):
+            raise ModelError(f"{type(processor).__name__} has no chat template")
+        self._processor, self._family = processor, family
+        has_generation = "{% generation" in template or "{%- generation" in template
+        self._markers = None if has_generation else find_markers(processor)
+
+    def training(self, messages: list[dict[str, Any]], images: list[Image.Image]) -> Encoded:
+        """The whole conversation, labelled on the assistant's turns."""
+        inputs = self._apply(messages, images, mask=self._markers is None)
+        mask = inputs.pop("assistant_masks", None)
+        encoded = self._encoded(inputs)
+        if self._markers is None:
+            spans = spans_of_mask(mask[0].tolist() if mask is not None else [])
+        else:
+            spans = spans_of_markers(encoded.input_ids.tolist(), self._markers)
+        num_turns = sum(message["role"] == "assistant" for message in messages)
+        if len(spans) != num_turns:
+            raise SampleRefused(
+                f"{num_turns} assistant turns but {len(spans)} labelled spans in the tokens"
+            )
+        encoded = Encoded(encoded.input_ids, spans, encoded.tensors)
+        if self._markers is not None and self._markers.prefix:
+            return self._prefixed(encoded, np.array(self._markers.prefix, dtype=np.int32))
+        return encoded
+
+    def prompt(self, messages: list[dict[str, Any]], images: list[Image.Image]) -> Encoded:
+        """The conversation and the opening of the turn that the model shall write."""
+        return self._encoded(self._apply(messages, images, generation_prompt=True))
+
+    def _apply(
+        self,
+        messages: list[dict[str, Any]],
+        images: list[Image.Image],
+        *,
+        mask: bool = False,
+        generation_prompt: bool = False,
+    ) -> dict[str, Any]:
+        pixels = iter(images)
+        conversation = [
+            {
+                "role": message["role"],
+                "content": [
+                    {"type": "image", "image": next(pixels)}
+                    if part["type"] == "image"
+                    else {"type": "text", "text": part["text"]}
+                    for part in message["content"]
+                ],
+            }
+            for message in messages
+        ]
+        return dict(
+            self._processor.apply_chat_template(
+                [conversation],
+                tokenize=True,
+                return_dict=True,
+                return_tensors="np",
+                return_assistant_tokens_mask=mask,
+                add_generation_prompt=generation_prompt,
+                processor_kwargs={"do_rescale": False, "do_normalize": False},
+            )
+        )
+
+    def _encoded(self, inputs: dict[str, Any]) -> Encoded:
+        input_ids = np.asarray(inputs.pop("input_ids"))[0].astype(np.int32)
+        inputs.pop("attention_mask", None)
+        return Encoded(input_ids, [], media_tensors(inputs, self._family))
+
+    def _prefixed(self, encoded: Encoded, prefix: np.ndarray) -> Encoded:
+        """The sample with the answer prefix ahead of each labelled span, itself not labelled."""
+        starts = [start for start, _ in encoded.spans]
+        length, size = len(encoded.input_ids), len(prefix)
+
+        def inserted(array: np.ndarray, values: np.ndarray) -> np.ndarray:
+            pieces = np.split(array, starts)
+            parts = [pieces[0], *(part for piece in pieces[1:] for part in (values, piece))]
+            return np.concatenate(parts).astype(array.dtype)
+
+        tensors = {
+            name: inserted(array, np.zeros((size, *array.shape[1:]), array.dtype))
+            if is_aligned(name, array, length, self._family)
+            else array
+            for name, array in encoded.tensors.items()
+        }
+        spans: list[Span] = [
+            (start + (number + 1) * size, end + (number + 1) * size)
+            for number, (start, end) in enumerate(encoded.spans)
+        ]
+        return Encoded(inserted(encoded.input_ids, prefix), spans, tensors)
+
+
+def is_aligned(name: str, array: np.ndarray, length: int, family: Family) -> bool:
+    """Whether a tensor of a sample has an entry for every token."""
+    return family.media.get(name, "tokens") == "tokens" and array.shape[:1] == (length,)

@@ -1,0 +1,57 @@
+"""Tiny random models of the real classes, with real processors built offline.
+
+For tests and dry runs: `write_tiny_model("qwen2_5_vl", folder)` leaves a folder that the program
+takes as `model.name`. Tokenizers are byte-level with no merges, so any text round-trips.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from raytune_vlm.errors import did_you_mean
+from raytune_vlm.models.tiny import documents, gemma, llava, others, qwen
+
+BUILDERS: dict[str, Callable[[], tuple[Any, Any]]] = {
+    "gemma3": gemma.gemma3,
+    "gemma4": gemma.gemma4,
+    "paligemma": gemma.paligemma,
+    "idefics3": others.idefics3,
+    "smolvlm": others.smolvlm,
+    "mllama": others.mllama,
+    "llava": llava.llava,
+    "llava_next": llava.llava_next,
+    "llava_onevision": llava.llava_onevision,
+    "internvl": llava.internvl,
+    "qwen2_vl": qwen.qwen2_vl,
+    "qwen2_5_vl": qwen.qwen2_5_vl,
+    "qwen3_vl": qwen.qwen3_vl,
+    "qwen2_5_omni_thinker": qwen.qwen2_5_omni_thinker,
+    "qwen3_omni_moe_thinker": qwen.qwen3_omni_moe_thinker,
+    "florence2": documents.florence2,
+    "vision-encoder-decoder": documents.donut,
+}
+"""`model_type` -> its tiny model and processor."""
+
+
+def write_tiny_model(model_type: str, folder: Path, *, seed: int = 0) -> Path:
+    """Write a tiny random model of a family and its processor into a folder.
+
+    Raises
+    ------
+    KeyError
+        If there is no tiny model for the family; the message names those there are.
+    """
+    from raytune_vlm.models.loading import allow_missing_video_processor
+
+    if model_type not in BUILDERS:
+        raise KeyError(f"no tiny model for {model_type!r}{did_you_mean(model_type, BUILDERS)}")
+    import torch
+
+    allow_missing_video_processor()
+    torch.manual_seed(seed)
+    model, processor = BUILDERS[model_type]()
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
