@@ -7,9 +7,9 @@ sentinel conversation; a template for which neither works is an error that names
 
 from __future__ import annotations
 
-import os.path
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 from raytune_vlm.collate.encoded import Span
@@ -123,8 +123,10 @@ def find_markers(processor: Any) -> TurnMarkers:
         conversation[:3], tokenize=False, add_generation_prompt=True
     )
     name = type(processor).__name__
-    opened = os.path.commonprefix([text, prompt])
-    prefix_text = prompt[len(opened) :]
+    shared = sum(
+        1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(text, prompt, strict=False))
+    )
+    opened, prefix_text = prompt[:shared], prompt[shared:]
     if not text[len(opened) :].lstrip().startswith(answer_2):
         raise ModelError(f"the chat template of {name} changes earlier turns when one is added")
     header_text = opened.rsplit(user_2, 1)[1]

@@ -91,7 +91,7 @@ class _WholeImages:
         return image.reshape(-1), height // patch_size, width // patch_size
 
 
-class _PatchBudget:
+class _PatchBudget(_FastBackend):
     """Gemma 4's resizing: the size from its own rule, the resampling from the backend."""
 
     def aspect_ratio_preserving_resize(

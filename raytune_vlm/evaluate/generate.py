@@ -66,7 +66,8 @@ def generate(
             eos_token_id=ends,
         )
         # What is generated follows the decoder's tokens, also where an encoder reads the prompt.
-        asked = batch.get("decoder_input_ids", batch.get("input_ids")).shape[1]
+        ids = "decoder_input_ids" if "decoder_input_ids" in batch else "input_ids"
+        asked = batch[ids].shape[1]
         for row, tokens in zip(chunk, output[:, asked:].tolist(), strict=True):
             found[row] = _prediction(split, row, tokens, ends, base)
     return [found[row] for row in rows]

@@ -77,8 +77,8 @@ def gemma3() -> tuple[Any, Any]:
 def gemma4() -> tuple[Any, Any]:
     """`gemma4`."""
     from transformers import (
-        Gemma4Config,
         Gemma4AudioFeatureExtractor,
+        Gemma4Config,
         Gemma4ForConditionalGeneration,
         Gemma4ImageProcessorPil,
         Gemma4Processor,
