@@ -50,6 +50,7 @@ def validate(experiment: Path, overrides: tuple[str, ...], show: bool) -> None:
     resolved = load_experiment(experiment, overrides)
     family = check_model(resolved.model)
     family.check_scopes(resolved.lora_scopes())
+    family.check_packing(resolved.train.pack_tokens)
     _check_sources(resolved)
     if show:
         click.echo(render(resolved), nl=False)

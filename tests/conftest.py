@@ -24,6 +24,7 @@ from raytune_vlm.prepare.store import (
     open_split,
     write_index,
 )
+from raytune_vlm.records import Split
 
 torch.set_num_threads(1)
 
@@ -60,7 +61,20 @@ def tiny_split(
     tiny_base: Callable[[str], Base], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], PreparedSplit]:
     """Family -> 40 prepared training samples of different lengths and image sizes."""
+    return _cached_splits(tiny_base, tmp_path_factory, "train")
 
+
+@pytest.fixture(scope="session")
+def tiny_prompts(
+    tiny_base: Callable[[str], Base], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], PreparedSplit]:
+    """Family -> the prompts of the same samples."""
+    return _cached_splits(tiny_base, tmp_path_factory, "report")
+
+
+def _cached_splits(
+    tiny_base: Callable[[str], Base], tmp_path_factory: pytest.TempPathFactory, name: Split
+) -> Callable[[str], PreparedSplit]:
     def split(model_type: str) -> PreparedSplit:
         base = tiny_base(model_type)
         encoder = Encoder(base.processor, base.family)
@@ -68,19 +82,22 @@ def tiny_split(
         folder = tmp_path_factory.mktemp("store")
         (folder / "shard").mkdir()
         index = []
-        with RowWriter(folder / "shard" / "train.arrow") as writer:
+        with RowWriter(folder / "shard" / f"{name}.arrow") as writer:
             for number in range(40):
                 conversation = [
                     turn("user", "q" * (number % 5 + 1), images=1),
                     turn("assistant", "answer"[: number % 6 + 1]),
                 ]
                 image = picture(number, height=40 + number)
-                encoded = encoder.training(conversation, [image])
-                for name in PIXEL_NAMES:
-                    encoded.tensors.pop(name, None)
+                if name == "train":
+                    encoded = encoder.training(conversation, [image])
+                else:
+                    encoded = encoder.prompt(conversation[:1], [image])
+                for pixels in PIXEL_NAMES:
+                    encoded.tensors.pop(pixels, None)
                 index.append(
                     {
-                        "split": "train",
+                        "split": name,
                         "shard": "shard",
                         "row": number,
                         "source": 0,
@@ -108,7 +125,7 @@ def tiny_split(
                     }
                 )
         write_index(folder / "index.parquet", index)
-        return open_split(folder, folder / "index.parquet", "train", maker.decode)
+        return open_split(folder, folder / "index.parquet", name, maker.decode)
 
     made: dict[str, PreparedSplit] = {}
 

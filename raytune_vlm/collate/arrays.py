@@ -68,7 +68,7 @@ def collate_arrays(
             masks = [np.ones_like(array) for array in arrays]
             batch[_ENCODER_MASK] = _padded(masks, 0, longest, "right")
         elif layout == "concatenate":
-            batch[name] = _widened(np.concatenate(_same_size(arrays)))
+            batch[name] = _widened(np.concatenate(same_size(arrays)))
         elif layout == "samples":
             batch[name] = _widened(_stacked(samples, name))
         else:
@@ -102,7 +102,7 @@ def _named(batch: dict[str, np.ndarray], family: Family) -> dict[str, np.ndarray
     return {names.get(name, name): array for name, array in batch.items()}
 
 
-def _same_size(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+def same_size(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
     """Arrays padded with zeros behind, so that only their first dimensions differ."""
     shape = np.max([array.shape[1:] for array in arrays], axis=0).astype(int).tolist()
     return [

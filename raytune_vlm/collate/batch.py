@@ -20,9 +20,12 @@ def collate(
     *,
     pad_token_id: int,
     padding_side: Literal["left", "right"] = "right",
+    pad_to: int = 0,
 ) -> dict[str, torch.Tensor]:
     """`collate_arrays` as tensors."""
-    arrays = collate_arrays(samples, family, pad_token_id=pad_token_id, padding_side=padding_side)
+    arrays = collate_arrays(
+        samples, family, pad_token_id=pad_token_id, padding_side=padding_side, pad_to=pad_to
+    )
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 

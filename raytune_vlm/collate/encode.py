@@ -7,9 +7,10 @@ uint8, before rescaling and normalisation, which `collate.batch.PixelTable` does
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from raytune_vlm.collate.chat import ChatPrompts, is_aligned
 from raytune_vlm.collate.encoded import Encoded, SampleRefused
@@ -22,9 +23,6 @@ from raytune_vlm.collate.single_turn import (
 )
 from raytune_vlm.models.families import Family
 from raytune_vlm.models.loading import ImageBackend
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 _PROMPTS: dict[str, Any] = {
     "chat": ChatPrompts,
@@ -109,6 +107,15 @@ class Encoder:
                         raise SampleRefused(
                             f"the {message['role']}'s text contains the control token {token!r}"
                         )
+
+    def blank(self) -> Encoded:
+        """A sample of one grey image that carries no loss.
+
+        Appended to a batch of text alone, it takes every rank through the vision tower, which the
+        collectives of FSDP and ZeRO wait for.
+        """
+        asked = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "x"}]}
+        return self.prompt([asked], [Image.new("RGB", (64, 64), (128, 128, 128))])
 
     def num_media(self, encoded: Encoded) -> int:
         """Tokens that stand for media."""

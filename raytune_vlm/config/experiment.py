@@ -55,6 +55,21 @@ class ExperimentConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _samples_fit_into_packs(self) -> "ExperimentConfig":
+        pack = self.train.pack_tokens
+        if pack is not None and pack < self.data.max_length:
+            raise ValueError(
+                f"train.pack_tokens={pack} must be at least data.max_length="
+                f"{self.data.max_length}: a sample is never divided"
+            )
+        if pack is not None and self.train.group_by_length:
+            raise ValueError(
+                "train.pack_tokens and train.group_by_length exclude each other: packs are of "
+                "about the same length already"
+            )
+        return self
+
     @property
     def metric(self) -> str:
         """The metric variant that decides."""

@@ -9,7 +9,8 @@ class ModelConfig(Section):
     """The frozen base model."""
 
     name: str = "demo"
-    """`demo` (the tiny model that the package ships), a local folder, or a Hugging Face name."""
+    """`demo` (the tiny model that the package ships), `tiny:FAMILY` (a tiny random model of a
+    family, for dry runs), a local folder, or a Hugging Face name."""
     revision: str | None = None
     """Commit or tag on the hub; None takes the default branch."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"

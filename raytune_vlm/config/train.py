@@ -21,6 +21,12 @@ class TrainConfig(Section):
     `micro_batch_size`."""
     group_by_length: bool = False
     """Put samples of about the same length into one step: less padding, a less random order."""
+    pack_tokens: int | None = Field(default=None, ge=1)
+    """Put samples together into rows of at most this many tokens, none of which sees another;
+    `batch_size` and `micro_batch_size` then count rows. None: every sample has its own."""
+    pad_to_tokens: int | None = Field(default=None, ge=1)
+    """Pad every forward pass to at least this many tokens, so that its shape does not change; None
+    pads to the longest row."""
     learning_rate: float = Field(default=1e-3, gt=0, le=10)
     """Peak learning rate of AdamW."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"

@@ -65,6 +65,12 @@ class Family:
         Prefixes of what belongs to no scope: audio towers.
     left_padding
         Whether prompts of different lengths can be answered in one batch, padded on the left.
+    packing
+        How several samples share a row (`collate.packed`): told apart by positions that start
+        again, or by masks of our own; None: they cannot.
+    multimodal_positions
+        Whether positions are rotary in three dimensions, computed by the model's
+        `get_rope_index`.
     """
 
     model_type: str
@@ -81,6 +87,8 @@ class Family:
     no_linear: tuple[str, ...] = ()
     outside: tuple[str, ...] = ()
     left_padding: bool = True
+    packing: Literal["positions", "masks"] | None = "positions"
+    multimodal_positions: bool = False
 
     def check_scopes(self, scopes: set[str]) -> None:
         """Raise ModelError for a LoRA scope that holds no linear layer in this family."""
@@ -88,6 +96,13 @@ class Family:
             others = " or ".join(name for name in self.scopes if name not in self.no_linear)
             raise ModelError(
                 f"lora.scope: {scope!r} holds no linear layer in {self.model_type}; use {others}"
+            )
+
+    def check_packing(self, pack_tokens: int | None) -> None:
+        """Raise ModelError if samples are to share rows and cannot in this family."""
+        if pack_tokens is not None and self.packing is None:
+            raise ModelError(
+                f"train.pack_tokens={pack_tokens}: samples of {self.model_type} cannot share a row"
             )
 
 
@@ -132,6 +147,7 @@ def _qwen(model_type: str) -> Family:
         media=_PATCHES,
         channels="patches",
         hub_needs=("torchvision",),
+        multimodal_positions=True,
     )
 
 
@@ -144,6 +160,7 @@ def _omni(model_type: str, model_class: str) -> Family:
         model_class=model_class,
         hub_needs=("torchvision",),
         outside=("model.audio_tower.",),
+        multimodal_positions=True,
     )
 
 
@@ -164,6 +181,7 @@ _ENTRIES = (
         scopes=_scopes(
             "model.language_model.", "model.multi_modal_projector.", "model.vision_tower."
         ),
+        packing="masks",
         # Gemma 3's projection is a bare Parameter.
         no_linear=("projector",),
     ),
@@ -175,7 +193,7 @@ _ENTRIES = (
         hub_needs=("torchvision",),
         outside=_GEMMA4_AUDIO,
     ),
-    Family(model_type="paligemma", scopes=_LLAVA_SCOPES, prompt="prefix"),
+    Family(model_type="paligemma", scopes=_LLAVA_SCOPES, prompt="prefix", packing=None),
     Family(model_type="llava", scopes=_LLAVA_SCOPES),
     Family(model_type="llava_next", scopes=_LLAVA_SCOPES, media=_SIZED),
     Family(
@@ -204,18 +222,21 @@ _ENTRIES = (
             "aspect_ratio_mask": "samples",
             "cross_attention_mask": "tokens",
         },
+        packing=None,
     ),
     Family(
         model_type="florence2",
         scopes=_LLAVA_SCOPES,
         prompt="encoder-decoder",
         max_images=1,
+        packing=None,
     ),
     Family(
         model_type="vision-encoder-decoder",
         scopes=_scopes("decoder.", "enc_to_dec_proj", "encoder."),
         prompt="image-encoder",
         max_images=1,
+        packing=None,
         # Donut's encoder and decoder are of one width.
         no_linear=("projector",),
         # Donut's decoder counts positions from the first token, padding or not.

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import textwrap
+import uuid
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from raytune_vlm import __version__
 from raytune_vlm.config.model import ModelConfig
 from raytune_vlm.errors import ModelError, did_you_mean
 from raytune_vlm.models.families import FAMILIES, Family
@@ -63,9 +67,36 @@ def image_backend(config: ModelConfig, image_processor: Any) -> ImageBackend:
     return config.image_backend
 
 
+TINY = "tiny:"
+"""`model.name: tiny:gemma3` is a tiny random model of that family, for dry runs."""
+
+
 def model_path(config: ModelConfig) -> str:
     """The local folder or hub name that transformers shall load."""
+    if config.name.startswith(TINY):
+        return str(_tiny_model(config.name.removeprefix(TINY)))
     return str(DEMO_BASE) if config.name == "demo" else config.name
+
+
+@cache
+def _tiny_model(model_type: str) -> Path:
+    """The folder of a family's tiny model, written once a machine; always the same weights."""
+    from huggingface_hub.constants import HF_HOME
+
+    from raytune_vlm.models.tiny import BUILDERS, write_tiny_model
+
+    if model_type not in BUILDERS:
+        near = did_you_mean(model_type, BUILDERS)
+        raise ModelError(f"model.name={TINY + model_type!r}: no such family{near}")
+    folder = Path(HF_HOME) / "raytune_vlm" / f"tiny-{__version__}" / model_type
+    if not folder.exists():
+        temporary = folder.with_name(f".{model_type}.{uuid.uuid4().hex[:8]}")
+        write_tiny_model(model_type, temporary)
+        try:
+            temporary.rename(folder)
+        except OSError:  # another process was first
+            shutil.rmtree(temporary)
+    return folder
 
 
 def check_model(config: ModelConfig) -> Family:

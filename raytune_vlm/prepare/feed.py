@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from typing import Protocol
 
 import numpy as np
 
 from raytune_vlm.collate.arrays import IGNORED, collate_arrays
 from raytune_vlm.collate.encoded import Encoded
+from raytune_vlm.collate.packed import joined
 from raytune_vlm.models.families import FAMILIES
 from raytune_vlm.prepare.plan import Plan, micro_batches
 from raytune_vlm.prepare.store import PreparedSplit
@@ -68,6 +71,10 @@ class Collation:
     micro_batch_tokens: int | None = None
     rank: int = 0
     world_size: int = 1
+    packed: bool = False
+    """Whether the samples of a unit share a row."""
+    pad_to: int = 0
+    """Least length of a micro-batch, in tokens."""
 
     def parts(self, plan: Plan, lengths: np.ndarray, number: int) -> list[Part]:
         """The micro-batches of this rank in a step."""
@@ -92,7 +99,11 @@ class Collation:
     def collate(self, part: Part, samples: Sequence[Encoded]) -> MicroBatch:
         """The micro-batch of the samples of a part."""
         family = FAMILIES[self.model_type]
-        arrays = collate_arrays(samples, family, pad_token_id=self.pad_token_id)
+        rows = list(samples)
+        if self.packed:
+            units = groupby(zip(part.draws, samples, strict=True), key=itemgetter(0))
+            rows = [joined([sample for _, sample in unit], family) for _, unit in units]
+        arrays = collate_arrays(rows, family, pad_token_id=self.pad_token_id, pad_to=self.pad_to)
         if not part.counts:
             arrays["labels"].fill(IGNORED)
         return MicroBatch(part.rows, arrays, part.counts)

@@ -70,7 +70,9 @@ def plan_of(experiment: ExperimentConfig) -> list[ShardJob]:
     ModelError, DataError, ConfigError
         One clear line about what is wrong.
     """
-    check_model(experiment.model).check_scopes(experiment.lora_scopes())
+    family = check_model(experiment.model)
+    family.check_scopes(experiment.lora_scopes())
+    family.check_packing(experiment.train.pack_tokens)
     return list_shards(experiment)
 
 

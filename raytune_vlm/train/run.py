@@ -21,7 +21,9 @@ from torch.nn.functional import cross_entropy
 
 from raytune_vlm.collate.arrays import IGNORED
 from raytune_vlm.collate.batch import PixelTable
+from raytune_vlm.collate.packed import SEGMENTS
 from raytune_vlm.collate.pixels import PixelMaker
+from raytune_vlm.collate.positions import with_positions
 from raytune_vlm.config.experiment import ExperimentConfig, digest_of
 from raytune_vlm.errors import CheckpointError, TrialDiverged, TrialInfeasible
 from raytune_vlm.models.audit import check_effects, check_gradients
@@ -83,6 +85,7 @@ def plan_spec(experiment: ExperimentConfig) -> PlanSpec:
     return PlanSpec(
         batch_size=experiment.train.batch_size,
         seed=experiment.seed,
+        pack_length=experiment.train.pack_tokens,
         group_by_length=experiment.train.group_by_length,
         weights=tuple(source.weight or 0.0 for source in sources) if weighted else None,
     )
@@ -130,8 +133,11 @@ class Run:
             micro_batch_tokens=self.config.micro_batch_tokens,
             rank=world.rank,
             world_size=world.size,
+            packed=self.config.pack_tokens is not None,
+            pad_to=self.config.pad_to_tokens or 0,
         )
         self._skipped = 0
+        self._samples_seen = 0
         spec = plan_spec(experiment)
         self.plan = Plan(split.lengths, split.sources, spec, data_digest=data.digest)
         self._feed: Feed = (
@@ -231,10 +237,11 @@ class Run:
             self._count_skip(loss, norm)
         self._optimizer.zero_grad(set_to_none=True)
         self.steps_done += 1
+        self._samples_seen += len(rows)
         if due and finite:
             few = tuple(int(row) for row in (with_images if len(with_images) else rows)[:2])
             batch = self._collation.collate(
-                Part(few, (0,) * len(few)), [self._split.encoded(row) for row in few]
+                Part(few, tuple(range(len(few)))), [self._split.encoded(row) for row in few]
             )
             self.audit.update(check_effects(self.model, self._on_device(batch.arrays)[0]))
         return StepMetrics(
@@ -285,11 +292,15 @@ class Run:
             if count:
                 parameter.grad = piece.view_as(parameter).to(parameter.dtype)
 
-    def _on_device(self, arrays: Arrays) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    def _on_device(self, arrays: Arrays) -> tuple[dict[str, Any], torch.Tensor]:
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
         batch = {name: tensor.to(self._world.device) for name, tensor in tensors.items()}
         labels = batch.pop("labels")
-        return self._pixels(batch), labels
+        batch = self._pixels(batch)
+        if SEGMENTS in batch:
+            batch = with_positions(self._base.model, batch, self._base.family)
+        # A cache costs memory, and hides from transformers that a row is packed.
+        return {**batch, "use_cache": False}, labels
 
     def _count_skip(self, loss: float, norm: float) -> None:
         self._skipped += 1
@@ -307,7 +318,7 @@ class Run:
                 step=self.steps_done,
                 plan_digest=self.plan.digest,
                 recipe_digest=self.recipe_digest,
-                samples_seen=self.steps_done * self.config.batch_size,
+                samples_seen=self._samples_seen,
             )
             checkpoint.save(folder, self.model, self._optimizer, state, states)
 
@@ -329,7 +340,7 @@ class Run:
         for name, ours in (("recipe", self.recipe_digest), ("plan", self.plan.digest)):
             if getattr(state, f"{name}_digest") != ours:
                 raise CheckpointError(f"{folder} was made with another {name}")
-        self.steps_done = state.step
+        self.steps_done, self._samples_seen = state.step, state.samples_seen
 
     def close(self) -> None:
         """Take the adapter off; the base model is again what it was."""

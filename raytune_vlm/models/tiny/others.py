@@ -23,9 +23,11 @@ _LLAMA3 = (
 )
 
 
-def _idefics_tokenizer(*more: str) -> Any:
+def _idefics_tokenizer() -> Any:
+    tiles = [f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2)]
+    around = ("<fake_token_around_image>", "<global-img>", *tiles)
     return tokenizer(
-        "<|im_start|>", "<image>", *more, eos_token="<end_of_utterance>", pad_token="<pad>"
+        "<|im_start|>", "<image>", *around, eos_token="<end_of_utterance>", pad_token="<pad>"
     )
 
 
@@ -70,8 +72,7 @@ def smolvlm() -> tuple[Any, Any]:
         SmolVLMProcessor,
     )
 
-    tiles = [f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2)]
-    tokens = _idefics_tokenizer("<fake_token_around_image>", "<global-img>", *tiles)
+    tokens = _idefics_tokenizer()
     processor = SmolVLMProcessor(
         image_processor=SmolVLMImageProcessorPil(
             size={"longest_edge": 128}, max_image_size={"longest_edge": 64}, do_image_splitting=True
