@@ -33,8 +33,9 @@ def processed(maker, image_processor, family, data, backend="pil"):
     if family.media["pixel_values"] == "samples":
         made = {name: value[None] for name, value in made.items()}
     given = image_processor([decode(data, ImageLimits())], return_tensors="np")
-    if "image_grid_thw" in given:
-        made["image_grid_thw"] = torch.from_numpy(given["image_grid_thw"])
+    for name in ("image_grid_thw", "aspect_ratio_mask"):
+        if name in given:
+            made[name] = torch.from_numpy(np.asarray(given[name]))
     table = PixelTable(image_processor, family, backend=backend)
     return table(made)["pixel_values"].numpy(), np.asarray(given["pixel_values"])
 

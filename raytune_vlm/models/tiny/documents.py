@@ -38,6 +38,7 @@ def florence2() -> tuple[Any, Any]:
             encoder_ffn_dim=96,
             decoder_ffn_dim=96,
             max_position_embeddings=2048,
+            dropout=0.0,
             pad_token_id=tokens.pad_token_id,
             bos_token_id=tokens.bos_token_id,
             eos_token_id=tokens.eos_token_id,
@@ -83,6 +84,7 @@ def donut() -> tuple[Any, Any]:
         depths=[1, 1],
         num_heads=[2, 2],
         window_size=4,
+        drop_path_rate=0.0,
     )
     decoder = MBartConfig(
         vocab_size=len(tokens),
@@ -91,6 +93,7 @@ def donut() -> tuple[Any, Any]:
         decoder_attention_heads=2,
         decoder_ffn_dim=48,
         max_position_embeddings=2048,
+        dropout=0.0,
         is_decoder=True,
         is_encoder_decoder=False,
         add_cross_attention=True,

@@ -87,6 +87,7 @@ def smolvlm() -> tuple[Any, Any]:
 
 def mllama() -> tuple[Any, Any]:
     """`mllama`: images are attended to across, not put between the tokens."""
+    import torch
     from transformers import (
         MllamaConfig,
         MllamaForConditionalGeneration,
@@ -142,4 +143,9 @@ def mllama() -> tuple[Any, Any]:
         tokenizer=tokens,
         chat_template=_LLAMA3,
     )
-    return MllamaForConditionalGeneration(config), processor
+    model = MllamaForConditionalGeneration(config)
+    for name, parameter in model.named_parameters():
+        if "cross_attn" in name and name.endswith("gate"):
+            # transformers starts the gates shut: images would have no effect.
+            torch.nn.init.constant_(parameter, 1.0)
+    return model, processor
