@@ -21,6 +21,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from raytune_vlm.collate.encoded import Encoded
 from raytune_vlm.config.data import DataConfig, SplitConfig
 from raytune_vlm.config.experiment import ExperimentConfig
 from raytune_vlm.config.sources import Source
@@ -101,6 +102,14 @@ class _Outcome:
     over_long: dict[Split, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
 
 
+@dataclass(frozen=True)
+class _Cut:
+    """An encoded sample of at most `data.max_length` tokens."""
+
+    encoded: Encoded
+    truncated: bool
+
+
 class TokenStep:
     """Source rows -> token ids, labels, encoded images, and an index of them."""
 
@@ -157,11 +166,8 @@ class TokenStep:
             else:
                 yield entry, split_of(entry.group_id, data.split, self._experiment.seed)
 
-    def _add(
-        self, sample: Sample, split: Split, job: ShardJob, writer: RowWriter, outcome: _Outcome
-    ) -> None:
-        from raytune_vlm.collate.pixels import PIXEL_NAMES
-
+    def _encoded(self, sample: Sample, split: Split, outcome: _Outcome) -> _Cut | None:
+        """The encoded sample, cut if that is allowed; None where it was refused or dropped."""
         data = self._experiment.data
         try:
             images = [decode(image, data.image_limits) for image in sample.images]
@@ -173,24 +179,33 @@ class TokenStep:
             raise
         except DataError as error:
             self._refuse(sample.origin, error.message, split, outcome)
-            return
+            return None
         except (MemoryError, OSError):  # the machine's fault, not the row's
             raise
         except Exception as error:  # processors raise what they like: an odd size, a bad token
             reason = f"the processor refuses it: {shorten(error, 160)}"
             self._refuse(sample.origin, reason, split, outcome)
-            return
+            return None
         length = len(encoded.input_ids)
-        if length > data.max_length:
-            shorter = self._too_long(sample, length, data)
-            if not shorter or split != "train":
-                outcome.over_long[split] += 1
-                return
-            cut = self._encoder.truncated(encoded, data.max_length)
-            if cut is None:
-                outcome.over_long[split] += 1
-                return
-            encoded = cut
+        if length <= data.max_length:
+            return _Cut(encoded, truncated=False)
+        shorter = self._too_long(sample, length, data) and split == "train"
+        cut = self._encoder.truncated(encoded, data.max_length) if shorter else None
+        if cut is None:
+            outcome.over_long[split] += 1
+            return None
+        return _Cut(cut, truncated=True)
+
+    def _add(
+        self, sample: Sample, split: Split, job: ShardJob, writer: RowWriter, outcome: _Outcome
+    ) -> None:
+        """Write a sample's row and its entry of the index, or count why there is none."""
+        from raytune_vlm.collate.pixels import PIXEL_NAMES
+
+        found = self._encoded(sample, split, outcome)
+        if found is None:
+            return
+        encoded = found.encoded
         pixels = [encoded.tensors.pop(name) for name in PIXEL_NAMES if name in encoded.tensors]
         outcome.index.append(
             {
@@ -208,7 +223,7 @@ class TokenStep:
                 "num_images": len(sample.images),
                 "num_bytes": encoded.input_ids.nbytes + sum(map(len, sample.images)),
                 "num_pixel_bytes": sum(array.nbytes for array in pixels),
-                "truncated": length > data.max_length,
+                "truncated": found.truncated,
             }
         )
         writer.add(
