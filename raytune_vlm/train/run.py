@@ -23,6 +23,7 @@ from raytune_vlm.collate.arrays import IGNORED
 from raytune_vlm.collate.batch import PixelTable
 from raytune_vlm.collate.pixels import PixelMaker
 from raytune_vlm.config.experiment import ExperimentConfig, digest_of
+from raytune_vlm.config.train import WITHOUT_EFFECT
 from raytune_vlm.errors import CheckpointError, TrialDiverged, TrialInfeasible
 from raytune_vlm.models.audit import check_effects, check_gradients
 from raytune_vlm.models.loading import Base
@@ -176,16 +177,7 @@ class Run:
     @property
     def recipe_digest(self) -> str:
         """Digest of what a checkpoint must agree with to be continued."""
-        train = self.config.model_dump(
-            exclude={
-                "log_every",
-                "log_samples",
-                "checkpoint_every",
-                "num_workers",
-                "micro_batch_size",
-                "micro_batch_tokens",
-            }
-        )
+        train = self.config.model_dump(exclude={*WITHOUT_EFFECT, "checkpoint_every"})
         return digest_of({"lora": self.experiment.lora.model_dump(), "train": train})
 
     def step(self) -> StepMetrics:
