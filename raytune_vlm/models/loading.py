@@ -14,6 +14,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from PIL import Image
+
 from raytune_vlm.config.model import ModelConfig
 from raytune_vlm.errors import ModelError, did_you_mean
 from raytune_vlm.models.families import FAMILIES, Family
@@ -38,8 +40,25 @@ class Base:
     image_backend: ImageBackend = "pil"
 
 
-TORCH_FILTERS = (2, 3)
-"""Pillow's numbers of the filters that torch has for uint8 images: bilinear and bicubic."""
+_TORCH_FILTERS = {Image.Resampling.BILINEAR: "bilinear", Image.Resampling.BICUBIC: "bicubic"}
+"""The filters that torch has for uint8 images."""
+
+
+def torch_filter(resample: int | None) -> str:
+    """torch's name of one of Pillow's filters; None is bilinear, as in transformers.
+
+    Raises
+    ------
+    ModelError
+        If torch does not have it.
+    """
+    filter_ = Image.Resampling.BILINEAR if resample is None else Image.Resampling(resample)
+    if filter_ not in _TORCH_FILTERS:
+        raise ModelError(
+            "model.image_backend=torchvision: the image processor resizes with "
+            f"{filter_.name}, which torch does not have; use model.image_backend: pil"
+        )
+    return _TORCH_FILTERS[filter_]
 
 
 def image_backend(config: ModelConfig, image_processor: Any) -> ImageBackend:
@@ -51,15 +70,11 @@ def image_backend(config: ModelConfig, image_processor: Any) -> ImageBackend:
         If torchvision's resampling is asked for and the processor's filter is not one of torch's.
     """
     resample: Any = getattr(image_processor, "resample", None)
-    possible = resample is None or int(resample) in TORCH_FILTERS
     if config.image_backend == "auto":
+        possible = resample is None or resample in _TORCH_FILTERS
         return "torchvision" if find_spec("torchvision") and possible else "pil"
-    if config.image_backend == "torchvision" and not possible:
-        raise ModelError(
-            f"model.image_backend=torchvision: {type(image_processor).__name__} resizes with "
-            f"filter {int(resample)} of Pillow, which torch does not have; use "
-            "model.image_backend: pil"
-        )
+    if config.image_backend == "torchvision":
+        torch_filter(resample)
     return config.image_backend
 
 
