@@ -100,6 +100,29 @@ def test_a_backend_that_cannot_resize_as_the_processor_does_is_refused(tiny_base
     assert image_backend(wanted, bicubic) == "torchvision"
 
 
+def test_a_hub_model_is_known_by_its_commit(tmp_path, monkeypatch):
+    """In a hub cache as a download leaves it, `main` moves on to another commit."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    cached, (old, new) = tmp_path / "models--a--b", ("0" * 40, "1" * 40)
+    for commit in (old, new):
+        (cached / "snapshots" / commit).mkdir(parents=True)
+        (cached / "snapshots" / commit / "config.json").write_text("{}")
+    (cached / "refs").mkdir()
+
+    def revision(**settings):
+        return model_fingerprint(ModelConfig(name="a/b", **settings))["revision"]
+
+    for commit in (old, new):
+        (cached / "refs" / "main").write_text(commit)
+        assert revision() == revision(revision="main") == commit
+    assert revision(revision=old) == old
+    with pytest.raises(ModelError, match="not to be had from the hub"):
+        revision(revision="v9")
+
+
 def test_a_tiny_model_that_is_not_there_is_named(tmp_path):
     with pytest.raises(KeyError, match="did you mean 'idefics3'"):
         write_tiny_model("idefics", tmp_path)

@@ -153,19 +153,28 @@ def _neighbours(name: str) -> list[str]:
 def model_fingerprint(config: ModelConfig) -> dict[str, str]:
     """What identifies the preprocessing of a model: its files, and the image backend in use.
 
+    Of a hub model the revision is the commit that `model.revision` means now: a branch moves on.
     The Pillow and the torchvision backends of one processor give different pixels, so the backend
     is part of the fingerprint.
+
+    Raises
+    ------
+    ModelError
+        If the model is neither a local folder nor to be had from the hub or its cache.
     """
     folder = Path(model_path(config))
     digest = hashlib.sha256()
     if folder.is_dir():
+        revision = str(config.revision)
         weights = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".md")
         for file in sorted(folder.rglob("*")):
             if file.is_file() and file.suffix not in weights and file.stat().st_size < 2**28:
                 digest.update(str(file.relative_to(folder)).encode() + b"\0" + file.read_bytes())
+    else:
+        revision = _hub_file(config).parent.name  # <cache>/models--a--b/snapshots/<commit>/
     return {
         "name": config.name,
-        "revision": str(config.revision),
+        "revision": revision,
         "files": digest.hexdigest()[:16],
         "image_backend": config.image_backend,
         "torchvision": str(find_spec("torchvision") is not None),
