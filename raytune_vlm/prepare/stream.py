@@ -16,8 +16,10 @@ import itertools
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -349,23 +351,25 @@ class _Ahead:
 
     def next(self, stall_timeout_s: float) -> MicroBatch:
         """The next micro-batch; says who holds what while there is none."""
+        item: Future[MicroBatch] | BaseException | None = None
         for attempt in range(1, PATIENCE + 1):
-            try:
-                item = self._made.get(timeout=stall_timeout_s)
-            except queue.Empty:
-                message = f"no batch for {attempt * stall_timeout_s:g} s; {holders()}"
-                if attempt == PATIENCE:
-                    raise InfrastructureError(message) from None
+            end = time.monotonic() + stall_timeout_s
+            if item is None:
+                with suppress(queue.Empty):
+                    item = self._made.get(timeout=stall_timeout_s)
+            if isinstance(item, BaseException):
+                raise item
+            # Not `result(timeout)`: a TimeoutError that decoding raised would look the same.
+            if item is not None and wait([item], max(0.0, end - time.monotonic())).done:
+                return item.result()
+            message = f"no batch for {attempt * stall_timeout_s:g} s; {holders()}"
+            if attempt < PATIENCE:
                 _log.warning(message)
-            else:
-                if isinstance(item, BaseException):
-                    raise item
-                return item.result(timeout=PATIENCE * stall_timeout_s)
-        raise AssertionError("unreachable")
+        raise InfrastructureError(message)
 
     def close(self) -> None:
-        """End the threads."""
+        """End the threads; those that hang are not waited for, which would hide why."""
         self._closed.set()
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._pool.shutdown(wait=False, cancel_futures=True)
         # It may be waiting for the cluster; it is a daemon and holds nothing but references.
         self._thread.join(timeout=1)
