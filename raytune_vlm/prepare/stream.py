@@ -32,11 +32,8 @@ from raytune_vlm.errors import InfrastructureError
 from raytune_vlm.prepare.feed import Collation, MicroBatch, Part
 from raytune_vlm.prepare.holders import holders
 from raytune_vlm.prepare.plan import Plan, PlanSpec
-from raytune_vlm.prepare.store import (
-    PreparedSplit,
-    open_split,
-    sample_at,
-)
+from raytune_vlm.prepare.ray_data import quiet_ray_data
+from raytune_vlm.prepare.store import PreparedSplit, open_split, sample_at
 
 STREAM_TASKS = 2
 """Reading tasks at once for one worker."""
@@ -280,24 +277,19 @@ def _read_stretch(source: StreamSource, blocks: list[range]) -> list[Any]:
     """The tables of some runs of steps, as object references in order."""
     import ray.data
 
-    context = ray.data.DataContext.get_current()
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-    context.execution_options.preserve_order = True
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-
     def read(batch: dict[str, np.ndarray]) -> pa.Table:
         return source.read([step for number in batch["id"] for step in blocks[int(number)]])
 
     # From blocks that are there: a read task would ask for a CPU.
     numbers = [pa.table({"id": [number]}) for number in range(len(blocks))]
-    dataset = ray.data.from_blocks(numbers).map_batches(
-        read,
-        batch_size=None,
-        num_cpus=0,
-        compute=ray.data.TaskPoolStrategy(size=min(STREAM_TASKS, len(blocks))),
-    )
-    references: list[Any] = dataset.materialize().to_arrow_refs()
+    with quiet_ray_data(in_order=True):
+        dataset = ray.data.from_blocks(numbers).map_batches(
+            read,
+            batch_size=None,
+            num_cpus=0,
+            compute=ray.data.TaskPoolStrategy(size=min(STREAM_TASKS, len(blocks))),
+        )
+        references: list[Any] = dataset.materialize().to_arrow_refs()
     return references
 
 
