@@ -181,6 +181,25 @@ def test_seen_equals_used_plus_quarantined_plus_dropped(project):
         project.run(project(max_bad_fraction=0.5, max_length=200, over_long="error"))
 
 
+def test_reasons_that_differ_by_a_file_name_are_one_reason(project):
+    def harm(rows):
+        rows.extend(dict(row) for row in rows[:6] * 4)
+        for number, row in enumerate(rows[:30]):
+            row["images"] = [f"images/no-{number}.png"]
+        rows[30]["messages"] = []
+
+    rewrite(project.folder / "train.jsonl", harm)
+    with pytest.raises(DataError) as raised:
+        project.run(project())
+    assert raised.value.message.startswith("31 of 46 samples cannot be used")
+    listed = raised.value.message.partition(" allows: ")[2].split("; train.jsonl:")
+    assert len(listed) == 2 and "images/no-0.png" in listed[0]
+    assert listed[0].startswith("train.jsonl:1: ") and listed[0].endswith(" (and 29 more)")
+    assert listed[1].startswith("31: ") and "more)" not in listed[1]
+    data, _ = project.run(project(max_bad_fraction=0.9))
+    assert sorted(data.manifest.quarantine_reasons.values()) == [1, 30]
+
+
 def test_a_truncated_image_costs_its_own_row_only(project):
     image = project.folder / "images" / "train-5.png"
     image.write_bytes(image.read_bytes()[:200])

@@ -12,7 +12,6 @@ import glob
 import json
 import shutil
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -36,7 +35,7 @@ from raytune_vlm.prepare.statistics import (
     without_duplicates,
 )
 from raytune_vlm.prepare.store import PixelDecoder, PreparedSplit, open_split, pixel_folder
-from raytune_vlm.records import SPLITS, DataManifest, Quarantined, read_json
+from raytune_vlm.records import SPLITS, DataManifest, Quarantined, by_kind, read_json
 from raytune_vlm.sources import SOURCES, Shard
 
 FORMAT = 3
@@ -181,7 +180,7 @@ def prepare(
             )
             for name in SPLITS
         },
-        quarantine_reasons=dict(Counter(entry.reason for entry in quarantine).most_common()),
+        quarantine_reasons={first.reason: count for first, count in by_kind(quarantine)},
         overlap=overlaps(index),
         seconds=time.monotonic() - began,
         tier=tier,
