@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 
 import numpy as np
 import pytest
@@ -79,6 +81,28 @@ def test_nothing_is_made_twice_and_one_changed_shard_is_made_alone(project):
     assert changed.manifest.splits["select"].num_used == 4
     _, made = project.run(project(max_length=500))
     assert made == 3
+
+
+def test_what_a_killed_preparation_left_is_removed_after_a_day(project):
+    project.run(project())
+    store = project.folder.parent / "runs" / "prepared"
+    key = "0123456789abcdef"
+    left = [f".{key}.01234567", f".{key}.pixels.89abcdef"]
+    young = [f".{key}.aaaaaaaa", f".{key}.bbbbbbbb"]
+    others = ["0123456789abcdee", f".{key}", f".{key}.0123456", f".{key}.tokens.01234567", ".x"]
+    for name in (*left, *young, *others):
+        (store / name).mkdir()
+        (store / name / "train.arrow").write_bytes(b"half a row")
+    file = store / f".{key}.fedcba98"
+    file.touch()
+    for path in [*store.iterdir(), *store.glob("*/train.arrow"), *store.glob(".*/train.arrow")]:
+        os.utime(path, times=(time.time() - 90_000,) * 2)
+    os.utime(store / young[0])
+    os.utime(store / young[1] / "train.arrow")  # somebody writes in an old folder
+    there = {path.name for path in store.iterdir()}
+    _, made = project.run(project())
+    assert made == 0
+    assert {path.name for path in store.iterdir()} == there - set(left)
 
 
 def test_an_image_replaced_under_its_old_name_changes_the_data(project):

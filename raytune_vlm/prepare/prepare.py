@@ -27,7 +27,7 @@ from raytune_vlm.config.experiment import ExperimentConfig, digest_of
 from raytune_vlm.errors import DataError
 from raytune_vlm.models.loading import model_fingerprint
 from raytune_vlm.prepare.ray_data import quiet_ray_data
-from raytune_vlm.prepare.shard import PixelStep, Preparer, ShardJob, TokenStep
+from raytune_vlm.prepare.shard import PixelStep, Preparer, ShardJob, TokenStep, remove_unfinished
 from raytune_vlm.prepare.statistics import (
     overlaps,
     refuse_bad,
@@ -150,6 +150,7 @@ def prepare(
     began = time.monotonic()
     store = store_of(experiment)
     store.mkdir(parents=True, exist_ok=True)
+    remove_unfinished(store)
     _run("tokens", experiment, store, jobs, progress)
     digest = digest_of(
         {"shards": [job.key for job in jobs], "deduplicate": experiment.data.deduplicate}

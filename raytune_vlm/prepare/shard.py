@@ -11,7 +11,9 @@ under a temporary name and renamed when it is whole; one that is there is never 
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -78,6 +80,26 @@ def whole_folder(final: Path) -> Iterator[Path]:
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+_UNFINISHED = re.compile(r"\.[0-9a-f]{16}(\.pixels)?\.[0-9a-f]{8}")
+"""The names that `whole_folder` gives to the temporary folders of shards."""
+
+UNFINISHED_S = 24 * 3600.0
+"""So long after the last write to it, nobody is at work in a temporary folder any more."""
+
+
+def remove_unfinished(store: Path) -> None:
+    """Remove the temporary folders that killed preparations left behind."""
+    for folder in store.iterdir():
+        if _UNFINISHED.fullmatch(folder.name) is None or not folder.is_dir():
+            continue
+        try:
+            newest = max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
+        except FileNotFoundError:
+            continue  # somebody is at work in it
+        if newest < time.time() - UNFINISHED_S:
+            shutil.rmtree(folder, ignore_errors=True)  # somebody else may do so at the same time
 
 
 class Preparer:
