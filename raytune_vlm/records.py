@@ -9,7 +9,7 @@ a copied folder can be read without Ray and without torch:
       lease.json             who drives this sweep
       study.db               Optuna storage
       result.json            the decision (`SweepResult`), written last
-      data/                  manifest.json, quarantine.jsonl, gallery/<sample_id>.jpg
+      data/                  manifest.json, plan.json, quarantine.jsonl, gallery/<sample_id>.jpg
       trials/<trial_id>/     trial.json, metrics.jsonl, samples/, checkpoints/step_000200/,
                              evaluations/<split>/step_000200/{predictions.parquet,scores.json},
                              seed-<n>/ (the winner only: its recipe with another seed)
@@ -312,6 +312,8 @@ class SweepFolder:
         self.result_file = self.root / "result.json"
         self.data = self.root / "data"
         self.manifest_file = self.data / "manifest.json"
+        self.plan_file = self.data / "plan.json"
+        """Digest and settings of the plan of the experiment's own recipe; checkpoints name it."""
         self.quarantine_file = self.data / "quarantine.jsonl"
         self.gallery = self.data / "gallery"
         self.report = self.root / "report"

@@ -29,7 +29,7 @@ from raytune_vlm.models.audit import check_effects, check_gradients
 from raytune_vlm.models.loading import Base
 from raytune_vlm.models.lora import attach, trainable_by_scope
 from raytune_vlm.prepare.feed import Arrays, CachedFeed, Collation, Feed, MicroBatch, Part
-from raytune_vlm.prepare.plan import Plan, PlanSpec
+from raytune_vlm.prepare.plan import Plan, PlanSpec, plan_spec
 from raytune_vlm.prepare.store import PreparedSplit
 from raytune_vlm.prepare.stream import (
     Augmenting,
@@ -75,18 +75,6 @@ class TrainingData:
     store: str = ""
     index_file: str = ""
     tier: Literal["pixels", "encoded"] = "pixels"
-
-
-def plan_spec(experiment: ExperimentConfig) -> PlanSpec:
-    """What an experiment makes of its training samples."""
-    sources = experiment.data.sources
-    weighted = any(source.weight is not None for source in sources)
-    return PlanSpec(
-        batch_size=experiment.train.batch_size,
-        seed=experiment.seed,
-        group_by_length=experiment.train.group_by_length,
-        weights=tuple(source.weight or 0.0 for source in sources) if weighted else None,
-    )
 
 
 class Run:

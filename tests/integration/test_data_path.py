@@ -16,7 +16,7 @@ from raytune_vlm.errors import DataError
 from raytune_vlm.prepare.feed import CachedFeed, Collation
 from raytune_vlm.prepare.plan import Plan, PlanSpec
 from raytune_vlm.prepare.stream import Decoding, DecodingFeed, StreamSource, streamed_blocks
-from raytune_vlm.records import SweepFolder, read_json_lines
+from raytune_vlm.records import SweepFolder, read_json, read_json_lines
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
@@ -92,6 +92,10 @@ def test_text_only_samples_train_beside_images_on_two_workers(write_experiment, 
         trial = SweepFolder(folder).trial("t0000")
         losses[workers] = [row["loss"] for row in read_json_lines(trial.metrics_file)]
         assert trial.record().audit["gradients"]["passed"]
+        plan = read_json(SweepFolder(folder).plan_file)
+        assert (plan["num_samples"], plan["batch_size"]) == (30, 2)
+        states = [read_json(file) for file in trial.checkpoints.glob("*/state.json")]
+        assert {state["plan_digest"] for state in states} == {plan["digest"]}
     assert len(losses[1]) == 5
     assert losses[2] == pytest.approx(losses[1], abs=1e-5)
 
