@@ -107,17 +107,6 @@ def _decode_with_pillow(image: Image.Image, orientation: int, data: bytes) -> Im
     return result
 
 
-def size_of(data: bytes, limits: ImageLimits) -> tuple[int, int]:
-    """Width and height of the upright image, from the header, without decoding it.
-
-    Raises ImageError as `decode` does, except for damage beyond the header.
-    """
-    image, orientation = _open(data, limits)
-    width, height = image.size
-    turned = orientation >= 5 and image.format != "TIFF"
-    return (height, width) if turned else (width, height)
-
-
 def thumbnail(data: bytes, limits: ImageLimits, max_side: int) -> bytes:
     """A JPEG whose longer side has at most `max_side` pixels, for reports.
 

@@ -9,7 +9,7 @@ a copied folder can be read without Ray and without torch:
       lease.json             who drives this sweep
       study.db               Optuna storage
       result.json            the decision (`SweepResult`), written last
-      data/                  manifest.json, quarantine.jsonl, gallery/<sample_id>.jpg
+      data/                  manifest.json, plan.json, quarantine.jsonl, gallery/<sample_id>.jpg
       trials/<trial_id>/     trial.json, metrics.jsonl, samples/, checkpoints/step_000200/,
                              evaluations/<split>/step_000200/{predictions.parquet,scores.json},
                              seed-<n>/ (the winner only: its recipe with another seed)
@@ -23,8 +23,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import uuid
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -66,6 +68,32 @@ class Quarantined:
     reason: str
     split: str
 
+    @property
+    def kind(self) -> str:
+        """The reason without what differs from row to row: numbers, file names, quoted words."""
+        kind = self.reason
+        for pattern, mark in _VARYING:
+            kind = pattern.sub(mark, kind)
+        return kind
+
+
+_VARYING = (
+    (re.compile(r"'[^']*'"), "'…'"),
+    (re.compile(r"\S*[/\\]\S*|\b[\w-]+\.[A-Za-z]{3,4}\b"), "…"),
+    (re.compile(r"\d+"), "#"),
+)
+
+
+def by_kind(quarantine: Sequence[Quarantined]) -> list[tuple[Quarantined, int]]:
+    """The first sample of each kind of refusal and how many there are, the most frequent first."""
+    counts: Counter[str] = Counter()
+    first: dict[str, Quarantined] = {}
+    for entry in quarantine:
+        kind = entry.kind
+        counts[kind] += 1
+        first.setdefault(kind, entry)
+    return [(first[kind], count) for kind, count in counts.most_common()]
+
 
 @dataclass(frozen=True)
 class SplitStatistics:
@@ -99,6 +127,7 @@ class DataManifest:
     store: str
     splits: dict[str, SplitStatistics]
     quarantine_reasons: dict[str, int]
+    """The reason of the first sample of each kind -> how many were refused for one like it."""
     overlap: dict[str, int]
     """`"train/report"` -> samples of the second split whose group or images stand in the first."""
     seconds: float = 0.0
@@ -283,6 +312,8 @@ class SweepFolder:
         self.result_file = self.root / "result.json"
         self.data = self.root / "data"
         self.manifest_file = self.data / "manifest.json"
+        self.plan_file = self.data / "plan.json"
+        """Digest and settings of the plan of the experiment's own recipe; checkpoints name it."""
         self.quarantine_file = self.data / "quarantine.jsonl"
         self.gallery = self.data / "gallery"
         self.report = self.root / "report"

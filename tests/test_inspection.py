@@ -30,10 +30,10 @@ from raytune_vlm.inspection.lengths import bars, histogram, padding_waste, sprea
 from raytune_vlm.inspection.pictures import given_images
 from raytune_vlm.inspection.rows import open_encoder
 from raytune_vlm.inspection.sample_view import SampleView, view_of
-from raytune_vlm.inspection.tally import normalised
 from raytune_vlm.inspection.target import resolve_target
 from raytune_vlm.inspection.text import TIMES, middle_out, visible
 from raytune_vlm.inspection.tokens import count_image_tokens, pieces_of
+from raytune_vlm.records import Quarantined
 from raytune_vlm.sources import SOURCES
 from raytune_vlm.sources.containers import CONTAINERS
 
@@ -442,9 +442,15 @@ def test_text_helpers():
     assert visible("a\x1b[0m\tb\nc\r\udc80") == "a␛[0m\tb\nc␍\\udc80"
     assert visible("प्‍र é 漢 👩‍👩‍👧") == "प्‍र é 漢 👩‍👩‍👧"
     assert middle_out("x" * 100, 40) == f"{'x' * 30} […60 characters left out…] {'x' * 10}"
-    one, two = "image not found: a/b-1.png", "image not found: c.jpg"
-    assert normalised(one) == normalised(two) != normalised("image is null")
-    assert normalised("turn 1 (user) is empty") == normalised("turn 3 (user) is empty")
+
+
+def test_refusals_that_differ_by_names_and_numbers_are_of_one_kind():
+    def kind(reason):
+        return Quarantined("a.jsonl:1", reason, "train").kind
+
+    assert kind("image not found: a/b-1.png") == kind("image not found: c.jpg")
+    assert kind("turn 1 (user) is empty") == kind("turn 3 (user) is empty")
+    assert kind("image not found: c.jpg") != kind("image is null")
 
 
 def test_output_that_cannot_hold_the_characters_is_no_crash(tmp_path):

@@ -10,7 +10,7 @@ from raytune_vlm.config.lora import LoraConfig
 from raytune_vlm.config.model import ModelConfig
 from raytune_vlm.errors import ModelError
 from raytune_vlm.models.families import FAMILIES
-from raytune_vlm.models.loading import check_model
+from raytune_vlm.models.loading import check_model, image_backend, model_fingerprint
 from raytune_vlm.models.lora import attach, scope_of, trainable_by_scope
 from raytune_vlm.models.tiny import BUILDERS, write_tiny_model
 
@@ -90,6 +90,39 @@ def test_unknown_models_are_named_with_the_nearest(tmp_path, tiny_model):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ModelError, match="is not JSON"):
         check_model(ModelConfig(name=str(tmp_path)))
+
+
+def test_a_backend_that_cannot_resize_as_the_processor_does_is_refused(tiny_base):
+    lanczos = tiny_base("idefics3").processor.image_processor
+    wanted = ModelConfig(image_backend="torchvision")
+    with pytest.raises(ModelError, match=r"resizes with LANCZOS.*image_backend: pil"):
+        image_backend(wanted, lanczos)
+    assert image_backend(ModelConfig(image_backend="auto"), lanczos) == "pil"
+    bicubic = tiny_base("qwen2_5_vl").processor.image_processor
+    assert image_backend(wanted, bicubic) == "torchvision"
+
+
+def test_a_hub_model_is_known_by_its_commit(tmp_path, monkeypatch):
+    """In a hub cache as a download leaves it, `main` moves on to another commit."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    cached, (old, new) = tmp_path / "models--a--b", ("0" * 40, "1" * 40)
+    for commit in (old, new):
+        (cached / "snapshots" / commit).mkdir(parents=True)
+        (cached / "snapshots" / commit / "config.json").write_text("{}")
+    (cached / "refs").mkdir()
+
+    def revision(**settings):
+        return model_fingerprint(ModelConfig(name="a/b", **settings))["revision"]
+
+    for commit in (old, new):
+        (cached / "refs" / "main").write_text(commit)
+        assert revision() == revision(revision="main") == commit
+    assert revision(revision=old) == old
+    with pytest.raises(ModelError, match="not to be had from the hub"):
+        revision(revision="v9")
 
 
 def test_a_tiny_model_that_is_not_there_is_named(tmp_path):

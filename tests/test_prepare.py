@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 
 import numpy as np
 import pytest
@@ -79,6 +81,28 @@ def test_nothing_is_made_twice_and_one_changed_shard_is_made_alone(project):
     assert changed.manifest.splits["select"].num_used == 4
     _, made = project.run(project(max_length=500))
     assert made == 3
+
+
+def test_what_a_killed_preparation_left_is_removed_after_a_day(project):
+    project.run(project())
+    store = project.folder.parent / "runs" / "prepared"
+    key = "0123456789abcdef"
+    left = [f".{key}.01234567", f".{key}.pixels.89abcdef"]
+    young = [f".{key}.aaaaaaaa", f".{key}.bbbbbbbb"]
+    others = ["0123456789abcdee", f".{key}", f".{key}.0123456", f".{key}.tokens.01234567", ".x"]
+    for name in (*left, *young, *others):
+        (store / name).mkdir()
+        (store / name / "train.arrow").write_bytes(b"half a row")
+    file = store / f".{key}.fedcba98"
+    file.touch()
+    for path in [*store.iterdir(), *store.glob("*/train.arrow"), *store.glob(".*/train.arrow")]:
+        os.utime(path, times=(time.time() - 90_000,) * 2)
+    os.utime(store / young[0])
+    os.utime(store / young[1] / "train.arrow")  # somebody writes in an old folder
+    there = {path.name for path in store.iterdir()}
+    _, made = project.run(project())
+    assert made == 0
+    assert {path.name for path in store.iterdir()} == there - set(left)
 
 
 def test_an_image_replaced_under_its_old_name_changes_the_data(project):
@@ -179,6 +203,25 @@ def test_seen_equals_used_plus_quarantined_plus_dropped(project):
         project.run(project(max_bad_fraction=0.05, max_length=200))
     with pytest.raises(DataError, match=r"train\.jsonl:4: \d+ tokens, more than data\.max_length"):
         project.run(project(max_bad_fraction=0.5, max_length=200, over_long="error"))
+
+
+def test_reasons_that_differ_by_a_file_name_are_one_reason(project):
+    def harm(rows):
+        rows.extend(dict(row) for row in rows[:6] * 4)
+        for number, row in enumerate(rows[:30]):
+            row["images"] = [f"images/no-{number}.png"]
+        rows[30]["messages"] = []
+
+    rewrite(project.folder / "train.jsonl", harm)
+    with pytest.raises(DataError) as raised:
+        project.run(project())
+    assert raised.value.message.startswith("31 of 46 samples cannot be used")
+    listed = raised.value.message.partition(" allows: ")[2].split("; train.jsonl:")
+    assert len(listed) == 2 and "images/no-0.png" in listed[0]
+    assert listed[0].startswith("train.jsonl:1: ") and listed[0].endswith(" (and 29 more)")
+    assert listed[1].startswith("31: ") and "more)" not in listed[1]
+    data, _ = project.run(project(max_bad_fraction=0.9))
+    assert sorted(data.manifest.quarantine_reasons.values()) == [1, 30]
 
 
 def test_a_truncated_image_costs_its_own_row_only(project):

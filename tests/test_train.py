@@ -103,6 +103,21 @@ def test_a_checkpoint_of_another_recipe_is_refused(start, tmp_path):
         smaller.restore(tmp_path / "step_000001")
 
 
+def test_a_run_goes_on_with_whatever_the_fingerprint_leaves_out(start, tmp_path):
+    first = start()
+    begun = losses(first, 2)
+    first.save(tmp_path / "step_000002")
+    expected = losses(first, 2)
+    start.finish(first)
+    second = start(
+        cpus_per_worker=2, micro_batch_size=3, micro_batch_tokens=500, log_every=1, log_samples=True
+    )
+    assert second.experiment.fingerprint() == first.experiment.fingerprint()
+    second.restore(tmp_path / "step_000002")
+    assert second.steps_done == len(begun)
+    assert losses(second, 2) == pytest.approx(expected, abs=1e-5)
+
+
 def test_the_newest_whole_checkpoint_is_found_past_damaged_ones(start, tmp_path):
     run = start()
     for step in range(1, 5):

@@ -20,7 +20,7 @@ import copy
 from collections.abc import Sequence
 from functools import lru_cache
 from inspect import signature
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,9 +33,7 @@ from raytune_vlm.config.data import ImageLimits
 from raytune_vlm.errors import ModelError
 from raytune_vlm.images import decode_pixels
 from raytune_vlm.models.families import Family
-from raytune_vlm.models.loading import ImageBackend
-
-_TORCH_MODES = {Image.Resampling.BILINEAR: "bilinear", Image.Resampling.BICUBIC: "bicubic"}
+from raytune_vlm.models.loading import ImageBackend, torch_filter
 
 
 class _FastBackend(PilBackend):
@@ -61,21 +59,17 @@ class _FastBackend(PilBackend):
         height, width = _target_size(image, size)
         if self.sizes_only:
             return np.broadcast_to(np.uint8(0), (3, height, width))
-        filter_ = Image.Resampling.BILINEAR if resample is None else Image.Resampling(resample)
         if self.fast_backend == "pil":
+            filter_ = Image.Resampling.BILINEAR if resample is None else Image.Resampling(resample)
             picture = Image.fromarray(np.ascontiguousarray(np.moveaxis(image, 0, -1)))
             resized = picture.resize((width, height), filter_, reducing_gap=reducing_gap)
             return np.moveaxis(np.asarray(resized), -1, 0)
-        if filter_ not in _TORCH_MODES:
-            raise ModelError(
-                f"model.image_backend=torchvision: the image processor resizes with "
-                f"{filter_.name}, which torch does not have; use model.image_backend: pil"
-            )
+        mode = torch_filter(resample)
         if image.shape[1:] == (height, width):
             return image
         pixels = torch.from_numpy(image if image.flags.writeable else image.copy())
         resized = torch.nn.functional.interpolate(
-            pixels[None], size=(height, width), mode=_TORCH_MODES[filter_], antialias=True
+            pixels[None], size=(height, width), mode=mode, antialias=True
         )
         return np.asarray(resized[0].numpy())
 
@@ -158,13 +152,13 @@ def fast_image_processor(
     ModelError
         If the processor's class is not one of transformers' Pillow classes.
     """
-    cls = type(image_processor)
+    cls: Any = type(image_processor)
     if not issubclass(cls, PilBackend):
         raise ModelError(
             f"{cls.__name__} is not built on transformers' PilBackend: its pixels cannot be made"
         )
     fast = copy.copy(image_processor)
-    fast.__class__ = _fast_class(cast(Any, cls), family.channels == "patches")
+    fast.__class__ = _fast_class(cls, family.channels == "patches")
     fast.fast_backend = backend
     fast.sizes_only = sizes_only
     return fast

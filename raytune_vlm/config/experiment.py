@@ -12,7 +12,7 @@ from raytune_vlm.config.lora import LoraConfig
 from raytune_vlm.config.model import ModelConfig
 from raytune_vlm.config.section import Section
 from raytune_vlm.config.sweep import AshaScheduler, SweepConfig
-from raytune_vlm.config.train import TrainConfig
+from raytune_vlm.config.train import WITHOUT_EFFECT, TrainConfig
 from raytune_vlm.errors import did_you_mean
 
 
@@ -109,14 +109,7 @@ class ExperimentConfig(Section):
                     "decode_threads",
                     "stall_timeout_s",
                 },
-                "train": {
-                    "num_workers",
-                    "cpus_per_worker",
-                    "micro_batch_size",
-                    "micro_batch_tokens",
-                    "log_every",
-                    "log_samples",
-                },
+                "train": set(WITHOUT_EFFECT),
             },
         )
         return digest_of(plain)

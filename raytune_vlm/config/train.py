@@ -6,6 +6,19 @@ from pydantic import Field, model_validator
 
 from raytune_vlm.config.section import Section
 
+WITHOUT_EFFECT = frozenset(
+    {
+        "num_workers",
+        "cpus_per_worker",
+        "micro_batch_size",
+        "micro_batch_tokens",
+        "pad_to_tokens",
+        "log_every",
+        "log_samples",
+    }
+)
+"""Keys of `train` that results do not depend on: a run may be continued with others."""
+
 
 class TrainConfig(Section):
     """One run: what the optimizer does and on how many workers."""

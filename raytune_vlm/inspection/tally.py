@@ -7,7 +7,6 @@ texts are not kept.
 from __future__ import annotations
 
 import hashlib
-import re
 from collections import Counter
 from dataclasses import dataclass
 from itertools import combinations
@@ -16,12 +15,6 @@ from raytune_vlm.inspection.rows import PROMPT_SPLITS, Checked, Row
 from raytune_vlm.records import SPLITS, Quarantined
 
 MAX_EXAMPLES = 10
-
-_VARYING = (
-    (re.compile(r"'[^']*'"), "'…'"),
-    (re.compile(r"\S*[/\\]\S*|\b[\w-]+\.[A-Za-z]{3,4}\b"), "…"),
-    (re.compile(r"\d+"), "#"),
-)
 
 
 @dataclass(frozen=True)
@@ -67,7 +60,7 @@ class Tally:
         self._max_length = max_length
         self.num_seen = self.num_bad = self._num_over_long = self._num_duplicates = 0
         self._counts: Counter[str] = Counter()
-        self._first: dict[str, tuple[str, str]] = {}
+        self._first: dict[str, Quarantined] = {}
         self._seen: dict[bytes, str] = {}
         self._duplicates: list[tuple[str, str]] = []
         self._groups: dict[str, set[bytes]] = {split: set() for split in SPLITS}
@@ -86,9 +79,9 @@ class Tally:
                 return None
             row = Quarantined(row.sample.origin, f"exact duplicate of {first}", row.split)
         self.num_bad += 1
-        key = normalised(row.reason)
-        self._counts[key] += 1
-        self._first.setdefault(key, (row.reason, row.origin))
+        kind = row.kind
+        self._counts[kind] += 1
+        self._first.setdefault(kind, row)
         return row
 
     def verdict(self) -> Verdict:
@@ -101,8 +94,8 @@ class Tally:
             num_bad=self.num_bad,
             num_over_long=self._num_over_long,
             reasons=tuple(
-                Reason(self._first[key][0], count, self._first[key][1])
-                for key, count in self._counts.most_common(MAX_EXAMPLES)
+                Reason(self._first[kind].reason, count, self._first[kind].origin)
+                for kind, count in self._counts.most_common(MAX_EXAMPLES)
             ),
             num_reasons=len(self._counts),
             num_duplicates=self._num_duplicates,
@@ -128,10 +121,3 @@ class Tally:
         if row.split in self._groups:
             digest = hashlib.blake2b(row.sample.group_id.encode("utf-8", "replace"), digest_size=8)
             self._groups[row.split].add(digest.digest())
-
-
-def normalised(reason: str) -> str:
-    """A reason without what differs from row to row: numbers, file names, quoted words."""
-    for pattern, mark in _VARYING:
-        reason = pattern.sub(mark, reason)
-    return reason

@@ -45,7 +45,6 @@ class Target:
     """One line for each way in which files are read: `sharegpt (columns conversations, images)`."""
     left_out: tuple[str, ...] = ()
     """Files beside the data that are no data, and why."""
-    is_experiment: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ def resolve_target(
             )
         experiment = load_experiment(target, (*overrides, *models))
         read_as = [f"{source.type} ({line(source.path)})" for source in experiment.data.sources]
-        return Target(target, experiment, tuple(read_as), is_experiment=True)
+        return Target(target, experiment, tuple(read_as))
     if type_name is not None:
         check_type(type_name)
     root, found, left_out = _find(target, type_name)

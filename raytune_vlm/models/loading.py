@@ -17,6 +17,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from PIL import Image
+
 from raytune_vlm import __version__
 from raytune_vlm.config.model import ModelConfig
 from raytune_vlm.errors import ModelError, did_you_mean
@@ -42,8 +44,25 @@ class Base:
     image_backend: ImageBackend = "pil"
 
 
-TORCH_FILTERS = (2, 3)
-"""Pillow's numbers of the filters that torch has for uint8 images: bilinear and bicubic."""
+_TORCH_FILTERS = {Image.Resampling.BILINEAR: "bilinear", Image.Resampling.BICUBIC: "bicubic"}
+"""The filters that torch has for uint8 images."""
+
+
+def torch_filter(resample: int | None) -> str:
+    """torch's name of one of Pillow's filters; None is bilinear, as in transformers.
+
+    Raises
+    ------
+    ModelError
+        If torch does not have it.
+    """
+    filter_ = Image.Resampling.BILINEAR if resample is None else Image.Resampling(resample)
+    if filter_ not in _TORCH_FILTERS:
+        raise ModelError(
+            "model.image_backend=torchvision: the image processor resizes with "
+            f"{filter_.name}, which torch does not have; use model.image_backend: pil"
+        )
+    return _TORCH_FILTERS[filter_]
 
 
 def image_backend(config: ModelConfig, image_processor: Any) -> ImageBackend:
@@ -55,15 +74,11 @@ def image_backend(config: ModelConfig, image_processor: Any) -> ImageBackend:
         If torchvision's resampling is asked for and the processor's filter is not one of torch's.
     """
     resample: Any = getattr(image_processor, "resample", None)
-    possible = resample is None or int(resample) in TORCH_FILTERS
     if config.image_backend == "auto":
+        possible = resample is None or resample in _TORCH_FILTERS
         return "torchvision" if find_spec("torchvision") and possible else "pil"
-    if config.image_backend == "torchvision" and not possible:
-        raise ModelError(
-            f"model.image_backend=torchvision: {type(image_processor).__name__} resizes with "
-            f"filter {int(resample)} of Pillow, which torch does not have; use "
-            "model.image_backend: pil"
-        )
+    if config.image_backend == "torchvision":
+        torch_filter(resample)
     return config.image_backend
 
 
@@ -170,19 +185,28 @@ def _neighbours(name: str) -> list[str]:
 def model_fingerprint(config: ModelConfig) -> dict[str, str]:
     """What identifies the preprocessing of a model: its files, and the image backend in use.
 
+    Of a hub model the revision is the commit that `model.revision` means now: a branch moves on.
     The Pillow and the torchvision backends of one processor give different pixels, so the backend
     is part of the fingerprint.
+
+    Raises
+    ------
+    ModelError
+        If the model is neither a local folder nor to be had from the hub or its cache.
     """
     folder = Path(model_path(config))
     digest = hashlib.sha256()
     if folder.is_dir():
+        revision = str(config.revision)
         weights = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".md")
         for file in sorted(folder.rglob("*")):
             if file.is_file() and file.suffix not in weights and file.stat().st_size < 2**28:
                 digest.update(str(file.relative_to(folder)).encode() + b"\0" + file.read_bytes())
+    else:
+        revision = _hub_file(config).parent.name  # <cache>/models--a--b/snapshots/<commit>/
     return {
         "name": config.name,
-        "revision": str(config.revision),
+        "revision": revision,
         "files": digest.hexdigest()[:16],
         "image_backend": config.image_backend,
         "torchvision": str(find_spec("torchvision") is not None),

@@ -1,7 +1,11 @@
-"""The feed: a worker's micro-batches, step by step, cached or streamed; the same arrays either way.
+"""A worker's micro-batches, step by step: what the plan's steps become, and who makes the arrays.
 
-`cached` reads the memory-mapped store in the training process and needs no Ray CPU; `streaming`
-(`prepare.stream`) gets the encoded images through Ray Data and decodes them in threads.
+Two feeds, the same arrays either way:
+
+- `CachedFeed` where the store holds pixels (tier `pixels`): it reads them from the memory map.
+- `stream.DecodingFeed` where it holds images still encoded (tier `encoded`): threads decode them
+  ahead. They come from the memory map (`data.consumption: cached`) or through Ray Data
+  (`streaming`).
 """
 
 from __future__ import annotations

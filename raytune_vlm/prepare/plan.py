@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from raytune_vlm.config.experiment import digest_of
+from raytune_vlm.config.experiment import ExperimentConfig, digest_of
 from raytune_vlm.errors import DataError
 from raytune_vlm.prepare.packing import best_fit_decreasing
 
@@ -45,6 +45,19 @@ class PlanSpec:
     pack_length: int | None = None
     group_by_length: bool = False
     weights: tuple[float, ...] | None = None
+
+
+def plan_spec(experiment: ExperimentConfig) -> PlanSpec:
+    """What an experiment makes of its training samples."""
+    sources = experiment.data.sources
+    weighted = any(source.weight is not None for source in sources)
+    return PlanSpec(
+        batch_size=experiment.train.batch_size,
+        seed=experiment.seed,
+        pack_length=experiment.train.pack_tokens,
+        group_by_length=experiment.train.group_by_length,
+        weights=tuple(source.weight or 0.0 for source in sources) if weighted else None,
+    )
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,8 @@ from __future__ import annotations
 import functools
 import glob
 import json
-import logging
 import shutil
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -26,9 +24,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from raytune_vlm.config.experiment import ExperimentConfig, digest_of
-from raytune_vlm.errors import DataError, RaytuneVlmError
+from raytune_vlm.errors import DataError
 from raytune_vlm.models.loading import model_fingerprint
-from raytune_vlm.prepare.shard import PixelStep, Preparer, ShardJob, TokenStep
+from raytune_vlm.prepare.ray_data import quiet_ray_data
+from raytune_vlm.prepare.shard import PixelStep, Preparer, ShardJob, TokenStep, remove_unfinished
 from raytune_vlm.prepare.statistics import (
     overlaps,
     refuse_bad,
@@ -36,7 +35,7 @@ from raytune_vlm.prepare.statistics import (
     without_duplicates,
 )
 from raytune_vlm.prepare.store import PixelDecoder, PreparedSplit, open_split, pixel_folder
-from raytune_vlm.records import SPLITS, DataManifest, Quarantined, read_json
+from raytune_vlm.records import SPLITS, DataManifest, Quarantined, by_kind, read_json
 from raytune_vlm.sources import SOURCES, Shard
 
 FORMAT = 3
@@ -151,6 +150,7 @@ def prepare(
     began = time.monotonic()
     store = store_of(experiment)
     store.mkdir(parents=True, exist_ok=True)
+    remove_unfinished(store)
     _run("tokens", experiment, store, jobs, progress)
     digest = digest_of(
         {"shards": [job.key for job in jobs], "deduplicate": experiment.data.deduplicate}
@@ -181,7 +181,7 @@ def prepare(
             )
             for name in SPLITS
         },
-        quarantine_reasons=dict(Counter(entry.reason for entry in quarantine).most_common()),
+        quarantine_reasons={first.reason: count for first, count in by_kind(quarantine)},
         overlap=overlaps(index),
         seconds=time.monotonic() - began,
         tier=tier,
@@ -247,12 +247,6 @@ def _run(
         return
     import ray
 
-    context = ray.data.DataContext.get_current()
-    # After the first use of ray.data, which sets its own level; what it would print is raised.
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    context.raise_original_map_exception = True
     workers = max(1, min(len(missing), int(ray.cluster_resources().get("CPU", 1)) - 1))
     plain = experiment.model_dump_json()
     references = ray.put(missing)
@@ -263,17 +257,13 @@ def _run(
             carry_out(shards[int(number)])
         return batch
 
-    dataset = ray.data.range(len(missing), override_num_blocks=len(missing)).map_batches(
-        prepare_shards, batch_size=1, compute=ray.data.TaskPoolStrategy(size=workers)
-    )
-    try:
+    with quiet_ray_data(in_order=False):
+        dataset = ray.data.range(len(missing), override_num_blocks=len(missing)).map_batches(
+            prepare_shards, batch_size=1, compute=ray.data.TaskPoolStrategy(size=workers)
+        )
         for _ in dataset.iter_batches(batch_size=1, prefetch_batches=0):
             done += 1
             progress(step, done, len(jobs))
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, RaytuneVlmError):
-            raise error.cause from None
-        raise
 
 
 STEPS: dict[str, type[TokenStep] | type[PixelStep]] = {"tokens": TokenStep, "pixels": PixelStep}

@@ -11,7 +11,9 @@ under a temporary name and renamed when it is whole; one that is there is never 
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -21,6 +23,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from raytune_vlm.collate.encoded import Encoded
 from raytune_vlm.config.data import DataConfig, SplitConfig
 from raytune_vlm.config.experiment import ExperimentConfig
 from raytune_vlm.config.sources import Source
@@ -79,6 +82,26 @@ def whole_folder(final: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+_UNFINISHED = re.compile(r"\.[0-9a-f]{16}(\.pixels)?\.[0-9a-f]{8}")
+"""The names that `whole_folder` gives to the temporary folders of shards."""
+
+UNFINISHED_S = 24 * 3600.0
+"""So long after the last write to it, nobody is at work in a temporary folder any more."""
+
+
+def remove_unfinished(store: Path) -> None:
+    """Remove the temporary folders that killed preparations left behind."""
+    for folder in store.iterdir():
+        if _UNFINISHED.fullmatch(folder.name) is None or not folder.is_dir():
+            continue
+        try:
+            newest = max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
+        except FileNotFoundError:
+            continue  # somebody is at work in it
+        if newest < time.time() - UNFINISHED_S:
+            shutil.rmtree(folder, ignore_errors=True)  # somebody else may do so at the same time
+
+
 class Preparer:
     """What both steps need, loaded once a worker process."""
 
@@ -99,6 +122,14 @@ class _Outcome:
     index: list[dict[str, Any]] = field(default_factory=list)
     refused: list[Quarantined] = field(default_factory=list)
     over_long: dict[Split, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """An encoded sample of at most `data.max_length` tokens."""
+
+    encoded: Encoded
+    truncated: bool
 
 
 class TokenStep:
@@ -157,11 +188,8 @@ class TokenStep:
             else:
                 yield entry, split_of(entry.group_id, data.split, self._experiment.seed)
 
-    def _add(
-        self, sample: Sample, split: Split, job: ShardJob, writer: RowWriter, outcome: _Outcome
-    ) -> None:
-        from raytune_vlm.collate.pixels import PIXEL_NAMES
-
+    def _encoded(self, sample: Sample, split: Split, outcome: _Outcome) -> _Cut | None:
+        """The encoded sample, cut if that is allowed; None where it was refused or dropped."""
         data = self._experiment.data
         try:
             images = [decode(image, data.image_limits) for image in sample.images]
@@ -173,24 +201,33 @@ class TokenStep:
             raise
         except DataError as error:
             self._refuse(sample.origin, error.message, split, outcome)
-            return
+            return None
         except (MemoryError, OSError):  # the machine's fault, not the row's
             raise
         except Exception as error:  # processors raise what they like: an odd size, a bad token
             reason = f"the processor refuses it: {shorten(error, 160)}"
             self._refuse(sample.origin, reason, split, outcome)
-            return
+            return None
         length = len(encoded.input_ids)
-        if length > data.max_length:
-            shorter = self._too_long(sample, length, data)
-            if not shorter or split != "train":
-                outcome.over_long[split] += 1
-                return
-            cut = self._encoder.truncated(encoded, data.max_length)
-            if cut is None:
-                outcome.over_long[split] += 1
-                return
-            encoded = cut
+        if length <= data.max_length:
+            return _Cut(encoded, truncated=False)
+        shorter = self._too_long(sample, length, data) and split == "train"
+        cut = self._encoder.truncated(encoded, data.max_length) if shorter else None
+        if cut is None:
+            outcome.over_long[split] += 1
+            return None
+        return _Cut(cut, truncated=True)
+
+    def _add(
+        self, sample: Sample, split: Split, job: ShardJob, writer: RowWriter, outcome: _Outcome
+    ) -> None:
+        """Write a sample's row and its entry of the index, or count why there is none."""
+        from raytune_vlm.collate.pixels import PIXEL_NAMES
+
+        found = self._encoded(sample, split, outcome)
+        if found is None:
+            return
+        encoded = found.encoded
         pixels = [encoded.tensors.pop(name) for name in PIXEL_NAMES if name in encoded.tensors]
         outcome.index.append(
             {
@@ -208,7 +245,7 @@ class TokenStep:
                 "num_images": len(sample.images),
                 "num_bytes": encoded.input_ids.nbytes + sum(map(len, sample.images)),
                 "num_pixel_bytes": sum(array.nbytes for array in pixels),
-                "truncated": length > data.max_length,
+                "truncated": found.truncated,
             }
         )
         writer.add(

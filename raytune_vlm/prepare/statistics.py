@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from raytune_vlm.config.experiment import ExperimentConfig
 from raytune_vlm.errors import DataError
-from raytune_vlm.records import SPLITS, Quarantined, SplitStatistics
+from raytune_vlm.records import SPLITS, Quarantined, SplitStatistics, by_kind
 
 WORST_REASONS = 10
-"""Reasons that are named when too much is bad."""
+"""Kinds of reasons that are named when too much is bad."""
 
 HISTOGRAM_BINS = 24
 
@@ -67,11 +65,9 @@ def refuse_bad(experiment: ExperimentConfig, num_good: int, quarantine: list[Qua
         raise DataError(f"data.sources: no samples in {where}")
     if bad <= allowed * seen:
         return
-    counts = Counter(entry.reason for entry in quarantine)
-    origins = {entry.reason: entry.origin for entry in reversed(quarantine)}
     listed = "; ".join(
-        f"{origins[reason]}: {reason}" + (f" (and {count - 1} more)" if count > 1 else "")
-        for reason, count in counts.most_common(WORST_REASONS)
+        f"{first.origin}: {first.reason}" + (f" (and {count - 1} more)" if count > 1 else "")
+        for first, count in by_kind(quarantine)[:WORST_REASONS]
     )
     raise DataError(
         f"{bad} of {seen} samples cannot be used, more than "

@@ -72,6 +72,19 @@ INDEX_SCHEMA = pa.schema(
         ("truncated", pa.bool_()),
     ]
 )
+SPLIT_COLUMNS = (
+    "split",
+    "shard",
+    "row",
+    "source",
+    "sample_id",
+    "group_id",
+    "length",
+    "num_labelled",
+    "num_images",
+    "num_bytes",
+)
+"""What `PreparedSplit` needs of the index; every worker and reading task holds it in memory."""
 
 PixelDecoder = Callable[[Sequence[bytes]], dict[str, np.ndarray]]
 """Encoded images of a sample -> its pixel tensors (`collate.pixels.PixelMaker.decode`)."""
@@ -162,13 +175,14 @@ class PreparedSplit:
     store
         Folder of the prepared shards.
     index
-        Rows of `INDEX_SCHEMA`, all of this split.
+        `SPLIT_COLUMNS` of the index, all rows of this split.
     decode
         Makes pixels where the store has none.
     """
 
     def __init__(self, store: Path, index: pa.Table, decode: PixelDecoder | None = None) -> None:
-        self._store, self._index, self._decode = store, index, decode
+        self._store, self._decode = store, decode
+        self._ids = index.select(["sample_id", "group_id"])
         shards = index["shard"].combine_chunks().dictionary_encode()
         self._shards: list[str] = shards.dictionary.to_pylist()
         self._shard_numbers = shards.indices.to_numpy(zero_copy_only=False)
@@ -188,13 +202,13 @@ class PreparedSplit:
     @cached_property
     def sample_ids(self) -> list[str]:
         """The id of each row."""
-        ids: list[str] = self._index["sample_id"].to_pylist()
+        ids: list[str] = self._ids["sample_id"].to_pylist()
         return ids
 
     @cached_property
     def group_ids(self) -> list[str]:
         """The group of each row."""
-        ids: list[str] = self._index["group_id"].to_pylist()
+        ids: list[str] = self._ids["group_id"].to_pylist()
         return ids
 
     def encoded(self, number: int) -> Encoded:
@@ -214,10 +228,6 @@ class PreparedSplit:
                 raise DataError(f"{self._store}: the pixels of {self.split} are not stored")
             pixels = self._decode(images) if images and self._decode else {}
         return Encoded(sample.input_ids, sample.spans, {**sample.tensors, **pixels})
-
-    def tokens(self, number: int) -> Encoded:
-        """The encoded sample of a row without its pixels."""
-        return sample_at(*self._locate(number))
 
     def samples(self, rows: Sequence[int]) -> pa.Table:
         """`SAMPLE_FIELDS` of some rows, in their order: what `streaming` sends to the workers."""
@@ -290,7 +300,7 @@ def open_split(
     """
     if not Path(index_file).exists():
         raise DataError(f"{index_file} is gone: run `raytune-vlm prepare` again")
-    table = pq.read_table(index_file, filters=[("split", "==", split)])
+    table = pq.read_table(index_file, columns=list(SPLIT_COLUMNS), filters=[("split", "==", split)])
     return PreparedSplit(Path(store), table, decode)
 
 

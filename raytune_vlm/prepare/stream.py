@@ -16,8 +16,10 @@ import itertools
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,11 +32,8 @@ from raytune_vlm.errors import InfrastructureError
 from raytune_vlm.prepare.feed import Collation, MicroBatch, Part
 from raytune_vlm.prepare.holders import holders
 from raytune_vlm.prepare.plan import Plan, PlanSpec
-from raytune_vlm.prepare.store import (
-    PreparedSplit,
-    open_split,
-    sample_at,
-)
+from raytune_vlm.prepare.ray_data import quiet_ray_data
+from raytune_vlm.prepare.store import PreparedSplit, open_split, sample_at
 
 STREAM_TASKS = 2
 """Reading tasks at once for one worker."""
@@ -278,24 +277,19 @@ def _read_stretch(source: StreamSource, blocks: list[range]) -> list[Any]:
     """The tables of some runs of steps, as object references in order."""
     import ray.data
 
-    context = ray.data.DataContext.get_current()
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-    context.execution_options.preserve_order = True
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-
     def read(batch: dict[str, np.ndarray]) -> pa.Table:
         return source.read([step for number in batch["id"] for step in blocks[int(number)]])
 
     # From blocks that are there: a read task would ask for a CPU.
     numbers = [pa.table({"id": [number]}) for number in range(len(blocks))]
-    dataset = ray.data.from_blocks(numbers).map_batches(
-        read,
-        batch_size=None,
-        num_cpus=0,
-        compute=ray.data.TaskPoolStrategy(size=min(STREAM_TASKS, len(blocks))),
-    )
-    references: list[Any] = dataset.materialize().to_arrow_refs()
+    with quiet_ray_data(in_order=True):
+        dataset = ray.data.from_blocks(numbers).map_batches(
+            read,
+            batch_size=None,
+            num_cpus=0,
+            compute=ray.data.TaskPoolStrategy(size=min(STREAM_TASKS, len(blocks))),
+        )
+        references: list[Any] = dataset.materialize().to_arrow_refs()
     return references
 
 
@@ -349,23 +343,25 @@ class _Ahead:
 
     def next(self, stall_timeout_s: float) -> MicroBatch:
         """The next micro-batch; says who holds what while there is none."""
+        item: Future[MicroBatch] | BaseException | None = None
         for attempt in range(1, PATIENCE + 1):
-            try:
-                item = self._made.get(timeout=stall_timeout_s)
-            except queue.Empty:
-                message = f"no batch for {attempt * stall_timeout_s:g} s; {holders()}"
-                if attempt == PATIENCE:
-                    raise InfrastructureError(message) from None
+            end = time.monotonic() + stall_timeout_s
+            if item is None:
+                with suppress(queue.Empty):
+                    item = self._made.get(timeout=stall_timeout_s)
+            if isinstance(item, BaseException):
+                raise item
+            # Not `result(timeout)`: a TimeoutError that decoding raised would look the same.
+            if item is not None and wait([item], max(0.0, end - time.monotonic())).done:
+                return item.result()
+            message = f"no batch for {attempt * stall_timeout_s:g} s; {holders()}"
+            if attempt < PATIENCE:
                 _log.warning(message)
-            else:
-                if isinstance(item, BaseException):
-                    raise item
-                return item.result(timeout=PATIENCE * stall_timeout_s)
-        raise AssertionError("unreachable")
+        raise InfrastructureError(message)
 
     def close(self) -> None:
-        """End the threads."""
+        """End the threads; those that hang are not waited for, which would hide why."""
         self._closed.set()
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._pool.shutdown(wait=False, cancel_futures=True)
         # It may be waiting for the cluster; it is a daemon and holds nothing but references.
         self._thread.join(timeout=1)

@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from raytune_vlm.config.experiment import ExperimentConfig
 from raytune_vlm.errors import ConfigError, DataError, EvaluationError, SweepInterrupted
 from raytune_vlm.models.loading import check_model
 from raytune_vlm.monitor import Monitor
+from raytune_vlm.prepare.plan import Plan, plan_spec
 from raytune_vlm.prepare.prepare import (
     PreparedData,
     list_shards,
@@ -292,6 +293,7 @@ def write_head(
     leaves no sweep folder."""
     folder.root.mkdir(parents=True, exist_ok=True)
     write_json(folder.manifest_file, data.manifest)
+    write_json(folder.plan_file, _plan(experiment, data))
     write_quarantine(folder.quarantine_file, data.quarantine)
     packages = ("ray", "torch", "transformers", "peft", "optuna", "pyarrow", "pillow", "numpy")
     write_json(
@@ -308,6 +310,18 @@ def write_head(
             "experiment": experiment.model_dump(mode="json"),
         },
     )
+
+
+def _plan(experiment: ExperimentConfig, data: PreparedData) -> dict[str, Any]:
+    """What `data/plan.json` says: which samples make up which step follows from it."""
+    split, spec = data.split("train"), plan_spec(experiment)
+    plan = Plan(split.lengths, split.sources, spec, data_digest=data.manifest.digest)
+    return {
+        "digest": plan.digest,
+        "data": data.manifest.digest,
+        "num_samples": len(split),
+        **asdict(spec),
+    }
 
 
 def interrupted(folder: SweepFolder, ended: int, total: int) -> SweepInterrupted:

@@ -25,12 +25,13 @@ from raytune_vlm.collate.packed import SEGMENTS
 from raytune_vlm.collate.pixels import PixelMaker
 from raytune_vlm.collate.positions import with_positions
 from raytune_vlm.config.experiment import ExperimentConfig, digest_of
+from raytune_vlm.config.train import WITHOUT_EFFECT
 from raytune_vlm.errors import CheckpointError, TrialDiverged, TrialInfeasible
 from raytune_vlm.models.audit import check_effects, check_gradients
 from raytune_vlm.models.loading import Base
 from raytune_vlm.models.lora import attach, trainable_by_scope
 from raytune_vlm.prepare.feed import Arrays, CachedFeed, Collation, Feed, MicroBatch, Part
-from raytune_vlm.prepare.plan import Plan, PlanSpec
+from raytune_vlm.prepare.plan import Plan, PlanSpec, plan_spec
 from raytune_vlm.prepare.store import PreparedSplit
 from raytune_vlm.prepare.stream import (
     Augmenting,
@@ -76,19 +77,6 @@ class TrainingData:
     store: str = ""
     index_file: str = ""
     tier: Literal["pixels", "encoded"] = "pixels"
-
-
-def plan_spec(experiment: ExperimentConfig) -> PlanSpec:
-    """What an experiment makes of its training samples."""
-    sources = experiment.data.sources
-    weighted = any(source.weight is not None for source in sources)
-    return PlanSpec(
-        batch_size=experiment.train.batch_size,
-        seed=experiment.seed,
-        pack_length=experiment.train.pack_tokens,
-        group_by_length=experiment.train.group_by_length,
-        weights=tuple(source.weight or 0.0 for source in sources) if weighted else None,
-    )
 
 
 class Run:
@@ -182,16 +170,7 @@ class Run:
     @property
     def recipe_digest(self) -> str:
         """Digest of what a checkpoint must agree with to be continued."""
-        train = self.config.model_dump(
-            exclude={
-                "log_every",
-                "log_samples",
-                "checkpoint_every",
-                "num_workers",
-                "micro_batch_size",
-                "micro_batch_tokens",
-            }
-        )
+        train = self.config.model_dump(exclude={*WITHOUT_EFFECT, "checkpoint_every"})
         return digest_of({"lora": self.experiment.lora.model_dump(), "train": train})
 
     def step(self) -> StepMetrics:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,15 +12,16 @@ from made import run_cli
 
 from raytune_vlm.collate.pixels import PixelMaker
 from raytune_vlm.config.data import ImageLimits
+from raytune_vlm.errors import DataError
 from raytune_vlm.prepare.feed import CachedFeed, Collation
 from raytune_vlm.prepare.plan import Plan, PlanSpec
 from raytune_vlm.prepare.stream import Decoding, DecodingFeed, StreamSource, streamed_blocks
-from raytune_vlm.records import SweepFolder, read_json_lines
+from raytune_vlm.records import SweepFolder, read_json, read_json_lines
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 
-def test_a_stream_flows_while_every_cpu_is_held(tiny_base, tiny_split):
+def test_a_stream_flows_while_every_cpu_is_held_and_its_errors_are_ours(tiny_base, tiny_split):
     @ray.remote(num_cpus=2)
     class Hog:
         def ready(self):
@@ -31,6 +33,17 @@ def test_a_stream_flows_while_every_cpu_is_held(tiny_base, tiny_split):
     index = split._store / "index.parquet"
     maker = PixelMaker(base.processor.image_processor, base.family, "pil", ImageLimits())
     source = StreamSource(str(split._store), str(index), spec, "d", collation)
+
+    def begin(source):
+        return DecodingFeed(
+            streamed_blocks(source, split, 12),
+            Decoding(collation, maker),
+            plan,
+            split.lengths,
+            num_threads=2,
+            stall_timeout_s=30,
+        )
+
     ray.init(
         address="local",
         num_cpus=2,
@@ -41,19 +54,16 @@ def test_a_stream_flows_while_every_cpu_is_held(tiny_base, tiny_split):
     try:
         hog = Hog.remote()
         assert ray.get(hog.ready.remote()) and ray.available_resources().get("CPU", 0) == 0
-        stream = DecodingFeed(
-            streamed_blocks(source, split, 12),
-            Decoding(collation, maker),
-            plan,
-            split.lengths,
-            num_threads=2,
-            stall_timeout_s=30,
-        )
-        cached = CachedFeed(split, plan, collation)
+        stream, cached = begin(source), CachedFeed(split, plan, collation)
         for step in (0, 1, 2, 7, 8, 11):
             for ours, theirs in zip(stream.step(step), cached.step(step), strict=True):
                 assert ours.rows == theirs.rows and ours.arrays.keys() == theirs.arrays.keys()
                 assert all(np.array_equal(ours.arrays[n], theirs.arrays[n]) for n in ours.arrays)
+        stream.close()
+        stream = begin(replace(source, index_file=f"{index}.old"))
+        with pytest.raises(DataError, match=r"index\.parquet\.old is gone: run") as raised:
+            stream.step(0)
+        assert type(raised.value) is DataError
         stream.close()
     finally:
         ray.shutdown()
@@ -82,6 +92,10 @@ def test_text_only_samples_train_beside_images_on_two_workers(write_experiment, 
         trial = SweepFolder(folder).trial("t0000")
         losses[workers] = [row["loss"] for row in read_json_lines(trial.metrics_file)]
         assert trial.record().audit["gradients"]["passed"]
+        plan = read_json(SweepFolder(folder).plan_file)
+        assert (plan["num_samples"], plan["batch_size"]) == (30, 2)
+        states = [read_json(file) for file in trial.checkpoints.glob("*/state.json")]
+        assert {state["plan_digest"] for state in states} == {plan["digest"]}
     assert len(losses[1]) == 5
     assert losses[2] == pytest.approx(losses[1], abs=1e-5)
 
