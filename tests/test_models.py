@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
+import numpy as np
 import pytest
 import torch
-from made import experiment
+from made import experiment, picture, turn
+from safetensors.torch import load_file, save_file
 
+from raytune_vlm.collate.encode import Encoder
 from raytune_vlm.config.lora import LoraConfig
 from raytune_vlm.config.model import ModelConfig
 from raytune_vlm.errors import ModelError
 from raytune_vlm.models.families import FAMILIES
-from raytune_vlm.models.loading import check_model, image_backend, model_fingerprint
+from raytune_vlm.models.loading import (
+    check_model,
+    image_backend,
+    load_base,
+    load_processor,
+    model_fingerprint,
+)
 from raytune_vlm.models.lora import attach, scope_of, trainable_by_scope
 from raytune_vlm.models.tiny import BUILDERS, write_tiny_model
 
@@ -132,3 +144,72 @@ def test_a_tiny_model_that_is_not_there_is_named(tmp_path):
 
 def test_the_scope_is_written_in_one_order():
     assert LoraConfig(scope="vision+text").scope == "text+vision"
+
+
+VIDEO_PROCESSORS = {
+    "qwen2_vl": "Qwen2VLVideoProcessor",
+    "qwen3_vl": "Qwen3VLVideoProcessor",
+    "qwen2_5_omni_thinker": "Qwen2VLVideoProcessor",
+    "gemma4": "Gemma4VideoProcessor",
+    "llava_onevision": "LlavaOnevisionVideoProcessor",
+    "internvl": "InternVLVideoProcessor",
+    "smolvlm": "SmolVLMVideoProcessor",
+}
+"""What the hub's checkpoints name, and torchvision alone provides."""
+
+
+@pytest.mark.parametrize("layout", ["one file", "a file for each"])
+@pytest.mark.parametrize("model_type", sorted(VIDEO_PROCESSORS))
+def test_a_hub_checkpoint_s_processor_loads_without_its_video_part(
+    model_type, layout, tiny_model, tmp_path
+):
+    folder = tmp_path / model_type
+    shutil.copytree(tiny_model(model_type), folder)
+    file = folder / "processor_config.json"
+    settings = json.loads(file.read_text())
+    settings["video_processor"]["video_processor_type"] = VIDEO_PROCESSORS[model_type]
+    if layout == "a file for each":
+        video = settings.pop("video_processor")
+        (folder / "video_preprocessor_config.json").write_text(json.dumps(video))
+        images = settings.pop("image_processor") | {"processor_class": settings["processor_class"]}
+        (folder / "preprocessor_config.json").write_text(json.dumps(images))
+    file.write_text(json.dumps(settings))
+    encoded = []
+    for name in (folder, tiny_model(model_type)):
+        processor = load_processor(ModelConfig(name=str(name)))
+        encoder = Encoder(processor, FAMILIES[model_type])
+        encoded.append(
+            encoder.training([turn("user", "q", 1), turn("assistant", "a")], [picture(1)])
+        )
+    ours, expected = encoded
+    assert ours.input_ids.tolist() == expected.input_ids.tolist()
+    assert np.array_equal(ours.tensors["pixel_values"], expected.tensors["pixel_values"])
+
+
+@pytest.mark.parametrize("kind", ["qwen2_5_omni", "qwen3_omni_moe"])
+def test_the_thinker_of_a_whole_omni_checkpoint_is_what_is_loaded(kind, tiny_model, tmp_path):
+    thinker = tiny_model(f"{kind}_thinker")
+    folder = tmp_path / kind
+    shutil.copytree(thinker, folder)
+    config = json.loads((folder / "config.json").read_text())
+    whole = {"model_type": kind, "thinker_config": config, "architectures": ["Whole"]}
+    (folder / "config.json").write_text(json.dumps(whole))
+    weights = load_file(folder / "model.safetensors")
+    save_file(
+        {f"thinker.{name}": tensor for name, tensor in weights.items()},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    loaded = load_base(ModelConfig(name=str(folder)))
+    expected = load_base(ModelConfig(name=str(thinker))).model.state_dict()
+    found = loaded.model.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_tiny_model_of_any_family_is_a_name(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path))
+    assert check_model(ModelConfig(name="tiny:llava")) is FAMILIES["llava"]
+    with pytest.raises(ModelError, match=r"'tiny:llama': no such family \(did you mean 'mllama'"):
+        check_model(ModelConfig(name="tiny:llama"))
+    assert [path.name for path in tmp_path.glob("raytune_vlm/*/*")] == ["llava"]

@@ -56,9 +56,6 @@ class Family:
         Most images of a sample; None: any number.
     needs
         Packages that the processor imports beyond ours.
-    hub_needs
-        Packages that the processor of a hub checkpoint imports, for its video part, and that a
-        folder saved without one does not need.
     no_linear
         Scopes without any linear layer, where LoRA cannot go.
     outside
@@ -83,7 +80,6 @@ class Family:
     model_class: str = "AutoModelForImageTextToText"
     max_images: int | None = None
     needs: tuple[str, ...] = ()
-    hub_needs: tuple[str, ...] = ()
     no_linear: tuple[str, ...] = ()
     outside: tuple[str, ...] = ()
     left_padding: bool = True
@@ -146,7 +142,6 @@ def _qwen(model_type: str) -> Family:
         scopes=_QWEN_SCOPES,
         media=_PATCHES,
         channels="patches",
-        hub_needs=("torchvision",),
         multimodal_positions=True,
     )
 
@@ -158,7 +153,6 @@ def _omni(model_type: str, model_class: str) -> Family:
         media=_PATCHES,
         channels="patches",
         model_class=model_class,
-        hub_needs=("torchvision",),
         outside=("model.audio_tower.",),
         multimodal_positions=True,
     )
@@ -190,7 +184,6 @@ _ENTRIES = (
         scopes=_GEMMA4_SCOPES,
         media=_GEMMA4_MEDIA,
         channels="interleaved",
-        hub_needs=("torchvision",),
         outside=_GEMMA4_AUDIO,
     ),
     Family(model_type="paligemma", scopes=_LLAVA_SCOPES, prompt="prefix", packing=None),
@@ -200,16 +193,17 @@ _ENTRIES = (
         model_type="llava_onevision",
         scopes=_LLAVA_SCOPES,
         media={**_SIZED, "batch_num_images": "concatenate"},
-        hub_needs=("torchvision",),
     ),
-    Family(model_type="internvl", scopes=_LLAVA_SCOPES, hub_needs=("torchvision",)),
+    Family(
+        model_type="internvl",
+        scopes=_LLAVA_SCOPES,
+    ),
     Family(model_type="idefics3", scopes=_IDEFICS_SCOPES, media=_TILES),
     Family(
         model_type="smolvlm",
         scopes=_IDEFICS_SCOPES,
         media=_TILES,
         needs=("num2words",),
-        hub_needs=("torchvision",),
     ),
     Family(
         model_type="mllama",

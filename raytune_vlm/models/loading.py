@@ -130,8 +130,7 @@ def check_model(config: ModelConfig) -> Family:
             f"model.name={config.name!r}: unknown family {model_type!r}"
             f"{did_you_mean(str(model_type), FAMILIES)}"
         )
-    needs = family.needs + (() if Path(model_path(config)).is_dir() else family.hub_needs)
-    missing = [name for name in needs if find_spec(name) is None]
+    missing = [name for name in family.needs if find_spec(name) is None]
     if missing:
         raise ModelError(
             f"model.name={config.name!r}: the processor of {model_type} needs "
@@ -248,14 +247,18 @@ def allow_missing_video_processor() -> None:
     """Let image-text processors load where torchvision, and so every video processor, is absent.
 
     transformers checks the video slot of a processor against `VideoProcessorMixin`, which its
-    lazy module does not export without torchvision; naming it there is all that is missing.
+    lazy module does not export without torchvision: it is named there. And whatever video processor
+    a checkpoint asks for, the slot gets that base class with the checkpoint's settings: images never
+    come to it, and it refuses videos.
     """
     if find_spec("torchvision") is not None:
         return
     import transformers.processing_utils as processing
+    from transformers.models.auto.video_processing_auto import AutoVideoProcessor
     from transformers.video_processing_utils import VideoProcessorMixin
 
     processing.transformers_module.VideoProcessorMixin = VideoProcessorMixin
+    AutoVideoProcessor.from_pretrained = VideoProcessorMixin.from_pretrained
 
 
 def load_base(config: ModelConfig, device: str = "cpu") -> Base:
