@@ -42,7 +42,8 @@ BASE_TRIAL = "base"
 class Sample:
     """One conversation with its images.
 
-    `messages` holds `{"role", "content": [{"type": "image"} | {"type": "text", "text": str}]}`;
+    `messages` holds `{"role", "content": [{"type": "image"} | {"type": "text", "text": str}]}`, and
+    `tool_calls` where an assistant calls tools, which `tools` describes as chat templates take it;
     the n-th image part of the conversation is the n-th entry of `images` (encoded bytes, still
     undecoded). `sample_id` is a hash of the content, `group_id` names what must not be split
     (a document, an image family), `origin` is `file:row` for messages to people.
@@ -53,6 +54,7 @@ class Sample:
     origin: str
     messages: list[dict[str, Any]]
     images: list[bytes]
+    tools: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def answer(self) -> str:

@@ -81,6 +81,15 @@ def test_the_group_column(tmp_path: Path) -> None:
     assert "group_id" in reasons(read("image_text", "y.jsonl", tmp_path))[0]
 
 
+def calling(arguments: Any) -> dict[str, Any]:
+    call = {"type": "function", "function": {"name": "look", "arguments": arguments}}
+    return {"role": "assistant", "content": None, "tool_calls": [call]}
+
+
+def tool() -> dict[str, Any]:
+    return {"role": "tool", "content": "found"}
+
+
 def answer(text: str = "b") -> dict[str, Any]:
     return {"role": "assistant", "content": text}
 
@@ -143,13 +152,35 @@ URI = "data:image/png;base64," + base64.b64encode(png()).decode()
         ),
         ({"messages": [{"content": "a"}, answer()]}, "turn 1 has no 'role'"),
         ({"messages": ["a"]}, "turn 1 must be an object"),
-        ({"messages": [user("a"), {**answer(), "tool_calls": [{}]}]}, "turn 2 has tool calls"),
+        ({"messages": [user("a"), calling("{}"), tool(), answer()], "tools": "[{}]"}, ""),
+        ({"messages": [user("a"), calling({"x": 1}), tool(), tool(), answer()]}, ""),
+        ({"messages": [user("a"), calling("{")]}, "turn 2: the arguments of look is not JSON: {"),
+        ({"messages": [user("a"), calling({})]}, "the last turn calls tools"),
+        ({"messages": [user("a"), calling({}), answer()]}, "turn 3 is 'assistant' where 'tool'"),
+        ({"messages": [user("a"), tool(), answer()]}, "turn 2 is 'tool' where 'assistant'"),
+        ({"messages": [user("a"), answer()], "tools": "[1]"}, "column 'tools' must hold a list"),
+        (
+            {"messages": [user("a"), {**answer(), "tool_calls": [{}]}]},
+            "turn 2: a tool call has no function with a name",
+        ),
     ],
 )
 def test_messages(row: dict[str, Any], reason: str, tmp_path: Path) -> None:
     (found,) = reasons(read("messages", lines(tmp_path / "x.jsonl", row), tmp_path))
     assert found.startswith(reason)
     assert bool(found) is bool(reason)
+
+
+def test_tools_and_calls_are_part_of_the_sample(tmp_path: Path) -> None:
+    tools = [{"type": "function", "function": {"name": "look"}}]
+    talk = [user("a"), calling('{"x": 1}'), tool(), answer()]
+    rows = [{"messages": talk, "tools": tools}, {"messages": talk, "tools": json.dumps(tools)}]
+    first, second = read("messages", lines(tmp_path / "x.jsonl", *rows), tmp_path)
+    (without,) = read("messages", lines(tmp_path / "y.jsonl", {"messages": talk}), tmp_path)
+    assert isinstance(first, Sample) and isinstance(second, Sample)
+    assert first.tools == second.tools == tools and first.sample_id == second.sample_id
+    assert first.messages[1]["tool_calls"][0]["function"]["arguments"] == {"x": 1}
+    assert isinstance(without, Sample) and without.sample_id != first.sample_id
 
 
 def test_messages_from_parquet_with_null_filled_parts(tmp_path: Path) -> None:

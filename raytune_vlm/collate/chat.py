@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,9 +34,14 @@ class ChatPrompts:
         has_generation = "{% generation" in template or "{%- generation" in template
         self._markers = None if has_generation else find_markers(processor)
 
-    def training(self, messages: list[dict[str, Any]], images: list[Image.Image]) -> Encoded:
+    def training(
+        self,
+        messages: list[dict[str, Any]],
+        images: list[Image.Image],
+        tools: Sequence[dict[str, Any]],
+    ) -> Encoded:
         """The whole conversation, labelled on the assistant's turns."""
-        inputs = self._apply(messages, images, mask=self._markers is None)
+        inputs = self._apply(messages, images, tools, mask=self._markers is None)
         mask = inputs.pop("assistant_masks", None)
         encoded = self._encoded(inputs)
         if self._markers is None:
@@ -52,14 +58,20 @@ class ChatPrompts:
             return self._prefixed(encoded, np.array(self._markers.prefix, dtype=np.int32))
         return encoded
 
-    def prompt(self, messages: list[dict[str, Any]], images: list[Image.Image]) -> Encoded:
+    def prompt(
+        self,
+        messages: list[dict[str, Any]],
+        images: list[Image.Image],
+        tools: Sequence[dict[str, Any]],
+    ) -> Encoded:
         """The conversation and the opening of the turn that the model shall write."""
-        return self._encoded(self._apply(messages, images, generation_prompt=True))
+        return self._encoded(self._apply(messages, images, tools, generation_prompt=True))
 
     def _apply(
         self,
         messages: list[dict[str, Any]],
         images: list[Image.Image],
+        tools: Sequence[dict[str, Any]],
         *,
         mask: bool = False,
         generation_prompt: bool = False,
@@ -67,19 +79,22 @@ class ChatPrompts:
         pixels = iter(images)
         conversation = [
             {
-                "role": message["role"],
+                **message,
                 "content": [
                     {"type": "image", "image": next(pixels)}
                     if part["type"] == "image"
                     else {"type": "text", "text": part["text"]}
-                    for part in message["content"]
+                    for part in message["content"] or [{"type": "text", "text": ""}]
                 ],
             }
             for message in messages
         ]
+        if tools or any("tool_calls" in message for message in messages):
+            self._check_tools(conversation, tools)
         return dict(
             self._processor.apply_chat_template(
                 [conversation],
+                tools=list(tools) or None,
                 tokenize=True,
                 return_dict=True,
                 return_tensors="np",
@@ -88,6 +103,25 @@ class ChatPrompts:
                 processor_kwargs={"do_rescale": False, "do_normalize": False},
             )
         )
+
+    def _check_tools(
+        self, conversation: list[dict[str, Any]], tools: Sequence[dict[str, Any]]
+    ) -> None:
+        """Raise SampleRefused where the template leaves tools, calls or their answers out."""
+        text = self._processor.apply_chat_template(
+            conversation, tools=list(tools) or None, tokenize=False
+        )
+        names = [tool.get("function", tool).get("name", "") for tool in tools]
+        for message in conversation:
+            names += [call["function"]["name"] for call in message.get("tool_calls", ())]
+            if message["role"] == "tool":
+                names += [part["text"].strip() for part in message["content"]]
+        for name in names:
+            if name not in text:
+                raise SampleRefused(
+                    f"the chat template of {type(self._processor).__name__} leaves out tools: "
+                    f"{name!r} is not in the rendered conversation"
+                )
 
     def _encoded(self, inputs: dict[str, Any]) -> Encoded:
         input_ids = np.asarray(inputs.pop("input_ids"))[0].astype(np.int32)

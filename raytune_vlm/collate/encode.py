@@ -7,6 +7,7 @@ uint8, before rescaling and normalisation, which `collate.batch.PixelTable` does
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -73,7 +74,12 @@ class Encoder:
         self._control = sorted(structural_tokens(processor.tokenizer, family).values())
         self._media_ids = media_ids(processor)
 
-    def training(self, messages: list[dict[str, Any]], images: list[Image.Image]) -> Encoded:
+    def training(
+        self,
+        messages: list[dict[str, Any]],
+        images: list[Image.Image],
+        tools: Sequence[dict[str, Any]] = (),
+    ) -> Encoded:
         """Encode a whole conversation with labels on the assistant's turns.
 
         Raises
@@ -82,31 +88,44 @@ class Encoder:
             If a text contains a control token of the tokenizer, images and their places do not
             agree, the family has no place for the turns, or a label would stand on a media token.
         """
-        self._check(messages, images)
-        encoded: Encoded = self._prompts.training(messages, images)
+        self._check(messages, images, tools)
+        encoded: Encoded = self._prompts.training(messages, images, tools)
         labelled = np.concatenate([encoded.input_ids[start:end] for start, end in encoded.spans])
         if np.isin(labelled, self._media_ids).any():
             raise SampleRefused("a media token stands inside an assistant turn")
         return encoded
 
-    def prompt(self, messages: list[dict[str, Any]], images: list[Image.Image]) -> Encoded:
+    def prompt(
+        self,
+        messages: list[dict[str, Any]],
+        images: list[Image.Image],
+        tools: Sequence[dict[str, Any]] = (),
+    ) -> Encoded:
         """Encode a conversation that ends before the turn that the model shall write."""
-        self._check(messages, images)
-        encoded: Encoded = self._prompts.prompt(messages, images)
+        self._check(messages, images, tools)
+        encoded: Encoded = self._prompts.prompt(messages, images, tools)
         return encoded
 
-    def _check(self, messages: list[dict[str, Any]], images: list[Image.Image]) -> None:
+    def _check(
+        self,
+        messages: list[dict[str, Any]],
+        images: list[Image.Image],
+        tools: Sequence[dict[str, Any]],
+    ) -> None:
         places = sum(part["type"] == "image" for message in messages for part in message["content"])
         if places != len(images):
             raise SampleRefused(f"{places} places for images but {len(images)} images")
-        for message in messages:
-            for part in message["content"]:
-                text = part.get("text") or ""
-                for token in self._control:
-                    if token in text:
-                        raise SampleRefused(
-                            f"the {message['role']}'s text contains the control token {token!r}"
-                        )
+        texts = [
+            (f"the {message['role']}'s text", part.get("text") or "")
+            for message in messages
+            for part in message["content"]
+        ]
+        calls = [message["tool_calls"] for message in messages if "tool_calls" in message]
+        texts += [(name, str(value)) for name, value in (("a tool call", calls), ("a tool", tools))]
+        for what, text in texts:
+            for token in self._control:
+                if token in text:
+                    raise SampleRefused(f"{what} contains the control token {token!r}")
 
     def blank(self) -> Encoded:
         """A sample of one grey image that carries no loss.

@@ -7,6 +7,7 @@ and the loss mean the same as elsewhere (`collate.arrays` gives them their names
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +20,9 @@ from raytune_vlm.models.families import Family
 
 if TYPE_CHECKING:
     from PIL import Image
+
+Messages = list[dict[str, Any]]
+Tools = Sequence[dict[str, Any]]
 
 _UNSCALED = {"do_rescale": False, "do_normalize": False}
 
@@ -33,16 +37,16 @@ class PrefixPrompts:
     def __init__(self, processor: Any, family: Family) -> None:
         self._processor, self._family = processor, family
 
-    def training(self, messages: list[dict[str, Any]], images: list[Image.Image]) -> Encoded:
+    def training(self, messages: Messages, images: list[Image.Image], tools: Tools) -> Encoded:
         """The whole sequence, labelled on the answer and `<eos>`."""
-        question, answer = question_and_answer(messages, self._family)
+        question, answer = question_and_answer(messages, tools, self._family)
         inputs = self._apply(question, images, suffix=[answer])
         spans = spans_of_mask(np.asarray(inputs["token_type_ids"])[0].tolist())
         return self._encoded(inputs, spans)
 
-    def prompt(self, messages: list[dict[str, Any]], images: list[Image.Image]) -> Encoded:
+    def prompt(self, messages: Messages, images: list[Image.Image], tools: Tools) -> Encoded:
         """The prefix alone."""
-        question, _ = question_and_answer(messages, self._family)
+        question, _ = question_and_answer(messages, tools, self._family)
         return self._encoded(self._apply(question, images), [])
 
     def _apply(self, question: str, images: list[Image.Image], **more: Any) -> dict[str, Any]:
@@ -72,18 +76,18 @@ class EncoderDecoderPrompts:
     def __init__(self, processor: Any, family: Family) -> None:
         self._processor, self._family = processor, family
 
-    def training(self, messages: list[dict[str, Any]], images: list[Image.Image]) -> Encoded:
+    def training(self, messages: Messages, images: list[Image.Image], tools: Tools) -> Encoded:
         """Both sides."""
-        question, answer = question_and_answer(messages, self._family)
+        question, answer = question_and_answer(messages, tools, self._family)
         tokenizer = self._processor.tokenizer
         ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
         ids = [tokenizer.eos_token_id, tokenizer.bos_token_id, *ids, tokenizer.eos_token_id]
         tensors = self._encoder_side(question, images)
         return Encoded(np.array(ids, dtype=np.int32), [(1, len(ids))], tensors)
 
-    def prompt(self, messages: list[dict[str, Any]], images: list[Image.Image]) -> Encoded:
+    def prompt(self, messages: Messages, images: list[Image.Image], tools: Tools) -> Encoded:
         """The encoder's side, and the token that the decoder starts with."""
-        question, _ = question_and_answer(messages, self._family)
+        question, _ = question_and_answer(messages, tools, self._family)
         start = np.array([self._processor.tokenizer.eos_token_id], dtype=np.int32)
         return Encoded(start, [], self._encoder_side(question, images))
 
@@ -110,9 +114,9 @@ class ImageEncoderPrompts:
     def __init__(self, processor: Any, family: Family) -> None:
         self._processor, self._family = processor, family
 
-    def training(self, messages: list[dict[str, Any]], images: list[Image.Image]) -> Encoded:
+    def training(self, messages: Messages, images: list[Image.Image], tools: Tools) -> Encoded:
         """Question and answer, labelled on the answer and the end token."""
-        question, answer = question_and_answer(messages, self._family)
+        question, answer = question_and_answer(messages, tools, self._family)
         asked = self._question(question)
         tokenizer = self._processor.tokenizer
         ids = [*asked, *tokenizer(answer, add_special_tokens=False)["input_ids"]]
@@ -120,9 +124,9 @@ class ImageEncoderPrompts:
         span = (len(asked), len(ids))
         return Encoded(np.array(ids, dtype=np.int32), [span], self._pixels(images))
 
-    def prompt(self, messages: list[dict[str, Any]], images: list[Image.Image]) -> Encoded:
+    def prompt(self, messages: Messages, images: list[Image.Image], tools: Tools) -> Encoded:
         """The question, for the decoder to go on from."""
-        question, _ = question_and_answer(messages, self._family)
+        question, _ = question_and_answer(messages, tools, self._family)
         ids = np.array(self._question(question), dtype=np.int32)
         return Encoded(ids, [], self._pixels(images))
 
@@ -139,14 +143,16 @@ class ImageEncoderPrompts:
         return media_tensors(made, self._family)
 
 
-def question_and_answer(messages: list[dict[str, Any]], family: Family) -> tuple[str, str]:
+def question_and_answer(messages: Messages, tools: Tools, family: Family) -> tuple[str, str]:
     """The texts of a conversation of one question and at most one answer.
 
     Raises
     ------
     SampleRefused
-        If there are more turns, or a system turn: the model has no place for them.
+        If there are more turns, a system turn or tools: the model has no place for them.
     """
+    if tools:
+        raise SampleRefused(f"tools: {family.model_type} has no place for them")
     roles = [message["role"] for message in messages]
     if roles not in (["user"], ["user", "assistant"]):
         raise SampleRefused(

@@ -51,6 +51,8 @@ class MessagesSource(TableSource):
     """Column that holds the conversation."""
     images_column: str = "images"
     """Column of the images (paths, or Hugging Face `{bytes, path}`) that the parts refer to."""
+    tools_column: str = "tools"
+    """Column of the tools that the assistant may call, as chat templates take them."""
 
 
 class ShareGptSource(TableSource):

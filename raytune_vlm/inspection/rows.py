@@ -101,9 +101,9 @@ def _checked(sample: Sample, split: str, data: DataConfig, encoder: Encoder | No
         images = [decode(image, data.image_limits) for image in sample.images]
         encoded = None
         if encoder is not None and split in PROMPT_SPLITS:
-            encoded = encoder.prompt(sample.messages[:-1], images)
+            encoded = encoder.prompt(sample.messages[:-1], images, sample.tools)
         elif encoder is not None:
-            encoded = encoder.training(sample.messages, images)
+            encoded = encoder.training(sample.messages, images, sample.tools)
     except DataError as error:
         return Quarantined(sample.origin, error.message, split)
     except RaytuneVlmError:

@@ -247,9 +247,9 @@ def allow_missing_video_processor() -> None:
     """Let image-text processors load where torchvision, and so every video processor, is absent.
 
     transformers checks the video slot of a processor against `VideoProcessorMixin`, which its
-    lazy module does not export without torchvision: it is named there. And whatever video processor
-    a checkpoint asks for, the slot gets that base class with the checkpoint's settings: images never
-    come to it, and it refuses videos.
+    lazy module does not export without torchvision: it is named there. And whatever video
+    processor a checkpoint asks for, the slot gets that base class with the checkpoint's settings:
+    images never come to it, and it refuses videos.
     """
     if find_spec("torchvision") is not None:
         return

@@ -194,9 +194,9 @@ class TokenStep:
         try:
             images = [decode(image, data.image_limits) for image in sample.images]
             if split == "train":
-                encoded = self._encoder.training(sample.messages, images)
+                encoded = self._encoder.training(sample.messages, images, sample.tools)
             else:
-                encoded = self._encoder.prompt(sample.messages[:-1], images)
+                encoded = self._encoder.prompt(sample.messages[:-1], images, sample.tools)
         except ModelError:
             raise
         except DataError as error:

@@ -134,6 +134,7 @@ def make_sample(
     messages: list[dict[str, Any]],
     images: Sequence[bytes],
     group_id: str | None = None,
+    tools: list[dict[str, Any]] | None = None,
 ) -> Sample:
     """A checked sample with its ids.
 
@@ -143,12 +144,15 @@ def make_sample(
     answer, or where images and placeholders differ in number.
     """
     clean = [_clean_turn(number, turn) for number, turn in enumerate(messages, 1)]
-    _check_order([turn["role"] for turn in clean])
+    _check_order(clean)
     placeholders = sum(part["type"] == "image" for turn in clean for part in turn["content"])
     check_counts(placeholders, len(images))
     try:
         (group_id or "").encode()
-        text = json.dumps(clean, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode()
+        content = {"turns": clean, "tools": tools} if tools else clean
+        text = json.dumps(
+            content, ensure_ascii=False, sort_keys=True, separators=(",", ":")
+        ).encode()
     except UnicodeEncodeError as error:
         raise RowError("the text holds half of a surrogate pair: not valid Unicode") from error
     digests = [hashlib.sha256(image).digest() for image in images]
@@ -161,6 +165,7 @@ def make_sample(
         origin=origin,
         messages=clean,
         images=list(images),
+        tools=tools or [],
     )
 
 
@@ -180,8 +185,8 @@ def shorten(value: Any, length: int = 80) -> str:
 
 
 def _clean_turn(number: int, turn: dict[str, Any]) -> dict[str, Any]:
-    """The turn with nothing but role, image parts and non-empty text parts."""
-    role = turn["role"]
+    """The turn with nothing but role, image parts, non-empty text parts and tool calls."""
+    role, calls = turn["role"], turn.get("tool_calls") or []
     parts: list[dict[str, Any]] = []
     for part in turn["content"]:
         if part["type"] == "image":
@@ -193,19 +198,34 @@ def _clean_turn(number: int, turn: dict[str, Any]) -> dict[str, Any]:
             raise RowError(f"turn {number} ({role}): text must be a string, not {kind}")
         elif part["text"]:
             parts.append({"type": "text", "text": part["text"]})
-    if not any(part["type"] == "image" or part["text"].strip() for part in parts):
+    if calls and role != "assistant":
+        raise RowError(f"turn {number} ({role}) calls tools: only assistant turns may")
+    if not calls and not any(part["type"] == "image" or part["text"].strip() for part in parts):
         raise RowError(f"turn {number} ({role}) is empty")
-    return {"role": role, "content": parts}
+    return {"role": role, "content": parts, **({"tool_calls": calls} if calls else {})}
 
 
-def _check_order(roles: list[str]) -> None:
-    """Raise RowError unless the roles are system?, then user and assistant in turn to the end."""
-    if not roles:
+def _check_order(turns: list[dict[str, Any]]) -> None:
+    """Raise RowError unless the turns follow each other as a talk does.
+
+    system?, then user and assistant in turn; an assistant that calls tools is followed by their
+    answers (`tool`) and then by the assistant; the last turn is an answer.
+    """
+    if not turns:
         raise RowError("the conversation is empty")
-    talk = roles[1:] if roles[0] == "system" else roles
-    for number, role in enumerate(talk, 1 + len(roles) - len(talk)):
-        expected = "assistant" if (number - (len(roles) - len(talk))) % 2 == 0 else "user"
-        if role != expected:
-            raise RowError(f"turn {number} is '{shorten(role, 24)}' where '{expected}' is expected")
-    if not talk or talk[-1] != "assistant":
-        raise RowError(f"the last turn is '{roles[-1]}', not 'assistant'")
+    expected: tuple[str, ...] = ("system", "user")
+    for number, turn in enumerate(turns, 1):
+        role = turn["role"]
+        if role not in expected:
+            found = shorten(role, 24)
+            raise RowError(f"turn {number} is '{found}' where '{expected[-1]}' is expected")
+        if role == "tool":
+            expected = ("tool", "assistant")
+        elif role == "assistant":
+            expected = ("tool",) if turn.get("tool_calls") else ("user",)
+        else:
+            expected = ("user",) if role == "system" else ("assistant",)
+    if turns[-1]["role"] != "assistant":
+        raise RowError(f"the last turn is '{turns[-1]['role']}', not 'assistant'")
+    if turns[-1].get("tool_calls"):
+        raise RowError("the last turn calls tools; it must be an answer")

@@ -9,6 +9,7 @@ a part does not have with null: these are ignored.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -28,14 +29,51 @@ def read_shard(
     config: MessagesSource, shard: Shard, limits: ImageLimits
 ) -> Iterator[Sample | Quarantined]:
     """The conversations of a shard."""
-    columns = (config.messages_column, config.images_column)
+    columns = (config.messages_column, config.images_column, config.tools_column)
     return read_table(config, shard, limits, columns, partial(convert, config))
 
 
 def convert(config: MessagesSource, row: Row) -> Sample:
     """A row as a sample; raises RowError."""
     messages, images = parse_turns(row.turns(config.messages_column))
-    return row.sample(messages, with_column(images, row, config.images_column))
+    tools = _tools(row.raw.values.get(config.tools_column), config.tools_column)
+    return row.sample(messages, with_column(images, row, config.images_column), tools)
+
+
+def _tools(value: Any, column: str) -> list[dict[str, Any]]:
+    """The column of tools: a list of objects, or JSON of one."""
+    if isinstance(value, str) and value:
+        value = _json(value, f"column '{column}'")
+    if not value:
+        return []
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        raise RowError(f"column '{column}' must hold a list of tools, each an object")
+    return value
+
+
+def _tool_calls(number: int, calls: Any) -> list[dict[str, Any]]:
+    """OpenAI's calls, arguments as objects: chat templates write them as JSON themselves."""
+    if not isinstance(calls, list):
+        raise RowError(f"turn {number}: tool_calls must be a list, not {type(calls).__name__}")
+    found = []
+    for call in calls:
+        function = call.get("function") if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise RowError(f"turn {number}: a tool call has no function with a name")
+        arguments = function.get("arguments") or {}
+        if isinstance(arguments, str):
+            arguments = _json(arguments, f"turn {number}: the arguments of {function['name']}")
+        found.append(
+            {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
+        )
+    return found
+
+
+def _json(text: str, what: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        raise RowError(f"{what} is not JSON: {shorten(text, 40)}") from None
 
 
 def parse_turns(turns: list[Any]) -> tuple[list[dict[str, Any]], list[Any]]:
@@ -58,8 +96,9 @@ def _turn(number: int, turn: Any, images: list[Any]) -> dict[str, Any]:
     role, content = turn.get("role"), turn.get("content")
     if not isinstance(role, str):
         raise RowError(f"turn {number} has no 'role'")
-    if turn.get("tool_calls"):
-        raise RowError(f"turn {number} has tool calls, which are not supported")
+    calls = _tool_calls(number, turn["tool_calls"]) if turn.get("tool_calls") else []
+    if calls and content is None:
+        content = ""
     if isinstance(content, str):
         parts = text_parts(content)
         images.extend(FROM_COLUMN for part in parts if part["type"] == "image")
@@ -68,7 +107,7 @@ def _turn(number: int, turn: Any, images: list[Any]) -> dict[str, Any]:
     else:
         kind = type(content).__name__
         raise RowError(f"turn {number} ({shorten(role, 24)}): content is {kind}, not text or parts")
-    return {"role": role, "content": parts}
+    return {"role": role, "content": parts, **({"tool_calls": calls} if calls else {})}
 
 
 def _part(number: int, part: Any, images: list[Any]) -> dict[str, Any]:

@@ -104,7 +104,12 @@ class Row:
         """The bytes of an image of the row; raises RowError."""
         return load_image(image, self.shard, self.limits)
 
-    def sample(self, messages: list[dict[str, Any]], images: Sequence[Any]) -> Sample:
+    def sample(
+        self,
+        messages: list[dict[str, Any]],
+        images: Sequence[Any],
+        tools: list[dict[str, Any]] | None = None,
+    ) -> Sample:
         """The checked sample; raises RowError for messages or images that are refused."""
         group = self.raw.values.get(GROUP_COLUMN)
         if group is not None and (not isinstance(group, str | int) or group == ""):
@@ -115,6 +120,7 @@ class Row:
             messages=messages,
             images=loaded,
             group_id=None if group is None else str(group),
+            tools=tools,
         )
 
 

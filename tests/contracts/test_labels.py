@@ -164,3 +164,29 @@ def test_truncation_keeps_media_whole_or_gives_up(model_type, encoder):
         assert array.shape[1:] == whole.shape[1:]
         assert len(array) == (first + 3 if len(whole) == len(encoded.input_ids) else len(whole))
     assert encoder(model_type).truncated(encoded, first) is None
+
+
+TOOLS = [{"type": "function", "function": {"name": "look_up", "parameters": {"type": "object"}}}]
+CALL = {"type": "function", "function": {"name": "look_up", "arguments": {"word": "bun"}}}
+WITH_TOOLS = [
+    turn("user", "What does it cost?", 1),
+    {"role": "assistant", "content": [], "tool_calls": [CALL]},
+    turn("tool", "3.20"),
+    turn("assistant", "It costs 3.20"),
+]
+
+
+@FAMILY
+def test_tool_calls_are_labelled_or_refused_and_never_left_out(model_type, tiny_base, encoder):
+    decode = tiny_base(model_type).processor.tokenizer.decode
+    if "im_end" not in str(tiny_base(model_type).processor.chat_template):
+        with pytest.raises(SampleRefused, match=r"leaves out tools|has no place for them"):
+            encoder(model_type).training(WITH_TOOLS, [picture(0)], TOOLS)
+        return
+    encoded = encoder(model_type).training(WITH_TOOLS, [picture(0)], TOOLS)
+    called, answered = (decode(encoded.input_ids[start:end]) for start, end in encoded.spans)
+    assert called.startswith("<tool_call>") and '"word": "bun"' in called
+    assert answered == "It costs 3.20<|im_end|>"
+    assert "look_up" in decode(encoded.input_ids[: encoded.spans[0][0]])
+    asked = encoder(model_type).prompt(WITH_TOOLS[:3], [picture(0)], TOOLS)
+    assert asked.input_ids.tolist() == encoded.input_ids[: encoded.spans[1][0]].tolist()
