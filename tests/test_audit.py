@@ -1,4 +1,4 @@
-"""The audit: what it finds in good runs, what it names in broken ones, and that it leaves no trace."""
+"""The audit: what it finds in good runs, what it names in broken ones, that it leaves no trace."""
 
 from __future__ import annotations
 
