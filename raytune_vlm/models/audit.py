@@ -144,7 +144,7 @@ def merge_tolerance(model: torch.nn.Module, logits: torch.Tensor) -> float:
 
     `W + BA` is rounded to the dtype of the base once, where `Wx` and `BAx` were rounded apart: an
     error of some units of rounding (`torch.finfo(dtype).eps`) in each layer, relative to what
-    passes through it, that grows along the depth. `MERGE_ROUNDINGS` is about ten times the growth
+    passes through it, that grows along the depth. `MERGE_ROUNDINGS` is above all the growth
     that was measured (`docs/log.md`); the largest logit gives the scale. In the half precisions
     this only catches a merge that is grossly wrong: there rounding alone can move a logit as far as
     a weak adapter does, which is why the value stands in the record beside `adapter_effect`.
