@@ -151,7 +151,8 @@ def merge_tolerance(model: torch.nn.Module, logits: torch.Tensor) -> float:
     """
     import torch
 
-    dtype = next(p.dtype for p in model.parameters() if not p.requires_grad)
+    frozen = (p for p in model.parameters() if not p.requires_grad and p.is_floating_point())
+    dtype = next(frozen).dtype
     roundings = MERGE_ROUNDINGS[str(dtype).removeprefix("torch.")]
     return roundings * torch.finfo(dtype).eps * max(1.0, float(logits.abs().max()))
 
