@@ -184,6 +184,30 @@ def evaluate(folder: Path, trial_id: str, split: str) -> None:
 
 @cli.command()
 @_FOLDER
+@click.option("--trial", "trial_id", default="best", help="Trial id, or `best`: the winner.")
+@click.option("--step", type=int, help="Step of the checkpoint; by default the best scored one.")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["adapter", "merged"]),
+    default="adapter",
+    show_default=True,
+    help="A PEFT adapter, or a whole model with the adapter in its weights.",
+)
+@click.option("--output", type=click.Path(path_type=Path), required=True, help="A new folder.")
+def export(folder: Path, trial_id: str, step: int | None, form: Any, output: Path) -> None:
+    """Write a trial of a sweep folder as an adapter or a whole model; say if vLLM can serve it."""
+    from raytune_vlm.sweep.export import export as write
+    from raytune_vlm.sweep.export import serving_lines
+
+    written = write(folder, output, trial_id=trial_id, step=step, form=form)
+    click.echo(f"{written.trial_id}, step {written.step}: {form} in {written.folder}")
+    for line in serving_lines(written):
+        click.echo(line)
+
+
+@cli.command()
+@_FOLDER
 def report(folder: Path) -> None:
     """Write the report of a sweep folder again; needs neither Ray nor torch."""
     from raytune_vlm.report import build_report

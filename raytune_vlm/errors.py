@@ -66,7 +66,7 @@ class TrialDiverged(RaytuneVlmError, ArithmeticError):
 
 
 class AuditFailed(RaytuneVlmError, RuntimeError):
-    """The adapter does not train, has no effect, or the image has none."""
+    """The adapter does not train or has no effect, or its checkpoint or merge answers otherwise."""
 
 
 class SweepInterrupted(RaytuneVlmError, RuntimeError):

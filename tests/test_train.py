@@ -56,7 +56,8 @@ def test_the_loss_falls_and_the_audit_passes(model_type, start):
     run = start(model_type, learning_rate=1e-2)
     values = losses(run, 12)
     assert values[-1] < values[0] - 0.1
-    assert {name: check["passed"] for name, check in run.audit.items()} == {
+    assert {name: check["passed"] for name, check in run.auditor.checks.items()} == {
+        "trainable": True,
         "gradients": True,
         "adapter_effect": True,
         "image_effect": True,

@@ -1,7 +1,8 @@
-"""The winner's model card: Markdown with the front matter of the Hugging Face hub."""
+"""Model cards: Markdown with the front matter of the Hugging Face hub."""
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import yaml
@@ -13,32 +14,59 @@ from raytune_vlm.report.headline import clearly, headline, interval
 from raytune_vlm.report.loading import SweepView, TrialView, load_view, lookup
 
 
-def model_card(folder: SweepFolder) -> str:
-    """The text of `best/README.md`, from the same records as the report page.
+def model_card(
+    folder: SweepFolder,
+    trial_id: str | None = None,
+    step: int | None = None,
+    *,
+    place: str = "best",
+    merged: bool = False,
+) -> str:
+    """The text of a `README.md`, from the same records as the report page.
+
+    Of the winner at its step all is told; a card of any other checkpoint says that it is not the
+    winner and has only the scores that the search saw.
+
+    Parameters
+    ----------
+    trial_id, step
+        The checkpoint; the winner's by default.
+    place
+        The name of the folder that the card lies in.
+    merged
+        Whether the folder holds a whole model instead of an adapter.
 
     Raises
     ------
     DataError
-        If the folder is not a sweep folder, or its sweep has no winner yet.
+        If the folder is not a sweep folder, has no such trial, or its sweep has no winner yet and
+        none was named.
     """
     view = load_view(folder.root)
-    winner = view.winner
-    if view.result is None or winner is None:
-        raise DataError(f"{folder.root} has no winner yet: no result.json that names one")
+    result = view.result
+    if trial_id is None:
+        if result is None or view.winner is None:
+            raise DataError(f"{folder.root} has no winner yet: no result.json that names one")
+        trial_id, step = result.winner, result.winner_step
+    is_winner = result is not None and (trial_id, step) == (result.winner, result.winner_step)
+    trial = TrialView(trial_id, folder.trial(trial_id).record())
+    middle = _of_the_winner(view, trial) if is_winner else _of_another(view, folder, trial, step)
+    matter = _front_matter(view, is_winner=is_winner, merged=merged)
+    base, which = f"`{_code(view.model)}`", f"`{_code(trial_id)}`, step {step or 0:,}"
+    kind = f"{base} with a LoRA adapter in its weights" if merged else f"A LoRA adapter for {base}"
+    standing = (
+        f"the winner ({which}) among {len(view.trials)} recipes that raytune_vlm tried."
+        if is_winner
+        else f"one recipe ({which}) of {len(view.trials)} that raytune_vlm tried, not the winner."
+    )
     parts = [
-        f"---\n{yaml.safe_dump(_front_matter(view), sort_keys=False, allow_unicode=True)}---",
+        f"---\n{yaml.safe_dump(matter, sort_keys=False, allow_unicode=True)}---",
         f"# {_text(view.name)}",
-        f"A LoRA adapter for `{_code(view.model)}`: the winner (`{_code(winner.trial_id)}`, step "
-        f"{view.result.winner_step:,}) among {len(view.trials)} recipes that raytune_vlm tried.",
-        _verdict(view),
-        "## Scores on untouched data",
-        _scores(view),
-        "## Recipe",
-        _recipe(winner),
+        f"{kind}: {standing}",
+        *middle,
+        *([_MERGED] if merged else []),
         "## How to load it",
-        _loading(view),
-        "## Limits",
-        _limits(view),
+        _loading(view, place, merged),
         "## Reproduce",
         f"```\n{view.command}\n```",
         f"Fingerprint `{_code(view.fingerprint)}`. The resolved experiment is `experiment.yaml`.",
@@ -46,15 +74,68 @@ def model_card(folder: SweepFolder) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _front_matter(view: SweepView) -> dict[str, Any]:
-    matter: dict[str, Any] = {
-        "base_model": view.model,
-        "library_name": "peft",
+_MERGED = (
+    "- The scores are those of the adapter beside the base model; merging rounds the sum of both "
+    "to the base's number format."
+)
+
+
+def _of_the_winner(view: SweepView, trial: TrialView) -> list[str]:
+    """Verdict, scores, recipe and limits of the winner at its step."""
+    return [
+        _verdict(view),
+        "## Scores on untouched data",
+        _scores(view),
+        "## Recipe",
+        _recipe(trial),
+        "## Limits",
+        _limits(view),
+    ]
+
+
+def _of_another(
+    view: SweepView, folder: SweepFolder, trial: TrialView, step: int | None
+) -> list[str]:
+    """The same of any other checkpoint, for which there is less to say."""
+    found = [s for s in folder.trial(trial.trial_id).scores("select") if s.step == step]
+    rows = [
+        f"| `{_code(name)}` | {formatting.score(estimate.value)} "
+        f"({interval(estimate.lower, estimate.upper)}) |"
+        for scores in found
+        for name, estimate in scores.metrics.items()
+    ]
+    table = ["| metric | value |", "|---|---:|", *rows]
+    limits = ["- It was not scored on data that the search did not see: expect less than this."]
+    if view.result is not None:
+        limits.append(
+            f"- The winner of the sweep is `{_code(view.result.winner)}` at step "
+            f"{view.result.winner_step:,}."
+        )
+    else:
+        limits.append("- The sweep has not decided on a winner.")
+    return [
+        "## Scores on `select`, which the search saw",
+        "\n".join(table) if rows else "This checkpoint was not scored.",
+        "## Recipe",
+        _recipe(trial),
+        "## Limits",
+        "\n".join(limits),
+    ]
+
+
+def _front_matter(view: SweepView, *, is_winner: bool, merged: bool) -> dict[str, Any]:
+    matter: dict[str, Any] = {}
+    # The hub takes names of models there, not `demo` and not a folder of somebody's machine.
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", view.model):
+        matter["base_model"] = view.model
+        matter["base_model_relation"] = "finetune" if merged else "adapter"
+    matter |= {
+        "library_name": "transformers" if merged else "peft",
         "pipeline_tag": "image-text-to-text",
-        "tags": ["lora", "peft", "vision-language", "ray-tune", "raytune_vlm"],
+        "tags": ["lora", *([] if merged else ["peft"]), "vision-language", "raytune_vlm"],
     }
     scores = view.report_scores("winner")
-    if scores is not None:
+    if is_winner and scores is not None:
         metrics = [
             {
                 "type": name.split("@")[0],
@@ -106,24 +187,23 @@ def _recipe(winner: TrialView) -> str:
     return f"{table}\n\n{parameters} trainable parameters."
 
 
-def _loading(view: SweepView) -> str:
-    lines = ["from peft import PeftModel"]
-    name = repr(view.model)
-    if view.model == "demo":
+def _loading(view: SweepView, place: str, merged: bool) -> str:
+    lines = [] if merged else ["from peft import PeftModel"]
+    name = repr(place if merged else view.model)
+    if view.model == "demo" and not merged:
         name = "DEMO_BASE"
         lines.append("from raytune_vlm.models.loading import DEMO_BASE  # the package ships it")
     lines.append("from transformers import AutoModelForImageTextToText, AutoProcessor")
     options = [name]
-    revision = lookup(view.experiment, "model.revision")
+    revision = None if merged else lookup(view.experiment, "model.revision")
     dtype = lookup(view.experiment, "model.dtype")
     options += [f"revision={revision!r}"] if revision else []
     options += [f"dtype={dtype!r}"] if dtype else []
-    lines += [
-        "",
-        f"base = AutoModelForImageTextToText.from_pretrained({', '.join(options)})",
-        'model = PeftModel.from_pretrained(base, "best")  # this folder',
-        'processor = AutoProcessor.from_pretrained("best")',
-    ]
+    loaded = f"AutoModelForImageTextToText.from_pretrained({', '.join(options)})"
+    here = "  # this folder"
+    lines += ["", f"model = {loaded}{here}"] if merged else ["", f"base = {loaded}"]
+    lines += [] if merged else [f"model = PeftModel.from_pretrained(base, {place!r}){here}"]
+    lines.append(f"processor = AutoProcessor.from_pretrained({place!r})")
     return "\n".join(["```python", *lines, "```"])
 
 
@@ -151,10 +231,13 @@ def _limits(view: SweepView) -> str:
             f"- {len(ties)} other trials cannot be told apart from it on this data; the cheapest "
             f"of all is `{_code(result.indistinguishable[0])}`."
         )
-    lines.append(
-        f"- The report split was touched {result.num_report_touches} times. One seed per recipe: "
-        "the spread between seeds was not measured."
+    others = [formatting.score(r.value) for r in result.replicates if r.value is not None]
+    spread = (
+        f"The winner's recipe with other seeds: {', '.join(others)} on `select`."
+        if others
+        else "One seed per recipe: the spread between seeds was not measured."
     )
+    lines.append(f"- The report split was touched {result.num_report_touches} times. {spread}")
     return "\n".join(lines)
 
 

@@ -20,7 +20,7 @@ from raytune_vlm.errors import EvaluationError
 from raytune_vlm.evaluate.scoring import read_matrix
 from raytune_vlm.evaluate.statistics import corrected_winner, indistinguishable, paired_test
 from raytune_vlm.images import thumbnail
-from raytune_vlm.models.loading import load_processor
+from raytune_vlm.models.export import write_adapter
 from raytune_vlm.records import (
     PairedTest,
     Replicate,
@@ -31,6 +31,7 @@ from raytune_vlm.records import (
     write_text,
 )
 from raytune_vlm.report.model_card import model_card
+from raytune_vlm.sweep.export import own_experiment
 from raytune_vlm.sweep.jobs import Job
 from raytune_vlm.sweep.ledger import TrialState
 from raytune_vlm.sweep.runner import Scoring, Session, evaluate
@@ -272,12 +273,8 @@ def _write_best(running: Session, winner: Candidate) -> None:
     shutil.rmtree(best, ignore_errors=True)
     best.mkdir(parents=True)
     source = folder.trial(winner.trial.trial_id).checkpoint(winner.step)
-    for name in ("adapter_model.safetensors", "adapter_config.json"):
-        shutil.copy2(source / name, best / name)
-    load_processor(experiment.model).save_pretrained(best)
+    write_adapter(source, experiment.model, best)
     evaluation = folder.trial(winner.trial.trial_id).evaluation("report", winner.step)
     shutil.copytree(evaluation, best / "evaluation")
-    own = experiment.with_recipe(winner.trial.recipe)
-    plain = own.sweep.model_copy(update={"search_space": {}})
-    single = own.model_copy(update={"sweep": plain, "name": f"{experiment.name}-best"})
-    write_text(best / "experiment.yaml", render(single))
+    own = own_experiment(experiment, winner.trial.recipe, "best")
+    write_text(best / "experiment.yaml", render(own))

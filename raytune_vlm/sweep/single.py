@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import ray
 
@@ -62,14 +63,17 @@ def train_one(experiment: ExperimentConfig, *, command: str, monitor: Monitor) -
 def _follow(running: runner.Session, state: TrialState) -> None:
     job = Job(TRAINED, "trial", TRAINED, {}, reported=tuple(state.scored))
     ray.get(running.board.submit.remote(job))
-    report: dict[str, object] = {}
+    report: dict[str, Any] = {}
     while not report.get("done"):
         report = ray.get(running.board.next_report.remote(TRAINED))
+        for note in report.get("notes", ()):
+            running.ledger.append("noted", trial_id=TRAINED, message=note)
+            running.monitor.say(f"{TRAINED}: {note}")
         if "failed" in report:
             running.ledger.append("failed", trial_id=TRAINED, message=report["message"])
             raise RaytuneVlmError(f"{report['failed']}: {report['message']}")
-        step = int(str(report["step"]))
-        scores = {name: float(str(report[name])) for name in running.experiment.evaluation.metrics}
+        step = int(report["step"])
+        scores = {name: float(report[name]) for name in running.experiment.evaluation.metrics}
         running.ledger.append("scored", trial_id=TRAINED, step=step, scores=scores)
         shown = ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
         running.monitor.say(f"step {step}: {shown}")

@@ -284,11 +284,13 @@ class TrialJob:
             self._retain()
             last = rung == self.experiment.rungs[-1]
             if last:
+                run.audit_end(self.folder.checkpoint(rung))
                 self._record(run, "finished")
             if last or rung not in self.job.reported:
-                report = {"step": rung, **values, "done": last, "notes": self.notes}
+                notes = [*self.notes, *run.auditor.notes]
+                report = {"step": rung, **values, "done": last, "notes": notes}
                 self.worker.report(self.job, report)
-                self.notes = []
+                self.notes, run.auditor.notes = [], []
         return True
 
     def _train_to(self, run: Any, rung: int) -> bool:
@@ -367,13 +369,11 @@ class TrialJob:
             evaluate_seconds=self.evaluate_seconds,
             trainable_parameters=sum(run.trainable.values()),
             trainable_by_scope=run.trainable,
-            audit=run.audit,
+            audit=run.auditor.checks,
         )
         if self.folder.record_file.exists():
-            # An earlier life of the trial made the audit of the first step and spent its time.
-            earlier = self.folder.record()
-            if self.job.attempt > 1 or not run.audit:
-                record = replace(record, audit=record.audit or earlier.audit)
+            # An earlier life of the trial made the audit of the first step.
+            record = replace(record, audit=self.folder.record().audit | record.audit)
         write_json(self.folder.record_file, record)
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
@@ -27,7 +28,7 @@ from raytune_vlm.collate.positions import with_positions
 from raytune_vlm.config.experiment import ExperimentConfig, digest_of
 from raytune_vlm.config.train import WITHOUT_EFFECT
 from raytune_vlm.errors import CheckpointError, TrialDiverged, TrialInfeasible
-from raytune_vlm.models.audit import check_effects, check_gradients
+from raytune_vlm.models.audit import check_merge, check_reload, last_logits
 from raytune_vlm.models.loading import Base
 from raytune_vlm.models.lora import attach, trainable_by_scope
 from raytune_vlm.prepare.feed import Arrays, CachedFeed, Collation, Feed, MicroBatch, Part
@@ -42,6 +43,7 @@ from raytune_vlm.prepare.stream import (
     streamed_blocks,
 )
 from raytune_vlm.train import checkpoint
+from raytune_vlm.train.auditor import Auditor
 from raytune_vlm.train.schedule import learning_rate
 from raytune_vlm.train.world import World
 
@@ -107,7 +109,6 @@ class Run:
         self.experiment = experiment
         self.config = experiment.train
         self.steps_done = 0
-        self.audit: dict[str, Any] = {}
         self.delivered: tuple[int, ...] = ()
         """The rows of the samples that the feed gave this rank in the last step."""
         self._base, self._split, self._world = base, split, world
@@ -135,7 +136,9 @@ class Run:
         )
         # Last, because from here on the base is wrapped until `close`.
         self.model = attach(base.model, base.family, experiment.lora, seed=experiment.seed)
+        self._is_attached = True
         self.trainable = trainable_by_scope(self.model, base.family)
+        self.auditor = Auditor(self.model, self.trainable, experiment.lora)
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
         self._optimizer = torch.optim.AdamW(
             self._parameters, lr=self.config.learning_rate, weight_decay=self.config.weight_decay
@@ -206,11 +209,11 @@ class Run:
         norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, self.config.max_grad_norm))
         # A step without images says nothing of a vision tower; unless all are so, wait for one.
         with_images = rows[self._split.num_images[rows] > 0]
-        due = not self.audit and (len(with_images) > 0 or not self._split.num_images.any())
+        due = self.auditor.is_due and (len(with_images) > 0 or not self._split.num_images.any())
         finite = math.isfinite(loss) and math.isfinite(norm)
         if finite:
             if due:
-                self.audit["gradients"] = check_gradients(self.model)
+                self.auditor.before_update()
             self._optimizer.step()
         else:
             self._count_skip(loss, norm)
@@ -218,11 +221,7 @@ class Run:
         self.steps_done += 1
         self._samples_seen += len(rows)
         if due and finite:
-            few = tuple(int(row) for row in (with_images if len(with_images) else rows)[:2])
-            batch = self._collation.collate(
-                Part(few, tuple(range(len(few)))), [self._split.encoded(row) for row in few]
-            )
-            self.audit.update(check_effects(self.model, self._on_device(batch.arrays)[0]))
+            self.auditor.after_update(self._probe(rows))
         return StepMetrics(
             step=self.steps_done,
             loss=loss,
@@ -234,6 +233,33 @@ class Run:
             skipped=not finite,
             time=time.time(),
         )
+
+    def _probe(self, rows: np.ndarray) -> dict[str, torch.Tensor]:
+        """A small batch of the rows, of those with images if there are any, without labels."""
+        with_images = rows[self._split.num_images[rows] > 0]
+        few = tuple(int(row) for row in (with_images if len(with_images) else rows)[:2])
+        part = Part(few, tuple(range(len(few))))
+        batch = self._collation.collate(part, [self._split.encoded(row) for row in few])
+        return self._on_device(batch.arrays)[0]
+
+    def audit_end(self, folder: Path) -> None:
+        """The checks of a trial's end, on its last checkpoint; every rank calls it.
+
+        Takes the adapter off, to put the checkpoint's on the bare base: only `close` can follow.
+
+        Raises
+        ------
+        AuditFailed
+            If the checkpoint or the merged adapter answers otherwise than the adapter in memory.
+        """
+        found = {}
+        if self._world.rank == 0:
+            batch = self._probe(self.plan.rows(self.steps_done - 1))
+            expected = last_logits(self.model, batch)
+            found["merge"] = check_merge(self.model, batch)
+            self._take_off()
+            found["reload"] = check_reload(self._base.model, folder, batch, expected)
+        self.auditor.end(self._world.broadcast(found))
 
     def _backward(self, micro_batches: list[MicroBatch], labelled: int) -> float:
         """Accumulate gradients of the global batch's loss; returns that loss, on every rank."""
@@ -327,13 +353,14 @@ class Run:
             self._feed.close()
         finally:
             self._optimizer.zero_grad(set_to_none=True)
-            self._base.model = self._unloaded()
+            self._take_off()
 
-    def _unloaded(self) -> torch.nn.Module:
-        model: torch.nn.Module = self.model.unload()
-        model.requires_grad_(False)
-        model.eval()
-        return model
+    def _take_off(self) -> None:
+        if self._is_attached:
+            model: torch.nn.Module = self.model.unload()
+            model.requires_grad_(False)
+            model.eval()
+            self._base.model, self._is_attached = model, False
 
 
 def summed_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

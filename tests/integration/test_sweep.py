@@ -138,6 +138,12 @@ def test_every_tier_and_two_workers_give_the_losses_of_one_cached_worker(write_e
     assert "step_000006" in again.stdout
     scored = run_cli("evaluate", folder, "--trial", "t0000", "--split", "report")
     assert "cer@micro" in scored.stdout
+    audit = SweepFolder(folder).trial("t0000").record().audit
+    assert all(check["passed"] for check in audit.values())
+    assert audit.keys() >= {"trainable", "adapter_effect", "merge", "reload"}
+    exported = run_cli("export", folder, "--output", folder / "adapter")
+    assert "t0000, step 6: adapter in" in exported.stdout and "vLLM" in exported.stdout
+    assert (folder / "adapter" / "README.md").stat().st_size > 0
     file = folder / "trials/t0000/evaluations/report/step_000006/scores.json"
     assert json.loads(file.read_text())["num_samples"] == 8
 
