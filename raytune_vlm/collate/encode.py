@@ -49,6 +49,8 @@ class Encoder:
 
     Parameters
     ----------
+    backend
+        What resamples the images; None: what the image processor's class is built on.
     sizes_only
         Leave the pixels blank: for token ids, labels and sizes alone.
 
@@ -62,7 +64,7 @@ class Encoder:
         self,
         processor: Any,
         family: Family,
-        backend: ImageBackend = "pil",
+        backend: ImageBackend | None = None,
         *,
         sizes_only: bool = False,
     ) -> None:

@@ -36,11 +36,13 @@ def check_gradients(model: torch.nn.Module) -> dict[str, Any]:
     return {"passed": True, "tensors": total, "nonzero": nonzero}
 
 
-def check_effects(model: PeftModel, batch: dict[str, torch.Tensor]) -> dict[str, dict[str, Any]]:
+def check_effects(
+    model: PeftModel, batch: dict[str, torch.Tensor], *, pixels: str
+) -> dict[str, dict[str, Any]]:
     """Adapter on differs from adapter off; image differs from a blank image.
 
     Run after the first optimizer step (before it LoRA's B is zero and has no effect). `batch` has
-    normalised pixels and no labels; differences are the largest over all logits.
+    normalised pixels, named `pixels`, and no labels; differences are the largest over all logits.
 
     Raises
     ------
@@ -58,8 +60,8 @@ def check_effects(model: PeftModel, batch: dict[str, torch.Tensor]) -> dict[str,
             base = model(**batch).logits
         adapter_effect = float((adapted - base).abs().max())
         checks = {"adapter_effect": {"passed": adapter_effect > 0, "value": adapter_effect}}
-        if "pixel_values" in batch:
-            blank = {**batch, "pixel_values": torch.zeros_like(batch["pixel_values"]) + 0.5}
+        if pixels in batch:
+            blank = {**batch, pixels: torch.zeros_like(batch[pixels]) + 0.5}
             image_effect = float((adapted - model(**blank).logits).abs().max())
             checks["image_effect"] = {"passed": image_effect > 0, "value": image_effect}
     model.train(training)

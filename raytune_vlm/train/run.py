@@ -236,7 +236,9 @@ class Run:
             batch = self._collation.collate(
                 Part(few, (0,) * len(few)), [self._split.encoded(row) for row in few]
             )
-            self.audit.update(check_effects(self.model, self._on_device(batch.arrays)[0]))
+            tensors = self._on_device(batch.arrays)[0]
+            pixels = self._base.family.pixels
+            self.audit.update(check_effects(self.model, tensors, pixels=pixels))
         return StepMetrics(
             step=self.steps_done,
             loss=loss,

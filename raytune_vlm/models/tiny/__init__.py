@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from raytune_vlm.errors import did_you_mean
-from raytune_vlm.models.tiny import documents, gemma, llava, others, qwen
+from raytune_vlm.models.tiny import documents, gemma, llava, mistral, others, qwen
 
 BUILDERS: dict[str, Callable[[], tuple[Any, Any]]] = {
     "gemma3": gemma.gemma3,
@@ -24,6 +24,8 @@ BUILDERS: dict[str, Callable[[], tuple[Any, Any]]] = {
     "llava_next": llava.llava_next,
     "llava_onevision": llava.llava_onevision,
     "internvl": llava.internvl,
+    "pixtral": mistral.pixtral,
+    "mistral3": mistral.mistral3,
     "qwen2_vl": qwen.qwen2_vl,
     "qwen2_5_vl": qwen.qwen2_5_vl,
     "qwen3_vl": qwen.qwen3_vl,
@@ -43,13 +45,13 @@ def write_tiny_model(model_type: str, folder: Path, *, seed: int = 0) -> Path:
     KeyError
         If there is no tiny model for the family; the message names those there are.
     """
-    from raytune_vlm.models.loading import allow_missing_video_processor
+    from raytune_vlm.models.loading import allow_missing_torchvision
 
     if model_type not in BUILDERS:
         raise KeyError(f"no tiny model for {model_type!r}{did_you_mean(model_type, BUILDERS)}")
     import torch
 
-    allow_missing_video_processor()
+    allow_missing_torchvision()
     torch.manual_seed(seed)
     model, processor = BUILDERS[model_type]()
     model.save_pretrained(folder)
