@@ -73,6 +73,9 @@ class Family:
         Scopes without any linear layer, where LoRA cannot go.
     outside
         Prefixes of what belongs to no scope: audio towers, and what images never reach.
+    never_called
+        Last names of linear layers whose weight the model reads without calling them: LoRA on
+        them would have no effect.
     left_padding
         Whether prompts of different lengths can be answered in one batch, padded on the left.
     """
@@ -92,6 +95,7 @@ class Family:
     hub_needs: tuple[str, ...] = ()
     no_linear: tuple[str, ...] = ()
     outside: tuple[str, ...] = ()
+    never_called: tuple[str, ...] = ()
     left_padding: bool = True
 
     def check_scopes(self, scopes: set[str]) -> None:
@@ -208,6 +212,7 @@ _ENTRIES = (
         # MobileNet-V5 is made of convolutions.
         no_linear=("vision",),
         outside=_GEMMA4_AUDIO,
+        never_called=("correction_coefs",),
     ),
     Family(model_type="paligemma", scopes=_LLAVA_SCOPES, prompt="prefix"),
     Family(model_type="llava", scopes=_LLAVA_SCOPES),

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from raytune_vlm.errors import did_you_mean
-from raytune_vlm.models.tiny import documents, gemma, llava, mistral, others, qwen
+from raytune_vlm.models.tiny import documents, gemma, llava, mistral, others, qwen, torchvision
 
 BUILDERS: dict[str, Callable[[], tuple[Any, Any]]] = {
     "gemma3": gemma.gemma3,
     "gemma4": gemma.gemma4,
+    "gemma4_unified": gemma.gemma4_unified,
+    "gemma3n": gemma.gemma3n,
     "paligemma": gemma.paligemma,
     "idefics3": others.idefics3,
     "smolvlm": others.smolvlm,
@@ -31,6 +33,9 @@ BUILDERS: dict[str, Callable[[], tuple[Any, Any]]] = {
     "qwen3_vl": qwen.qwen3_vl,
     "qwen2_5_omni_thinker": qwen.qwen2_5_omni_thinker,
     "qwen3_omni_moe_thinker": qwen.qwen3_omni_moe_thinker,
+    "kimi_k25": torchvision.kimi_k25,
+    "phi4_multimodal": torchvision.phi4_multimodal,
+    "nemotron_h_omni": torchvision.nemotron_h_omni,
     "florence2": documents.florence2,
     "vision-encoder-decoder": documents.donut,
 }
