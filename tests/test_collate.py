@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -75,10 +77,10 @@ def test_pixels_stay_uint8_and_equal_the_processor_s_after_the_table(model_type,
         encoder.training(conversation, [image])
         for conversation, image in zip(conversations, images, strict=True)
     ]
-    assert all(sample.tensors["pixel_values"].dtype == np.uint8 for sample in samples)
+    stored = np.float32 if base.family.channels == "planar" else np.uint8
+    assert all(sample.tensors["pixel_values"].dtype == stored for sample in samples)
     pad = base.processor.tokenizer.pad_token_id
     batch = collate(samples, base.family, pad_token_id=pad)
-    assert batch["pixel_values"].dtype == torch.uint8
     batch = PixelTable(base.processor.image_processor, base.family)(batch)
     for conversation, image in zip(conversations, images, strict=True):
         conversation[0]["content"][0]["image"] = image
@@ -136,3 +138,18 @@ def test_several_images_keep_their_order_and_count(model_type, tiny_base):
     ]
     expected = np.concatenate([sample.tensors["pixel_values"] for sample in single])
     assert np.array_equal(both.tensors["pixel_values"], expected)
+
+
+def test_a_mask_that_does_not_lie_on_the_answer_is_refused(tiny_base):
+    base = tiny_base("nemotron_h_omni")  # its processor expands image tokens, but not the mask
+    processor = copy.copy(base.processor)
+    processor.chat_template = processor.chat_template.replace(
+        "{{ part['text'] }}",
+        "{% if message['role'] == 'assistant' %}"
+        "{% generation %}{{ part['text'] }}{% endgeneration %}"
+        "{% else %}{{ part['text'] }}{% endif %}",
+    )
+    encoder = Encoder(processor, base.family)
+    sample = [turn("user", "What is it?", 1), turn("assistant", "a cat")]
+    with pytest.raises(SampleRefused, match=r"mask lies on .*, not on the answer 'a cat'"):
+        encoder.training(sample, [picture(0)])

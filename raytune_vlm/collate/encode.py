@@ -39,7 +39,8 @@ _MEDIA_TOKENS = (
     *("boi_token", "eoi_token", "boa_token", "eoa_token"),
     *("start_image_token", "end_image_token", "context_image_token"),
     *("vision_start_token", "vision_end_token", "vision_bos_token", "vision_eos_token"),
-    *("audio_bos_token", "audio_eos_token", "image_break_token", "image_end_token"),
+    *("audio_bos_token", "audio_eos_token", "audio_start_token", "audio_end_token"),
+    *("image_start_token", "image_break_token", "image_end_token"),
 )
 """What processors and tokenizers of transformers call the tokens that belong to media."""
 
