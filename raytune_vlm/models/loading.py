@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from raytune_vlm.config.model import ModelConfig
 from raytune_vlm.errors import ModelError, did_you_mean
 from raytune_vlm.models.families import FAMILIES, Family
+from raytune_vlm.models.lora import scope_of
 
 if TYPE_CHECKING:
     import torch
@@ -256,9 +257,22 @@ def load_base(config: ModelConfig, device: str = "cpu") -> Base:
         raise ModelError(f"model.name={config.name!r}: not loaded: {reason}") from error
     model.requires_grad_(False)
     model.eval()
+    _attend_both_ways(model, family)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
     model.to(device)
     backend = image_backend(config, processor.image_processor)
     return Base(model=model, processor=processor, family=family, image_backend=backend)
+
+
+def _attend_both_ways(model: torch.nn.Module, family: Family) -> None:
+    """Mark the attention of vision towers as not causal, which all of them are not.
+
+    transformers' sdpa takes attention without a mask for causal unless it is marked
+    (`integrations/sdpa_attention.py`); Phi-4's tower is marked wrongly and Mllama's not at all, so
+    an image that fills its crops would be seen one way alone and the other way in a batch.
+    """
+    for name, module in model.named_modules():
+        if type(module).__name__.endswith("Attention") and scope_of(name, family) == "vision":
+            module.is_causal = False  # type: ignore[assignment]

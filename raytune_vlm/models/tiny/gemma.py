@@ -236,7 +236,7 @@ def gemma3n() -> tuple[Any, Any]:
             layer_types=["sliding_attention", "full_attention"],
         ),
         vision_config={
-            "architecture": "test_efficientnet",
+            "architecture": "test_efficientnet_ln",
             "hidden_size": 256,
             "vocab_size": 8,
             "vocab_offset": len(tokens),
