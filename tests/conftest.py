@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from raytune_vlm.collate.pixels import PIXEL_NAMES, PixelMaker
 from raytune_vlm.config.data import ImageLimits
 from raytune_vlm.config.model import ModelConfig
 from raytune_vlm.images import encode_png
+from raytune_vlm.models.families import FAMILIES
 from raytune_vlm.models.loading import Base, load_base
 from raytune_vlm.models.tiny import write_tiny_model
 from raytune_vlm.prepare.store import (
@@ -31,11 +33,17 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Family -> the folder of its tiny model, written once a session."""
+    """Family -> the folder of its tiny model, written once a session.
+
+    Skips the test where a package that the family needs is not installed.
+    """
     root = tmp_path_factory.mktemp("tiny")
 
     def folder(model_type: str) -> Path:
         path = root / model_type
+        missing = [name for name in FAMILIES[model_type].needs if find_spec(name) is None]
+        if missing:
+            pytest.skip(f"{model_type} needs {' and '.join(missing)} (tests/with_torchvision.py)")
         if not path.exists():
             write_tiny_model(model_type, path)
         return path
@@ -78,7 +86,7 @@ def _cached_splits(
     def split(model_type: str) -> PreparedSplit:
         base = tiny_base(model_type)
         encoder = Encoder(base.processor, base.family)
-        maker = PixelMaker(base.processor.image_processor, base.family, "pil", ImageLimits())
+        maker = PixelMaker(base.processor.image_processor, base.family, None, ImageLimits())
         folder = tmp_path_factory.mktemp("store")
         (folder / "shard").mkdir()
         index = []

@@ -13,8 +13,10 @@ from PIL import Image
 from raytune_vlm.collate.batch import PixelTable
 from raytune_vlm.collate.pixels import PixelMaker, fast_image_processor
 from raytune_vlm.config.data import ImageLimits
+from raytune_vlm.config.model import ModelConfig
 from raytune_vlm.errors import ModelError
 from raytune_vlm.images import decode, decode_pixels
+from raytune_vlm.models.loading import image_backend
 from raytune_vlm.models.tiny import BUILDERS
 
 FAMILY = pytest.mark.parametrize("model_type", sorted(BUILDERS))
@@ -27,28 +29,24 @@ def jpeg(image, quality=85, **options):
     return buffer.getvalue()
 
 
-def processed(maker, image_processor, family, data, backend="pil"):
-    """The float pixels that reach the vision tower."""
+def processed(maker, image_processor, family, data, backend=None):
+    """The float pixels that reach the vision tower, and those of the processor."""
     made = {name: torch.from_numpy(value) for name, value in maker.decode([data]).items()}
     if family.media["pixel_values"] == "samples":
         made = {name: value[None] for name, value in made.items()}
     given = image_processor([decode(data, ImageLimits())], return_tensors="np")
-    for name in ("image_grid_thw", "aspect_ratio_mask"):
-        if name in given:
-            made[name] = torch.from_numpy(np.asarray(given[name]))
+    others = {name: torch.as_tensor(given[name]) for name in family.media if name in given}
     table = PixelTable(image_processor, family, backend=backend)
-    return table(made)["pixel_values"].numpy(), np.asarray(given["pixel_values"])
+    return table({**others, **made})[family.pixels].numpy(), np.asarray(given[family.pixels])
 
 
 @FAMILY
 def test_pixels_equal_those_of_the_processor_bit_for_bit(model_type, tiny_base):
     base = tiny_base(model_type)
     image_processor = base.processor.image_processor
-    maker = PixelMaker(image_processor, base.family, "pil", ImageLimits())
+    maker = PixelMaker(image_processor, base.family, None, ImageLimits())
     for number, size in enumerate(SIZES):
-        ours, theirs = processed(
-            maker, image_processor, base.family, jpeg(picture(number, *size)), "pil"
-        )
+        ours, theirs = processed(maker, image_processor, base.family, jpeg(picture(number, *size)))
         assert ours.dtype == theirs.dtype == np.float32
         assert np.array_equal(ours, theirs), size
 
@@ -90,17 +88,39 @@ def test_a_filter_that_torch_lacks_is_an_error(tiny_base):
         maker.decode([jpeg(picture(1, 300, 220))])
 
 
+def test_a_class_of_torchvision_alone_does_not_resample_as_pillow_does(tiny_base):
+    base = tiny_base("kimi_k25")
+    with pytest.raises(ModelError, match=r"Kimi_K25ImageProcessor.*use .*torchvision"):
+        image_backend(ModelConfig(name="x", image_backend="pil"), base.processor.image_processor)
+    with pytest.raises(ModelError, match="cannot be made with pil"):
+        fast_image_processor(base.processor.image_processor, base.family, "pil")
+
+
+def test_images_are_padded_with_zeros_after_normalisation(tiny_base):
+    base = tiny_base("pixtral")
+    maker = PixelMaker(base.processor.image_processor, base.family, None, ImageLimits())
+    images = [picture(1, 70, 28), picture(2, 28, 84)]
+    sizes = torch.tensor([[28, 70], [84, 28]])
+    made = torch.from_numpy(maker.make(images)["pixel_values"])
+    batch = {"pixel_values": made, "image_sizes": sizes}
+    table = PixelTable(base.processor.image_processor, base.family)
+    expected = base.processor.image_processor(images, return_tensors="pt")
+    assert torch.equal(torch.as_tensor(expected["image_sizes"]), sizes)
+    assert torch.equal(table(batch)["pixel_values"], expected["pixel_values"])
+
+
 @FAMILY
 def test_sizes_alone_cost_no_resampling_and_are_right(model_type, tiny_base):
     base = tiny_base(model_type)
     image_processor = base.processor.image_processor
-    sizes = fast_image_processor(image_processor, base.family, "pil", sizes_only=True)
+    sizes = fast_image_processor(image_processor, base.family, sizes_only=True)
     image = picture(2, 300, 220)
     settings = {"do_rescale": False, "do_normalize": False, "return_tensors": "np"}
     blank = sizes([image], **settings)
-    whole = fast_image_processor(image_processor, base.family, "pil")([image], **settings)
-    assert blank["pixel_values"].shape == whole["pixel_values"].shape
-    assert not blank["pixel_values"].any() and whole["pixel_values"].any()
+    whole = fast_image_processor(image_processor, base.family)([image], **settings)
+    name = base.family.pixels
+    assert blank[name].shape == whole[name].shape
+    assert not blank[name].any() and whole[name].any()
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])

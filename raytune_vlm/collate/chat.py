@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -46,6 +47,7 @@ class ChatPrompts:
         encoded = self._encoded(inputs)
         if self._markers is None:
             spans = spans_of_mask(mask[0].tolist() if mask is not None else [])
+            self._check_answers(messages, encoded, spans)
         else:
             spans = spans_of_markers(encoded.input_ids.tolist(), self._markers)
         num_turns = sum(message["role"] == "assistant" for message in messages)
@@ -57,6 +59,30 @@ class ChatPrompts:
         if self._markers is not None and self._markers.prefix:
             return self._prefixed(encoded, np.array(self._markers.prefix, dtype=np.int32))
         return encoded
+
+    def _check_answers(
+        self, messages: list[dict[str, Any]], encoded: Encoded, spans: list[Span]
+    ) -> None:
+        """Refuse a sample whose mask does not lie on its answers.
+
+        Nemotron's processor expands image tokens without moving the mask
+        (transformers/models/nemotron_h_omni/processing_nemotron_h_omni.py, `__call__`).
+        """
+        tokenizer = self._processor.tokenizer
+        answers = [message for message in messages if message["role"] == "assistant"]
+        for message, (start, end) in zip(answers, spans, strict=False):
+            labelled = _decoded(tokenizer, encoded.input_ids[start:end])
+            text = "".join(part["text"] for part in message["content"] if part["type"] == "text")
+            answer = text.strip()
+            if answer in labelled:
+                continue
+            # A tokenizer may normalise what it reads.
+            ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
+            if _decoded(tokenizer, ids).strip() not in labelled:
+                seen, asked = (shorten(what, 60, placeholder="...") for what in (labelled, answer))
+                raise SampleRefused(
+                    f"the chat template's mask lies on {seen!r}, not on the answer {asked!r}"
+                )
 
     def prompt(
         self,
@@ -149,6 +175,11 @@ class ChatPrompts:
             for number, (start, end) in enumerate(encoded.spans)
         ]
         return Encoded(inserted(encoded.input_ids, prefix), spans, tensors)
+
+
+def _decoded(tokenizer: Any, ids: Any) -> str:
+    text: str = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    return text
 
 
 def is_aligned(name: str, array: np.ndarray, length: int, family: Family) -> bool:

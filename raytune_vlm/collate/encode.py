@@ -38,7 +38,8 @@ _MEDIA_TOKENS = (
     *("boi_token", "eoi_token", "boa_token", "eoa_token"),
     *("start_image_token", "end_image_token", "context_image_token"),
     *("vision_start_token", "vision_end_token", "vision_bos_token", "vision_eos_token"),
-    *("audio_bos_token", "audio_eos_token", "image_break_token", "image_end_token"),
+    *("audio_bos_token", "audio_eos_token", "audio_start_token", "audio_end_token"),
+    *("image_start_token", "image_break_token", "image_end_token"),
 )
 """What processors and tokenizers of transformers call the tokens that belong to media."""
 
@@ -48,6 +49,8 @@ class Encoder:
 
     Parameters
     ----------
+    backend
+        What resamples the images; None: what the image processor's class is built on.
     sizes_only
         Leave the pixels blank: for token ids, labels and sizes alone.
 
@@ -61,7 +64,7 @@ class Encoder:
         self,
         processor: Any,
         family: Family,
-        backend: ImageBackend = "pil",
+        backend: ImageBackend | None = None,
         *,
         sizes_only: bool = False,
     ) -> None:

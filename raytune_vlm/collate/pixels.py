@@ -11,7 +11,8 @@ Backends, as transformers names them:
 - `pil`: Pillow's resampling.
 - `torchvision`: torchvision resizes uint8 tensors with torch's antialiased kernels
   (`torchvision/transforms/v2/functional/_geometry.py`), which are called here directly, so the
-  package itself is not needed. It has no other filters than bilinear and bicubic.
+  package itself is not needed. It has no other filters than bilinear and bicubic. Where
+  transformers has no Pillow class, the torchvision class itself makes the pixels.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from transformers.image_processing_backends import PilBackend
+from transformers.image_processing_backends import PilBackend, TorchvisionBackend
 from transformers.image_transforms import get_resize_output_image_size, get_size_with_aspect_ratio
 from transformers.image_utils import SizeDict, get_image_size_for_max_height_width
 
@@ -85,17 +86,52 @@ class _WholeImages:
         return image.reshape(-1), height // patch_size, width // patch_size
 
 
-class _PatchBudget(_FastBackend):
+class _OwnTorchvision:
+    """A torchvision class that makes its own pixels, of uint8 `[height, width, 3]` as well."""
+
+    sizes_only: bool = False
+
+    def process_image(self, image: Any, **_: Any) -> torch.Tensor:
+        """An RGB picture (Pillow's, or uint8 `[height, width, 3]`) as `[3, height, width]`."""
+        return torch.from_numpy(np.ascontiguousarray(np.moveaxis(np.asarray(image), -1, 0)))
+
+    def resize(self, image: torch.Tensor, size: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The image as the class resizes it, or zeros of that size; sizes are always exact ones."""
+        if self.sizes_only:
+            return image.new_zeros(()).expand(*image.shape[:-2], size.height, size.width)
+        resized: torch.Tensor = super().resize(image, size, *args, **kwargs)  # type: ignore[misc]
+        return resized
+
+
+class _Crops(_OwnTorchvision):
+    """Phi-4's crops without the small picture of the whole, which is made on the device.
+
+    The class resizes that picture as float, so that it could not be stored as uint8. The crops are
+    resampled within a longer method: `sizes_only` blanks them and saves no time.
+    """
+
+    def resize(self, image: torch.Tensor, size: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """A stand-in of the right size for the small picture."""
+        return image[..., : size.height, : size.width]
+
+    def _preprocess(self, *args: Any, **kwargs: Any) -> Any:
+        made = super()._preprocess(*args, **kwargs)  # type: ignore[misc]
+        crops = made["image_pixel_values"][:, 1:]
+        made["image_pixel_values"] = crops * 0 if self.sizes_only else crops
+        return made
+
+
+class _PatchBudget:
     """Gemma 4's resizing: the size from its own rule, the resampling from the backend."""
 
     def aspect_ratio_preserving_resize(
         self,
-        image: np.ndarray,
+        image: Any,
         patch_size: int,
         max_patches: int,
         pooling_kernel_size: int,
         resample: Any,
-    ) -> np.ndarray:
+    ) -> Any:
         """uint8 `[3, height, width]` at the largest size that fits the budget of patches."""
         from transformers.models.gemma4.image_processing_pil_gemma4 import (
             get_aspect_ratio_preserving_size,
@@ -106,7 +142,8 @@ class _PatchBudget(_FastBackend):
         )
         if image.shape[-2:] == (height, width):
             return image
-        return self.resize(image, SizeDict(height=height, width=width), resample)
+        backend: Any = self
+        return backend.resize(image, SizeDict(height=height, width=width), resample=resample)
 
 
 def _target_size(image: np.ndarray, size: Any) -> tuple[int, int]:
@@ -133,9 +170,12 @@ def _target_size(image: np.ndarray, size: Any) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=32)
-def _fast_class(cls: Any, whole: bool) -> type:
-    bases = [cls, _FastBackend]
-    if whole:
+def _fast_class(cls: Any, channels: int | str) -> type:
+    if issubclass(cls, PilBackend):
+        bases: list[Any] = [cls, _FastBackend]
+    else:
+        bases = [_Crops if channels == "crops" else _OwnTorchvision, cls]
+    if channels == "patches":
         bases.insert(0, _WholeImages)
     if hasattr(cls, "aspect_ratio_preserving_resize"):
         bases.insert(0, _PatchBudget)
@@ -143,23 +183,31 @@ def _fast_class(cls: Any, whole: bool) -> type:
 
 
 def fast_image_processor(
-    image_processor: Any, family: Family, backend: ImageBackend, *, sizes_only: bool = False
+    image_processor: Any,
+    family: Family,
+    backend: ImageBackend | None = None,
+    *,
+    sizes_only: bool = False,
 ) -> Any:
     """A copy of an image processor with fast resampling, for RGB input and uint8 output.
+
+    Parameters
+    ----------
+    backend
+        None: that of the processor's class.
 
     Raises
     ------
     ModelError
-        If the processor's class is not one of transformers' Pillow classes.
+        If the processor is none of transformers' classes, or has no Pillow class to resample with.
     """
     cls: Any = type(image_processor)
-    if not issubclass(cls, PilBackend):
-        raise ModelError(
-            f"{cls.__name__} is not built on transformers' PilBackend: its pixels cannot be made"
-        )
+    own = image_processor.backend if issubclass(cls, PilBackend | TorchvisionBackend) else None
+    if own is None or (own == "torchvision" and backend == "pil"):
+        raise ModelError(f"{cls.__name__}: its pixels cannot be made with {backend or 'Pillow'}")
     fast = copy.copy(image_processor)
-    fast.__class__ = _fast_class(cls, family.channels == "patches")
-    fast.fast_backend = backend
+    fast.__class__ = _fast_class(cls, family.channels)
+    fast.fast_backend = backend or own
     fast.sizes_only = sizes_only
     return fast
 
@@ -173,10 +221,16 @@ class PixelMaker:
     ----------
     image_processor
         The image processor of the model.
+    backend
+        None: that of the processor's class.
     """
 
     def __init__(
-        self, image_processor: Any, family: Family, backend: ImageBackend, limits: ImageLimits
+        self,
+        image_processor: Any,
+        family: Family,
+        backend: ImageBackend | None,
+        limits: ImageLimits,
     ) -> None:
         self._fast = fast_image_processor(image_processor, family, backend)
         self._family, self._limits = family, limits
@@ -214,27 +268,34 @@ def media_tensors(
 ) -> dict[str, np.ndarray]:
     """A processor's output for one sample as compact arrays, the batch dimension taken off."""
     tensors = {}
-    for name, value in made.items():
+    for own_name, value in made.items():
+        name = "pixel_values" if own_name == family.pixels else own_name
         if names is not None and name not in names:
             continue
         array = np.asarray(value)
         if family.media.get(name, "tokens") != "concatenate":
             array = array[0]
-        tensors[name] = _compact(name, array)
+        if name == "pixel_values":
+            tensors[name] = array if family.channels == "planar" else _bytes(array)
+        else:
+            tensors[name] = _compact(array)
     return tensors
 
 
-def _compact(name: str, array: np.ndarray) -> np.ndarray:
-    """Pixels as uint8, masks as int8, indices as int32; refuses to lose anything."""
-    if name == "pixel_values" and array.dtype != np.uint8:
-        small = array.astype(np.uint8)
-        if not np.array_equal(small, array):
-            raise ModelError(
-                f"{name} holds values that are not whole numbers of 0..255 before normalisation"
-            )
-        return small
-    if name != "pixel_values" and array.dtype.kind in "iub":
-        limits = np.iinfo(np.int8)
-        fits = array.size == 0 or (array.min() >= limits.min and array.max() <= limits.max)
-        return array.astype(np.int8 if fits else np.int32)
-    return array
+def _bytes(pixels: np.ndarray) -> np.ndarray:
+    """Pixels as uint8; refuses to lose anything."""
+    if pixels.dtype == np.uint8:
+        return pixels
+    small = pixels.astype(np.uint8)
+    if not np.array_equal(small, pixels):
+        raise ModelError("pixels are not whole numbers of 0..255 before normalisation")
+    return small
+
+
+def _compact(array: np.ndarray) -> np.ndarray:
+    """Masks as int8, indices as int32."""
+    if array.dtype.kind not in "iub":
+        return array
+    limits = np.iinfo(np.int8)
+    fits = array.size == 0 or (array.min() >= limits.min and array.max() <= limits.max)
+    return array.astype(np.int8 if fits else np.int32)

@@ -1,7 +1,8 @@
 """The pixels that the model gets, put together again from a sample's tensors.
 
 Idefics3, SmolVLM and Gemma 3 take tiles `[tiles, 3, height, width]`; the Qwen family takes images
-of its own sizes, flat `[3 * height * width]` until the device cuts them (`collate.pixels`).
+of its own sizes, flat `[3 * height * width]` until the device cuts them (`collate.pixels`); Kimi
+takes patches `[patches, 3, height, width]`.
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ def given_images(
     if pixels is None or num_images == 0:
         return []
     grids = encoded.tensors.get("image_grid_thw")
+    if grids is not None and pixels.ndim == 4:
+        return _from_patches(pixels, grids, processor.image_processor)
     if grids is not None:
         return _from_grids(pixels, grids, processor.image_processor)
     if pixels.ndim == 4 and pixels.shape[1] == 3:
@@ -62,6 +65,19 @@ def _from_grids(pixels: np.ndarray, grids: np.ndarray, settings: Any) -> list[Gi
         start += size
         shown = f"{down * patch} {TIMES} {across * patch}"
         given.append(Given(shown, count // merge**2, np.moveaxis(image, 0, -1)))
+    return given
+
+
+def _from_patches(pixels: np.ndarray, grids: np.ndarray, settings: Any) -> list[Given]:
+    """Kimi's patches `[patches, 3, height, width]`, row by row."""
+    given, start = [], 0
+    for _, down, across in grids.tolist():
+        count, side = down * across, pixels.shape[-1]
+        patches = pixels[start : start + count].reshape(down, across, 3, side, side)
+        start += count
+        image = patches.transpose(0, 3, 1, 4, 2).reshape(down * side, across * side, 3)
+        shown = f"{down * side} {TIMES} {across * side}"
+        given.append(Given(shown, count // int(settings.merge_size) ** 2, image))
     return given
 
 

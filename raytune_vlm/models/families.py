@@ -38,28 +38,41 @@ class Family:
     Attributes
     ----------
     model_type
-        As `config.json` names it.
+        As `config.json` names it; `pixtral` is a `llava` whose vision tower is Pixtral's.
     scopes
         LoRA scope -> prefixes of module names. The longest prefix that fits a module decides.
     media
         Media tensor -> how a batch is made of it. What is not named is aligned with the tokens.
     prompt
         How a conversation becomes tokens.
+    pixels
+        What the model's forward calls the pixels; here they are `pixel_values`.
     channels
-        Where the colour channel of `pixel_values` is: its axis counted from the end (`-3` for
-        `[..., 3, height, width]`); `patches` for Qwen's `[patches, 3 * t * p * p]`, cut on the
-        device from flat images `[3 * height * width]`; `interleaved` for patches whose last
-        dimension is `p * p * 3` with the colour running fastest.
+        Where the colour channel of the pixels is:
+
+        - `-3`: its axis counted from the end, `[..., 3, height, width]`;
+        - `patches`: Qwen's `[patches, 3 * t * p * p]`, cut on the device from flat images
+          `[3 * height * width]`;
+        - `interleaved`: patches whose last dimension is `p * p * 3`, the colour running fastest;
+        - `planar`: patches whose last dimension is `3 * p * p`. Nemotron's processor resizes in
+          float32 and does not round, so these are kept as float32;
+        - `crops`: Phi-4's crops `[images, crops, 3, side, side]`. The small picture of the whole
+          that comes ahead of them is made on the device, of the normalised crops.
+    padded_images
+        Whether images of a batch are padded to the largest, `image_sizes` telling what is image.
     model_class
         Class of transformers that loads it.
     max_images
         Most images of a sample; None: any number.
     needs
-        Packages that the processor imports beyond ours.
+        Packages that the processor or the model imports beyond ours.
     no_linear
         Scopes without any linear layer, where LoRA cannot go.
     outside
-        Prefixes of what belongs to no scope: audio towers.
+        Prefixes of what belongs to no scope: audio towers, and what images never reach.
+    never_called
+        Last names of linear layers whose weight the model reads without calling them: LoRA on
+        them would have no effect.
     left_padding
         Whether prompts of different lengths can be answered in one batch, padded on the left.
     packing
@@ -76,12 +89,15 @@ class Family:
         default_factory=lambda: {"pixel_values": "concatenate"}
     )
     prompt: Prompt = "chat"
-    channels: Literal[-3, "patches", "interleaved"] = -3
+    pixels: str = "pixel_values"
+    channels: Literal[-3, "patches", "interleaved", "planar", "crops"] = -3
+    padded_images: bool = False
     model_class: str = "AutoModelForImageTextToText"
     max_images: int | None = None
     needs: tuple[str, ...] = ()
     no_linear: tuple[str, ...] = ()
     outside: tuple[str, ...] = ()
+    never_called: tuple[str, ...] = ()
     left_padding: bool = True
     packing: Literal["positions", "masks"] | None = "positions"
     multimodal_positions: bool = False
@@ -133,6 +149,7 @@ _GEMMA4_MEDIA: dict[str, MediaLayout] = {
     "pixel_values": "concatenate",
     "image_position_ids": "concatenate",
 }
+_PHI4 = "model.embed_tokens_extend.image_embed."
 _GEMMA4_AUDIO = ("model.audio_tower.", "model.embed_audio.")
 
 
@@ -186,8 +203,32 @@ _ENTRIES = (
         channels="interleaved",
         outside=_GEMMA4_AUDIO,
     ),
+    Family(
+        model_type="gemma4_unified",
+        # No vision tower: patches are projected into the language model.
+        scopes=_scopes(
+            "model.language_model.",
+            "model.embed_vision.multimodal_embedder.",
+            "model.embed_vision.",
+        ),
+        media=_GEMMA4_MEDIA,
+        channels="interleaved",
+        needs=("torchvision",),
+        outside=_GEMMA4_AUDIO,
+    ),
+    Family(
+        model_type="gemma3n",
+        scopes=_GEMMA4_SCOPES,
+        needs=("timm", "torchvision"),
+        # MobileNet-V5 is made of convolutions.
+        no_linear=("vision",),
+        outside=_GEMMA4_AUDIO,
+        never_called=("correction_coefs",),
+    ),
     Family(model_type="paligemma", scopes=_LLAVA_SCOPES, prompt="prefix", packing=None),
     Family(model_type="llava", scopes=_LLAVA_SCOPES),
+    Family(model_type="pixtral", scopes=_LLAVA_SCOPES, media=_SIZED, padded_images=True),
+    Family(model_type="mistral3", scopes=_LLAVA_SCOPES, media=_SIZED, padded_images=True),
     Family(model_type="llava_next", scopes=_LLAVA_SCOPES, media=_SIZED),
     Family(
         model_type="llava_onevision",
@@ -217,6 +258,41 @@ _ENTRIES = (
             "cross_attention_mask": "tokens",
         },
         packing=None,
+    ),
+    Family(
+        model_type="kimi_k25",
+        scopes=_scopes("model.language_model.", "model.mm_projector.", "model.vision_tower."),
+        media=_PATCHES,
+        needs=("torchvision",),
+    ),
+    Family(
+        model_type="phi4_multimodal",
+        scopes=_scopes(
+            "model.embed_tokens. model.layers. model.norm.",
+            f"{_PHI4}img_projection_ {_PHI4}global_img_ {_PHI4}sub_img_",
+            f"{_PHI4}img_processor.embeddings. {_PHI4}img_processor.encoder. "
+            f"{_PHI4}img_processor.post_layernorm.",
+        ),
+        media={**_SIZED, "image_attention_mask": "concatenate"},
+        pixels="image_pixel_values",
+        channels="crops",
+        model_class="AutoModelForMultimodalLM",
+        needs=("torchvision",),
+        # Features are taken ahead of the tower's pooling head.
+        outside=("model.embed_tokens_extend.audio_embed.", f"{_PHI4}img_processor.head."),
+    ),
+    Family(
+        model_type="nemotron_h_omni",
+        scopes=_scopes(
+            "language_model.model.",
+            "multi_modal_projector.",
+            "vision_model.embeddings.cls_ vision_model.embeddings.position_ "
+            "vision_model.embeddings.patch_ vision_model.encoder.",
+        ),
+        media={"pixel_values": "concatenate", "image_grid_hw": "concatenate"},
+        channels="planar",
+        needs=("torchvision",),
+        outside=("audio_tower.", "embed_audio.", "vision_model.embeddings.video_"),
     ),
     Family(
         model_type="florence2",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import sys
 import textwrap
 import uuid
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from raytune_vlm import __version__
 from raytune_vlm.config.model import ModelConfig
 from raytune_vlm.errors import ModelError, did_you_mean
 from raytune_vlm.models.families import FAMILIES, Family
+from raytune_vlm.models.lora import scope_of
 
 if TYPE_CHECKING:
     import torch
@@ -71,8 +73,16 @@ def image_backend(config: ModelConfig, image_processor: Any) -> ImageBackend:
     Raises
     ------
     ModelError
-        If torchvision's resampling is asked for and the processor's filter is not one of torch's.
+        If torchvision's resampling is asked for and the processor's filter is not one of torch's,
+        or Pillow's where the processor has no class for it.
     """
+    if image_processor.backend == "torchvision":
+        if config.image_backend == "pil":
+            raise ModelError(
+                f"model.image_backend=pil: {type(image_processor).__name__} has torchvision's "
+                "resampling only; use model.image_backend: torchvision"
+            )
+        return "torchvision"
     resample: Any = getattr(image_processor, "resample", None)
     if config.image_backend == "auto":
         possible = resample is None or resample in _TORCH_FILTERS
@@ -123,7 +133,10 @@ def check_model(config: ModelConfig) -> Family:
         If the model is not found, is not a model folder, is of an unknown family, or its
         processor needs a package that is not installed.
     """
-    model_type = _config_json(config).get("model_type")
+    found = _config_json(config)
+    model_type = found.get("model_type")
+    if model_type == "llava" and found.get("vision_config", {}).get("model_type") == "pixtral":
+        model_type = "pixtral"
     family = FAMILIES.get(str(model_type))
     if family is None:
         raise ModelError(
@@ -133,8 +146,8 @@ def check_model(config: ModelConfig) -> Family:
     missing = [name for name in family.needs if find_spec(name) is None]
     if missing:
         raise ModelError(
-            f"model.name={config.name!r}: the processor of {model_type} needs "
-            f"{', '.join(missing)}: pip install {' '.join(missing)}"
+            f"model.name={config.name!r}: {model_type} needs {', '.join(missing)}: "
+            f"pip install {' '.join(missing)}"
         )
     return family
 
@@ -220,45 +233,59 @@ def load_processor(config: ModelConfig) -> Any:
     ModelError
         If transformers cannot build it, with its reason.
     """
-    allow_missing_video_processor()
-    from transformers import AutoProcessor
+    allow_missing_torchvision()
+    import transformers
 
     try:
-        processor = AutoProcessor.from_pretrained(
+        processor = transformers.AutoProcessor.from_pretrained(
             model_path(config), revision=config.revision, trust_remote_code=False
         )
     except (OSError, ValueError, ImportError, AttributeError, TypeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise ModelError(f"model.name={config.name!r}: no processor: {reason}") from error
-    if getattr(processor.image_processor, "backend", "pil") != "pil":
-        from transformers import AutoImageProcessor
-
+    images = processor.image_processor
+    if images.backend != "pil" and hasattr(transformers, f"{type(images).__name__}Pil"):
         # Sizes and tiles come from the Pillow class, whatever the resampling (`collate.pixels`).
-        processor.image_processor = AutoImageProcessor.from_pretrained(
+        processor.image_processor = transformers.AutoImageProcessor.from_pretrained(
             model_path(config), revision=config.revision, backend="pil", trust_remote_code=False
         )
+    if hasattr(processor, "spatial_merge_size"):
+        # Pixtral's processor sets this at each call; here its image processor is called alone too.
+        side = processor.patch_size * processor.spatial_merge_size
+        processor.image_processor.patch_size = {"height": side, "width": side}
     tokenizer = processor.tokenizer
+    if processor.chat_template is None:  # Phi-4's processor drops it when it is loaded
+        processor.chat_template = getattr(tokenizer, "chat_template", None)
     if tokenizer.pad_token_id is None:
         raise ModelError(f"model.name={config.name!r}: the tokenizer has no padding token")
     return processor
 
 
-def allow_missing_video_processor() -> None:
-    """Let image-text processors load where torchvision, and so every video processor, is absent.
+def allow_missing_torchvision() -> None:
+    """Let image-text processors load that need nothing of torchvision, where it is absent.
 
     transformers checks the video slot of a processor against `VideoProcessorMixin`, which its
-    lazy module does not export without torchvision: it is named there. And whatever video
-    processor a checkpoint asks for, the slot gets that base class with the checkpoint's settings:
-    images never come to it, and it refuses videos.
+    lazy module does not export without torchvision: it is named there. Whatever video processor a
+    checkpoint asks for, the slot gets that base class with the checkpoint's settings: images never
+    come to it, and it refuses videos. Pixtral's processor, marked as needing torchvision, takes one
+    function from the module of its torchvision class that the module of the Pillow class has too.
     """
     if find_spec("torchvision") is not None:
         return
+    import transformers
     import transformers.processing_utils as processing
+    from transformers.models import pixtral
     from transformers.models.auto.video_processing_auto import AutoVideoProcessor
+    from transformers.models.pixtral import image_processing_pil_pixtral
     from transformers.video_processing_utils import VideoProcessorMixin
 
     processing.transformers_module.VideoProcessorMixin = VideoProcessorMixin
     AutoVideoProcessor.from_pretrained = VideoProcessorMixin.from_pretrained
+    name = "transformers.models.pixtral.image_processing_pixtral"
+    sys.modules.setdefault(name, image_processing_pil_pixtral)
+    from transformers.models.pixtral.processing_pixtral import PixtralProcessor
+
+    pixtral.PixtralProcessor = transformers.PixtralProcessor = PixtralProcessor
 
 
 def load_base(config: ModelConfig, device: str = "cpu") -> Base:
@@ -287,9 +314,22 @@ def load_base(config: ModelConfig, device: str = "cpu") -> Base:
         raise ModelError(f"model.name={config.name!r}: not loaded: {reason}") from error
     model.requires_grad_(False)
     model.eval()
+    _attend_both_ways(model, family)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
     model.to(device)
     backend = image_backend(config, processor.image_processor)
     return Base(model=model, processor=processor, family=family, image_backend=backend)
+
+
+def _attend_both_ways(model: torch.nn.Module, family: Family) -> None:
+    """Mark the attention of vision towers as not causal, which all of them are not.
+
+    transformers' sdpa takes attention without a mask for causal unless it is marked
+    (`integrations/sdpa_attention.py`); Phi-4's tower is marked wrongly and Mllama's not at all, so
+    an image that fills its crops would be seen one way alone and the other way in a batch.
+    """
+    for name, module in model.named_modules():
+        if type(module).__name__.endswith("Attention") and scope_of(name, family) == "vision":
+            module.is_causal = False  # type: ignore[assignment]

@@ -44,7 +44,8 @@ def target_modules(model: torch.nn.Module, family: Family, scopes: tuple[str, ..
     found: dict[str, list[str]] = {scope: [] for scope in scopes}
     for name, module in model.named_modules():
         scope = scope_of(name, family)
-        if isinstance(module, torch.nn.Linear) and scope in found:
+        called = name.rpartition(".")[2] not in family.never_called
+        if isinstance(module, torch.nn.Linear) and scope in found and called:
             found[scope].append(name)
     for scope, names in found.items():
         if not names:
