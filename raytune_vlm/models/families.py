@@ -1,119 +1,32 @@
 """`FAMILIES`: everything the program knows about a VLM architecture, one entry a `model_type`.
 
 A new family is one entry here and one builder in `models/tiny/`; the contract tests in
-`tests/contracts/` pick it up from the tables.
+`tests/contracts/` pick it up from the tables. Families that need code of their own stand in
+`models/remote_families.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from raytune_vlm.models.family import Family, MediaLayout, Prompt, scopes
+from raytune_vlm.models.remote_families import REMOTE_FAMILIES
 
-from raytune_vlm.errors import ModelError
+__all__ = ["FAMILIES", "Family", "MediaLayout", "Prompt"]
 
-MediaLayout = Literal["samples", "concatenate", "tokens"]
-"""How a batch is made of the samples' media tensors:
-
-- `samples`: stacked along a new first dimension, the others padded with zeros;
-- `concatenate`: joined along dimension 0 (images, patches or tiles), the others padded with zeros;
-- `tokens`: `[length, ...]`, padded with the tokens, on their side.
-"""
-
-Prompt = Literal["chat", "prefix", "encoder-decoder", "image-encoder"]
-"""How a conversation becomes tokens:
-
-- `chat`: by the processor's chat template;
-- `prefix`: one question and one answer, as prefix and suffix of one sequence (PaliGemma);
-- `encoder-decoder`: the question into the text encoder, the answer from the decoder (Florence-2);
-- `image-encoder`: the image alone is encoded; the decoder reads the question and goes on with the
-  answer (Donut).
-"""
-
-
-@dataclass(frozen=True)
-class Family:
-    """What differs from one architecture to the next.
-
-    Attributes
-    ----------
-    model_type
-        As `config.json` names it.
-    scopes
-        LoRA scope -> prefixes of module names. The longest prefix that fits a module decides.
-    media
-        Media tensor -> how a batch is made of it. What is not named is aligned with the tokens.
-    prompt
-        How a conversation becomes tokens.
-    channels
-        Where the colour channel of `pixel_values` is: its axis counted from the end (`-3` for
-        `[..., 3, height, width]`); `patches` for Qwen's `[patches, 3 * t * p * p]`, cut on the
-        device from flat images `[3 * height * width]`; `interleaved` for patches whose last
-        dimension is `p * p * 3` with the colour running fastest.
-    model_class
-        Class of transformers that loads it.
-    max_images
-        Most images of a sample; None: any number.
-    needs
-        Packages that the processor imports beyond ours.
-    hub_needs
-        Packages that the processor of a hub checkpoint imports, for its video part, and that a
-        folder saved without one does not need.
-    no_linear
-        Scopes without any linear layer, where LoRA cannot go.
-    outside
-        Prefixes of what belongs to no scope: audio towers.
-    left_padding
-        Whether prompts of different lengths can be answered in one batch, padded on the left.
-    """
-
-    model_type: str
-    scopes: Mapping[str, tuple[str, ...]]
-    media: Mapping[str, MediaLayout] = field(
-        default_factory=lambda: {"pixel_values": "concatenate"}
-    )
-    prompt: Prompt = "chat"
-    channels: Literal[-3, "patches", "interleaved"] = -3
-    model_class: str = "AutoModelForImageTextToText"
-    max_images: int | None = None
-    needs: tuple[str, ...] = ()
-    hub_needs: tuple[str, ...] = ()
-    no_linear: tuple[str, ...] = ()
-    outside: tuple[str, ...] = ()
-    left_padding: bool = True
-
-    def check_scopes(self, scopes: set[str]) -> None:
-        """Raise ModelError for a LoRA scope that holds no linear layer in this family."""
-        for scope in sorted(scopes & set(self.no_linear)):
-            others = " or ".join(name for name in self.scopes if name not in self.no_linear)
-            raise ModelError(
-                f"lora.scope: {scope!r} holds no linear layer in {self.model_type}; use {others}"
-            )
-
-
-def _scopes(text: str, projector: str, vision: str) -> dict[str, tuple[str, ...]]:
-    return {
-        "text": tuple(text.split()),
-        "projector": tuple(projector.split()),
-        "vision": tuple(vision.split()),
-    }
-
-
-_LLAVA_SCOPES = _scopes(
+_LLAVA_SCOPES = scopes(
     "model.language_model.",
     "model.multi_modal_projector model.image_newline",
     "model.vision_tower.",
 )
-_IDEFICS_SCOPES = _scopes("model.text_model.", "model.connector.", "model.vision_model.")
-_QWEN_SCOPES = _scopes(
+_IDEFICS_SCOPES = scopes("model.text_model.", "model.connector.", "model.vision_model.")
+_QWEN_SCOPES = scopes(
     "model.language_model.",
     "model.visual.merger. model.visual.deepstack_merger_list.",
     "model.visual.",
 )
-_OMNI_SCOPES = _scopes(
+_OMNI_SCOPES = scopes(
     "model.language_model.", "model.visual.merger. model.visual.merger_list.", "model.visual."
 )
-_GEMMA4_SCOPES = _scopes("model.language_model.", "model.embed_vision.", "model.vision_tower.")
+_GEMMA4_SCOPES = scopes("model.language_model.", "model.embed_vision.", "model.vision_tower.")
 
 _PATCHES: dict[str, MediaLayout] = {"pixel_values": "concatenate", "image_grid_thw": "concatenate"}
 _TILES: dict[str, MediaLayout] = {"pixel_values": "samples", "pixel_attention_mask": "samples"}
@@ -161,7 +74,7 @@ _ENTRIES = (
     _omni("qwen3_omni_moe_thinker", _QWEN3_OMNI),
     Family(
         model_type="gemma3",
-        scopes=_scopes(
+        scopes=scopes(
             "model.language_model.", "model.multi_modal_projector.", "model.vision_tower."
         ),
         # Gemma 3's projection is a bare Parameter.
@@ -195,7 +108,7 @@ _ENTRIES = (
     ),
     Family(
         model_type="mllama",
-        scopes=_scopes(
+        scopes=scopes(
             "model.language_model.", "model.multi_modal_projector", "model.vision_model."
         ),
         media={
@@ -213,7 +126,7 @@ _ENTRIES = (
     ),
     Family(
         model_type="vision-encoder-decoder",
-        scopes=_scopes("decoder.", "enc_to_dec_proj", "encoder."),
+        scopes=scopes("decoder.", "enc_to_dec_proj", "encoder."),
         prompt="image-encoder",
         max_images=1,
         # Donut's encoder and decoder are of one width.
@@ -223,4 +136,4 @@ _ENTRIES = (
     ),
 )
 
-FAMILIES: dict[str, Family] = {entry.model_type: entry for entry in _ENTRIES}
+FAMILIES: dict[str, Family] = {entry.model_type: entry for entry in (*_ENTRIES, *REMOTE_FAMILIES)}

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from raytune_vlm.config.model import ModelConfig
 from raytune_vlm.errors import ModelError, did_you_mean
 from raytune_vlm.models.families import FAMILIES, Family
+from raytune_vlm.models.trust import OPTION, check_trust
 
 if TYPE_CHECKING:
     import torch
@@ -74,10 +75,11 @@ def check_model(config: ModelConfig) -> Family:
     Raises
     ------
     ModelError
-        If the model is not found, is not a model folder, is of an unknown family, or its
-        processor needs a package that is not installed.
+        If the model is not found, is not a model folder, is of an unknown family, its processor
+        needs a package that is not installed, or it needs code of its own that is not trusted.
     """
-    model_type = _config_json(config).get("model_type")
+    file = _config_file(config)
+    model_type = _config_json(config, file).get("model_type")
     family = FAMILIES.get(str(model_type))
     if family is None:
         raise ModelError(
@@ -91,17 +93,27 @@ def check_model(config: ModelConfig) -> Family:
             f"model.name={config.name!r}: the processor of {model_type} needs "
             f"{', '.join(missing)}: pip install {' '.join(missing)}"
         )
+    if family.remote_code:
+        check_trust(config, str(model_type), file)
+    elif config.trusted_revision is not None:
+        raise ModelError(
+            f"model.name={config.name!r}: {model_type} is a class of transformers, no other code "
+            f"is needed; leave {OPTION} out"
+        )
     return family
 
 
-def _config_json(config: ModelConfig) -> dict[str, Any]:
+def _config_file(config: ModelConfig) -> Path:
     folder = Path(model_path(config))
-    if folder.is_dir():
-        file = folder / "config.json"
-        if not file.is_file():
-            raise ModelError(f"model.name={config.name!r}: {folder} holds no config.json")
-    else:
-        file = _hub_file(config)
+    if not folder.is_dir():
+        return _hub_file(config)
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ModelError(f"model.name={config.name!r}: {folder} holds no config.json")
+    return file
+
+
+def _config_json(config: ModelConfig, file: Path) -> dict[str, Any]:
     try:
         value: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -161,18 +173,28 @@ def model_fingerprint(config: ModelConfig) -> dict[str, str]:
 def load_processor(config: ModelConfig) -> Any:
     """The processor of a model, as transformers builds it, padding on the right.
 
+    Of a family that has none in transformers it is one of ours (`models/processors`), around the
+    model's own tokenizer.
+
     Raises
     ------
     ModelError
-        If transformers cannot build it, with its reason.
+        If transformers cannot build it, with its reason, or the tokenizer is code that nobody
+        trusts.
     """
+    family = check_model(config)
     allow_missing_video_processor()
-    from transformers import AutoProcessor
-
     try:
-        processor = AutoProcessor.from_pretrained(
-            model_path(config), revision=config.revision, trust_remote_code=False
-        )
+        if family.own_processor:
+            from raytune_vlm.models.processors import build_processor
+
+            processor = build_processor(model_path(config), family, code_options(config, family))
+        else:
+            from transformers import AutoProcessor
+
+            processor = AutoProcessor.from_pretrained(
+                model_path(config), revision=config.revision, trust_remote_code=False
+            )
     except (OSError, ValueError, ImportError, AttributeError, TypeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise ModelError(f"model.name={config.name!r}: no processor: {reason}") from error
@@ -187,6 +209,21 @@ def load_processor(config: ModelConfig) -> Any:
     if tokenizer.pad_token_id is None:
         raise ModelError(f"model.name={config.name!r}: the tokenizer has no padding token")
     return processor
+
+
+def code_options(config: ModelConfig, family: Family) -> dict[str, Any]:
+    """What `from_pretrained` is told of revision and code, after `check_model` let it pass.
+
+    `code_revision` pins code that a file of the model takes from another repository to a commit
+    which that one does not have.
+    """
+    if not family.remote_code:
+        return {"revision": config.revision, "trust_remote_code": False}
+    return {
+        "revision": config.revision,
+        "code_revision": config.trusted_revision,
+        "trust_remote_code": True,
+    }
 
 
 def allow_missing_video_processor() -> None:
@@ -219,14 +256,18 @@ def load_base(config: ModelConfig, device: str = "cpu") -> Base:
     try:
         model = getattr(transformers, family.model_class).from_pretrained(
             model_path(config),
-            revision=config.revision,
             dtype=getattr(torch, config.dtype),
             attn_implementation=None if config.attention == "auto" else config.attention,
-            trust_remote_code=False,
+            **code_options(config, family),
         )
     except (OSError, ValueError, ImportError) as error:
         reason = textwrap.shorten(str(error), 240, placeholder="...")
         raise ModelError(f"model.name={config.name!r}: not loaded: {reason}") from error
+    if family.own_processor:
+        from raytune_vlm.models.processors import GLUE
+
+        if family.model_type in GLUE:
+            GLUE[family.model_type](model, processor)
     model.requires_grad_(False)
     model.eval()
     if config.gradient_checkpointing:
