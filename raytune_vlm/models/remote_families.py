@@ -64,7 +64,7 @@ REMOTE_FAMILIES = (
         model_type="nemotron_parse",
         scopes=scopes(
             "decoder.",
-            "encoder.conv1. encoder.conv2. encoder.sum_proj. encoder.layer_norm",
+            "encoder.conv encoder.sum_proj encoder.layer_norm",
             "encoder.model_encoder.",
         ),
         prompt="image-encoder",
