@@ -60,17 +60,31 @@ def test_every_remote_family_has_a_stand_in_and_is_unknown_to_transformers():
     assert not remote & set(CONFIG_MAPPING)
 
 
-def test_without_the_option_no_code_runs_and_with_the_one_it_names_it_does(folder, tmp_path, mark):
+def test_without_the_option_no_code_runs_and_the_refusal_names_it(folder, tmp_path, mark):
     write_data(tmp_path / "data", num_train=2, num_other=1)
     target = tmp_path / "data" / "train.jsonl"
-    command = ("data", "inspect", "--model", folder, target)
-    refused = run_cli(*command, check=False)
+    refused = run_cli("data", "inspect", "--model", folder, target, check=False)
     assert refused.returncode == 2 and "Traceback" not in refused.stderr
     message = refused.stderr.strip()
     assert message.count("\n") == 0 and "does not run unasked" in message
     assert message.endswith(f"{OPTION} {folder}@{code_digest(folder)}")
     assert not mark.exists()
-    done = run_cli(*command, *message.split()[-2:])
+
+
+def test_a_commit_of_the_hub_is_trusted_and_is_what_is_loaded(folder, tmp_path, mark, monkeypatch):
+    cache = tmp_path / "hub" / "models--owner--small"
+    shutil.copytree(folder, cache / "snapshots" / COMMIT)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text(COMMIT)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    write_data(tmp_path / "data", num_train=2, num_other=1)
+    command = ("data", "inspect", "--model", "owner/small", tmp_path / "data" / "train.jsonl")
+    refused = run_cli(*command, check=False)
+    assert refused.returncode == 2
+    assert refused.stderr.strip().endswith(f"{OPTION} owner/small@{COMMIT}")
+    other = run_cli(*command, OPTION, f"owner/small@{COMMIT[::-1]}", check=False)
+    assert other.returncode == 2 and not mark.exists()
+    done = run_cli(*command, OPTION, f"owner/small@{COMMIT}")
     assert "tea" in done.stdout and mark.exists()
 
 

@@ -6,9 +6,12 @@ transformers; `load_processor` is what the data stage needs; `load_base` is what
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -188,7 +191,10 @@ def load_processor(config: ModelConfig) -> Any:
         if family.own_processor:
             from raytune_vlm.models.processors import build_processor
 
-            processor = build_processor(model_path(config), family, code_options(config, family))
+            with _code_lock(family):
+                processor = build_processor(
+                    model_path(config), family, code_options(config, family)
+                )
         else:
             from transformers import AutoProcessor
 
@@ -226,6 +232,43 @@ def code_options(config: ModelConfig, family: Family) -> dict[str, Any]:
     }
 
 
+@contextmanager
+def _code_lock(family: Family) -> Iterator[None]:
+    """One process of a machine at a time: transformers copies code into its cache without a lock,
+    and a process may import what another is still writing."""
+    if not family.remote_code:
+        yield
+        return
+    from transformers.dynamic_module_utils import HF_MODULES_CACHE
+
+    Path(HF_MODULES_CACHE).mkdir(parents=True, exist_ok=True)
+    with (Path(HF_MODULES_CACHE) / ".raytune_vlm.lock").open("w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
+def _fetch_code(config: ModelConfig, family: Family) -> None:
+    """Copy and import the code of a model's classes; loading then finds it copied."""
+    from transformers import AutoConfig
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    path, options = model_path(config), code_options(config, family)
+    classes = _config_json(config, _config_file(config)).get("auto_map", {})
+    if family.model_class not in classes:
+        raise ModelError(
+            f"model.name={config.name!r}: its auto_map names no {family.model_class}"
+            f"{did_you_mean(family.model_class, classes)}"
+        )
+    with _code_lock(family):
+        AutoConfig.from_pretrained(path, **options)
+        get_class_from_dynamic_module(
+            classes[family.model_class],
+            path,
+            revision=options["revision"],
+            code_revision=options["code_revision"],
+        )
+
+
 def allow_missing_video_processor() -> None:
     """Let image-text processors load where torchvision, and so every video processor, is absent.
 
@@ -253,6 +296,8 @@ def load_base(config: ModelConfig, device: str = "cpu") -> Base:
 
     family = check_model(config)
     processor = load_processor(config)
+    if family.remote_code:
+        _fetch_code(config, family)
     try:
         model = getattr(transformers, family.model_class).from_pretrained(
             model_path(config),

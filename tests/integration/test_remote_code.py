@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 from made import run_cli
 
+from raytune_vlm.errors import ConfigError
 from raytune_vlm.models.trust import OPTION, code_digest
 from raytune_vlm.records import SweepFolder, read_json
+from raytune_vlm.sweep.runner import recorded_experiment
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 
-def test_train_with_the_option_and_nothing_after_it_without(tiny_model, write_experiment):
-    model = tiny_model("kimi_vl")
+def test_train_with_the_option_and_nothing_after_it_without(tiny_model, tmp_path, write_experiment):
+    model = shutil.copytree(tiny_model("kimi_vl"), tmp_path / "model")
     train = {"max_steps": 2, "warmup_steps": 1, "batch_size": 4}
     evaluation = {"metrics": ["cer@micro"], "max_new_tokens": 2, "num_bootstrap": 100}
     sweep = {"num_trials": 1, "search_space": {}, "scheduler": {"type": "fifo"}}
@@ -27,5 +31,9 @@ def test_train_with_the_option_and_nothing_after_it_without(tiny_model, write_ex
     for command in (("resume", folder), ("evaluate", folder), ("train", file)):
         refused = run_cli(*command, check=False)
         assert refused.returncode == 2 and f"{OPTION} {option}" in refused.stderr
-    shown = run_cli("evaluate", folder, "--trial", "t0000", OPTION, option).stdout
-    assert "cer@micro" in shown
+    again = recorded_experiment(SweepFolder(folder), option)
+    assert again.model.trusted_revision == code_digest(model)
+    with (model / "modeling_small.py").open("a") as stream:
+        stream.write("# one more line\n")
+    with pytest.raises(ConfigError, match="start a new sweep"):
+        recorded_experiment(SweepFolder(folder), f"{model}@{code_digest(model)}")
