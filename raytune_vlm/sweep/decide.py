@@ -20,7 +20,7 @@ from raytune_vlm.errors import EvaluationError
 from raytune_vlm.evaluate.scoring import read_matrix
 from raytune_vlm.evaluate.statistics import corrected_winner, indistinguishable, paired_test
 from raytune_vlm.images import thumbnail
-from raytune_vlm.models.loading import load_processor
+from raytune_vlm.models.loading import check_model, load_processor
 from raytune_vlm.records import (
     PairedTest,
     Replicate,
@@ -274,7 +274,8 @@ def _write_best(running: Session, winner: Candidate) -> None:
     source = folder.trial(winner.trial.trial_id).checkpoint(winner.step)
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         shutil.copy2(source / name, best / name)
-    load_processor(experiment.model).save_pretrained(best)
+    if not check_model(experiment.model).own_processor:  # those are of no use to other programs
+        load_processor(experiment.model).save_pretrained(best)
     evaluation = folder.trial(winner.trial.trial_id).evaluation("report", winner.step)
     shutil.copytree(evaluation, best / "evaluation")
     own = experiment.with_recipe(winner.trial.recipe)
