@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from raytune_vlm import __version__
-from raytune_vlm.cli_data import data
+from raytune_vlm.cli_data import TRUST, data
 from raytune_vlm.errors import RaytuneVlmError
 
 if TYPE_CHECKING:
@@ -41,13 +41,14 @@ cli.add_command(data)
 @cli.command()
 @_EXPERIMENT
 @_OVERRIDES
+@TRUST
 @click.option("--show", is_flag=True, help="Print the resolved experiment.")
-def validate(experiment: Path, overrides: tuple[str, ...], show: bool) -> None:
+def validate(experiment: Path, overrides: tuple[str, ...], trust: str | None, show: bool) -> None:
     """Check an experiment, its model and its data paths; start nothing."""
-    from raytune_vlm.config.loader import load_experiment, render
+    from raytune_vlm.config.loader import render
     from raytune_vlm.models.loading import check_model
 
-    resolved = load_experiment(experiment, overrides)
+    resolved = _load(experiment, overrides, trust)
     family = check_model(resolved.model)
     family.check_scopes(resolved.lora_scopes())
     family.check_packing(resolved.train.pack_tokens)
@@ -60,6 +61,13 @@ def validate(experiment: Path, overrides: tuple[str, ...], show: bool) -> None:
         f"({family.model_type}), {resolved.sweep.num_trials} trials of up to "
         f"{resolved.train.max_steps} steps, {resolved.metric} scored at steps {rungs}"
     )
+
+
+def _load(file: Path, overrides: tuple[str, ...], trust: str | None) -> ExperimentConfig:
+    from raytune_vlm.config.loader import load_experiment
+    from raytune_vlm.models.trust import with_trust
+
+    return with_trust(load_experiment(file, overrides), trust)
 
 
 def _check_sources(experiment: ExperimentConfig) -> None:
@@ -103,12 +111,12 @@ def _free_name(experiment: ExperimentConfig) -> str:
 @cli.command()
 @_EXPERIMENT
 @_OVERRIDES
-def prepare(experiment: Path, overrides: tuple[str, ...]) -> None:
+@TRUST
+def prepare(experiment: Path, overrides: tuple[str, ...], trust: str | None) -> None:
     """Read, check and encode the data once; later runs find it."""
-    from raytune_vlm.config.loader import load_experiment
     from raytune_vlm.monitor import Monitor
 
-    resolved = load_experiment(experiment, overrides)
+    resolved = _load(experiment, overrides, trust)
     with Monitor() as monitor:
         from raytune_vlm.sweep.runner import prepare_only
 
@@ -120,12 +128,12 @@ def prepare(experiment: Path, overrides: tuple[str, ...]) -> None:
 @cli.command()
 @_EXPERIMENT
 @_OVERRIDES
-def train(experiment: Path, overrides: tuple[str, ...]) -> None:
+@TRUST
+def train(experiment: Path, overrides: tuple[str, ...], trust: str | None) -> None:
     """Train the experiment's own recipe; run again, it goes on from its newest checkpoint."""
-    from raytune_vlm.config.loader import load_experiment
     from raytune_vlm.monitor import Monitor
 
-    resolved = load_experiment(experiment, overrides)
+    resolved = _load(experiment, overrides, trust)
     with Monitor() as monitor:
         from raytune_vlm.sweep.single import train_one
 
@@ -136,12 +144,12 @@ def train(experiment: Path, overrides: tuple[str, ...]) -> None:
 @cli.command()
 @_EXPERIMENT
 @_OVERRIDES
-def sweep(experiment: Path, overrides: tuple[str, ...]) -> None:
+@TRUST
+def sweep(experiment: Path, overrides: tuple[str, ...], trust: str | None) -> None:
     """Search recipes, pick the winner, prove it, report."""
-    from raytune_vlm.config.loader import load_experiment
     from raytune_vlm.monitor import Monitor
 
-    resolved = load_experiment(experiment, overrides)
+    resolved = _load(experiment, overrides, trust)
     with Monitor() as monitor:
         _sweep(resolved, monitor)
 
@@ -155,7 +163,8 @@ def _sweep(experiment: ExperimentConfig, monitor: Any) -> None:
 
 @cli.command()
 @_FOLDER
-def resume(folder: Path) -> None:
+@TRUST
+def resume(folder: Path, trust: str | None) -> None:
     """Continue a sweep that was stopped or killed."""
     from raytune_vlm.monitor import Monitor
 
@@ -163,21 +172,22 @@ def resume(folder: Path) -> None:
         from raytune_vlm.sweep.conclusion import conclude
         from raytune_vlm.sweep.runner import resume_sweep
 
-        conclude(resume_sweep(folder, monitor=monitor), monitor)
+        conclude(resume_sweep(folder, monitor=monitor, trust=trust), monitor)
 
 
 @cli.command()
 @_FOLDER
+@TRUST
 @click.option("--trial", "trial_id", default="base", help="Trial id, or `base`.")
 @click.option("--split", type=click.Choice(["select", "report"]), default="select")
-def evaluate(folder: Path, trial_id: str, split: str) -> None:
+def evaluate(folder: Path, trust: str | None, trial_id: str, split: str) -> None:
     """Score one trial's newest checkpoint, or the base model, of a sweep folder on a split."""
     from raytune_vlm.monitor import Monitor
 
     with Monitor() as monitor:
         from raytune_vlm.sweep.single import evaluate_one
 
-        scores = evaluate_one(folder, trial_id, split, monitor=monitor)
+        scores = evaluate_one(folder, trial_id, split, monitor=monitor, trust=trust)
         for name, entry in scores.metrics.items():
             click.echo(f"{name} {entry.value:.4f} [{entry.lower:.4f}, {entry.upper:.4f}]")
 

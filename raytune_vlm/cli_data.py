@@ -9,7 +9,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -24,6 +24,14 @@ if TYPE_CHECKING:
     from raytune_vlm.inspection.target import Target
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
+
+TRUST = click.option(
+    "--trust-remote-code",
+    "trust",
+    metavar="MODEL@REVISION",
+    help="Let the code that comes with a model run; without this option no such code does.",
+)
+"""Of every command that loads a model; see `models/trust.py`."""
 
 STATUS_BAD_ROWS = 1
 """Exit status of `validate` where more rows are bad than may be."""
@@ -41,6 +49,7 @@ def data() -> None:
 def _shared(command: _Command) -> _Command:
     """What all three commands take."""
     for decorate in (
+        TRUST,
         click.option("--model", help="`demo`, a folder or a hub name. [default: demo]"),
         click.option("--type", "type_name", help="Source type, where it is not to be detected."),
         click.argument("overrides", nargs=-1),
@@ -65,6 +74,7 @@ def inspect(
     overrides: tuple[str, ...],
     type_name: str | None,
     model: str | None,
+    trust: str | None,
     limit: int,
     html: Path | None,
 ) -> None:
@@ -79,7 +89,7 @@ def inspect(
     from raytune_vlm.inspection.sample_view import view_of
 
     _check_folder(html)
-    resolved = _resolve(target, overrides, type_name, model)
+    resolved = _resolve(target, overrides, type_name, model, trust)
     console = terminal.make_console()
     terminal.show_target(console, resolved)
     experiment = resolved.experiment
@@ -112,6 +122,7 @@ def stats(
     overrides: tuple[str, ...],
     type_name: str | None,
     model: str | None,
+    trust: str | None,
     limit: int | None,
     html: Path | None,
 ) -> None:
@@ -122,7 +133,7 @@ def stats(
     from raytune_vlm.inspection.rows import open_encoder
 
     _check_folder(html)
-    resolved = _resolve(target, overrides, type_name, model)
+    resolved = _resolve(target, overrides, type_name, model, trust)
     console = terminal.make_console()
     terminal.show_target(console, resolved)
     encoder = open_encoder(resolved.experiment.model, sizes_only=True)
@@ -158,6 +169,7 @@ def validate(
     overrides: tuple[str, ...],
     type_name: str | None,
     model: str | None,
+    trust: str | None,
     limit: int | None,
     no_tokens: bool,
     max_bad_fraction: float | None,
@@ -172,7 +184,7 @@ def validate(
     from raytune_vlm.inspection.tally import Tally
 
     _check_folder(output)
-    resolved = _resolve(target, overrides, type_name, model)
+    resolved = _resolve(target, overrides, type_name, model, trust)
     console = terminal.make_console()
     terminal.show_target(console, resolved)
     settings = resolved.experiment.data
@@ -197,11 +209,17 @@ def validate(
 
 
 def _resolve(
-    target: str, overrides: tuple[str, ...], type_name: str | None, model: str | None
+    target: str,
+    overrides: tuple[str, ...],
+    type_name: str | None,
+    model: str | None,
+    trust: str | None,
 ) -> Target:
     from raytune_vlm.inspection.target import resolve_target
+    from raytune_vlm.models.trust import with_trust
 
-    return resolve_target(target, overrides, type_name=type_name, model=model)
+    resolved = resolve_target(target, overrides, type_name=type_name, model=model)
+    return replace(resolved, experiment=with_trust(resolved.experiment, trust))
 
 
 def _all_rows(

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+
+# Where transformers copies the code that comes with a model; read when it is imported.
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="raytune_vlm-test-modules-")
 
 import pytest
 import torch
 import yaml
 from made import picture, turn, write_data
+from remote_code import CLASSES, write_remote_model
 
 from raytune_vlm.collate.encode import Encoder
 from raytune_vlm.collate.pixels import PIXEL_NAMES, PixelMaker
@@ -19,6 +25,7 @@ from raytune_vlm.images import encode_png
 from raytune_vlm.models.families import FAMILIES
 from raytune_vlm.models.loading import Base, load_base
 from raytune_vlm.models.tiny import write_tiny_model
+from raytune_vlm.models.trust import code_digest
 from raytune_vlm.prepare.store import (
     PreparedSplit,
     RowWriter,
@@ -45,7 +52,8 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
         if missing:
             pytest.skip(f"{model_type} needs {' and '.join(missing)} (tests/with_torchvision.py)")
         if not path.exists():
-            write_tiny_model(model_type, path)
+            write = write_remote_model if model_type in CLASSES else write_tiny_model
+            write(model_type, path)
         return path
 
     return folder
@@ -58,7 +66,9 @@ def tiny_base(tiny_model: Callable[[str], Path]) -> Callable[[str], Base]:
 
     def base(model_type: str) -> Base:
         if model_type not in loaded:
-            loaded[model_type] = load_base(ModelConfig(name=str(tiny_model(model_type))))
+            folder = tiny_model(model_type)
+            trusted = code_digest(folder) if model_type in CLASSES else None
+            loaded[model_type] = load_base(ModelConfig(name=str(folder)).trusting(trusted))
         return loaded[model_type]
 
     return base

@@ -109,6 +109,7 @@ class ImageEncoderPrompts:
 
     A question that begins with a token of its own (`<s_cord-v2>`, `<s_docvqa>`) starts the decoder
     with it, as Donut's checkpoints are trained; any other follows the tokenizer's first token.
+    Where `Family.decoder_start` names tokens, every question follows those.
     """
 
     def __init__(self, processor: Any, family: Family) -> None:
@@ -133,6 +134,8 @@ class ImageEncoderPrompts:
     def _question(self, question: str) -> list[int]:
         tokenizer = self._processor.tokenizer
         ids: list[int] = tokenizer(question, add_special_tokens=False)["input_ids"]
+        if start := self._family.decoder_start:
+            return [*(getattr(tokenizer, f"{name}_token_id") for name in start), *ids]
         if ids and ids[0] in tokenizer.added_tokens_decoder:
             return ids
         return [tokenizer.bos_token_id, *ids]

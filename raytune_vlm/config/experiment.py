@@ -95,7 +95,7 @@ class ExperimentConfig(Section):
         """A digest of everything that determines a sweep's results.
 
         Where it is stored, on how many workers it runs and how its data gets there do not: a run
-        may be continued with others.
+        may be continued with others. Of a model with code of its own the trusted revision counts.
         """
         plain = self.model_dump(
             mode="json",
@@ -112,7 +112,13 @@ class ExperimentConfig(Section):
                 "train": set(WITHOUT_EFFECT),
             },
         )
+        if self.model.trusted_revision is not None:
+            plain["trusted_code"] = self.model.trusted_revision
         return digest_of(plain)
+
+    def trusting(self, revision: str | None) -> "ExperimentConfig":
+        """A copy whose model may run the code of one revision; see `models/trust.py`."""
+        return self.model_copy(update={"model": self.model.trusting(revision)})
 
     def with_recipe(self, recipe: dict[str, Any]) -> "ExperimentConfig":
         """This experiment with some dotted keys changed; validated anew.
@@ -129,7 +135,12 @@ class ExperimentConfig(Section):
             for parent in parents:
                 section = section[parent]
             section[leaf] = value
-        return ExperimentConfig.model_validate(plain)
+        changed = ExperimentConfig.model_validate(plain)
+        same = (changed.model.name, changed.model.revision) == (
+            self.model.name,
+            self.model.revision,
+        )
+        return changed.trusting(self.model.trusted_revision) if same else changed
 
 
 def digest_of(plain: Any) -> str:

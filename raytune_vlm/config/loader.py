@@ -24,6 +24,9 @@ from raytune_vlm.config.secrets import secret_problems
 from raytune_vlm.config.yaml_lines import read_yaml, write_yaml
 from raytune_vlm.errors import ConfigError, did_you_mean
 
+_CODE_KEY = re.compile("trust|remote_?code|code_revision|auto_map")
+"""Keys by which somebody might try to let a model's own code run."""
+
 
 def load_experiment(file: Path | str, overrides: Sequence[str] = ()) -> ExperimentConfig:
     """The resolved, validated experiment.
@@ -116,6 +119,11 @@ def _problem(details: Mapping[str, Any], plain: Any) -> tuple[str, str] | None:
     context = details.get("ctx", {})
     if kind == "extra_forbidden":
         parent, _, name = key.rpartition(".")
+        if _CODE_KEY.search(name):
+            return key, (
+                "whether code of a model runs is never read from a file or an override; give "
+                "--trust-remote-code MODEL@REVISION on the command line"
+            )
         siblings = subschema(parent, plain).get("properties", {})
         return key, f"unknown key{did_you_mean(name, siblings)}"
     if kind == "missing":

@@ -2,6 +2,8 @@
 
 from typing import Literal
 
+from pydantic import PrivateAttr
+
 from raytune_vlm.config.section import Section
 
 
@@ -24,3 +26,19 @@ class ModelConfig(Section):
     """Whose resampling the pixels are equal to, bit for bit: Pillow's or torchvision's (which need
     not be installed); `auto` takes the one that transformers would take here. They differ a little,
     so a model should be served with the one that it was tuned with."""
+
+    # A private attribute and no field: neither YAML, nor an override, nor a search space, nor the
+    # `experiment.json` of a copied sweep folder can hold it, and what is made from such data never
+    # has it. It travels by pickle and `model_copy`. See `models/trust.py`.
+    _trusted_revision: str | None = PrivateAttr(default=None)
+
+    @property
+    def trusted_revision(self) -> str | None:
+        """The revision whose own code may run, as `--trust-remote-code` named it; else None."""
+        return self._trusted_revision
+
+    def trusting(self, revision: str | None) -> "ModelConfig":
+        """A copy that allows the code of one revision to run: a commit, or a digest of a folder."""
+        copy = self.model_copy()
+        copy._trusted_revision = revision
+        return copy

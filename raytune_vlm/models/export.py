@@ -12,7 +12,13 @@ from typing import Any
 
 from raytune_vlm.config.model import ModelConfig
 from raytune_vlm.errors import ConfigError, ModelError
-from raytune_vlm.models.loading import load_base, load_processor, model_path
+from raytune_vlm.models.loading import (
+    check_model,
+    code_options,
+    load_base,
+    load_processor,
+    model_path,
+)
 
 
 @contextmanager
@@ -46,7 +52,7 @@ def write_adapter(checkpoint: Path, model: ModelConfig, folder: Path) -> None:
     config |= {"base_model_name_or_path": model_path(model), "revision": model.revision}
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     (folder / "adapter_config.json").write_text(text, encoding="utf-8")
-    load_processor(model).save_pretrained(folder)
+    _save_processor(model, folder)
 
 
 def write_merged(checkpoint: Path, model: ModelConfig, folder: Path) -> None:
@@ -63,7 +69,8 @@ def write_merged(checkpoint: Path, model: ModelConfig, folder: Path) -> None:
     from peft import PeftModel
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(model_path(model), revision=model.revision)
+    options = code_options(model, check_model(model))
+    config = AutoConfig.from_pretrained(model_path(model), **options)
     if getattr(config, "quantization_config", None) is not None:
         raise _quantised(model)
     base = load_base(model.model_copy(update={"gradient_checkpointing": False}))
@@ -75,7 +82,13 @@ def write_merged(checkpoint: Path, model: ModelConfig, folder: Path) -> None:
     except ValueError as error:
         raise ModelError(f"{checkpoint}: cannot be merged: {error}") from error
     merged.save_pretrained(folder)
-    load_processor(model).save_pretrained(folder)
+    _save_processor(model, folder)
+
+
+def _save_processor(model: ModelConfig, folder: Path) -> None:
+    """Put the processor beside the weights; one of our own is of no use to other programs."""
+    if not check_model(model).own_processor:
+        load_processor(model).save_pretrained(folder)
 
 
 def _adapted_weights(model: Any) -> Iterator[Any]:

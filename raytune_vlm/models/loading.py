@@ -6,12 +6,15 @@ transformers; `load_processor` is what the data stage needs; `load_base` is what
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import shutil
 import sys
 import textwrap
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -25,6 +28,7 @@ from raytune_vlm.config.model import ModelConfig
 from raytune_vlm.errors import ModelError, did_you_mean
 from raytune_vlm.models.families import FAMILIES, Family
 from raytune_vlm.models.lora import scope_of
+from raytune_vlm.models.trust import OPTION, check_trust
 
 if TYPE_CHECKING:
     import torch
@@ -130,10 +134,11 @@ def check_model(config: ModelConfig) -> Family:
     Raises
     ------
     ModelError
-        If the model is not found, is not a model folder, is of an unknown family, or its
-        processor needs a package that is not installed.
+        If the model is not found, is not a model folder, is of an unknown family, its processor
+        needs a package that is not installed, or it needs code of its own that is not trusted.
     """
-    found = _config_json(config)
+    file = _config_file(config)
+    found = _config_json(config, file)
     model_type = found.get("model_type")
     if model_type == "llava" and found.get("vision_config", {}).get("model_type") == "pixtral":
         model_type = "pixtral"
@@ -149,17 +154,27 @@ def check_model(config: ModelConfig) -> Family:
             f"model.name={config.name!r}: {model_type} needs {', '.join(missing)}: "
             f"pip install {' '.join(missing)}"
         )
+    if family.remote_code:
+        check_trust(config, str(model_type), file)
+    elif config.trusted_revision is not None:
+        raise ModelError(
+            f"model.name={config.name!r}: {model_type} is a class of transformers, no other code "
+            f"is needed; leave {OPTION} out"
+        )
     return family
 
 
-def _config_json(config: ModelConfig) -> dict[str, Any]:
+def _config_file(config: ModelConfig) -> Path:
     folder = Path(model_path(config))
-    if folder.is_dir():
-        file = folder / "config.json"
-        if not file.is_file():
-            raise ModelError(f"model.name={config.name!r}: {folder} holds no config.json")
-    else:
-        file = _hub_file(config)
+    if not folder.is_dir():
+        return _hub_file(config)
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ModelError(f"model.name={config.name!r}: {folder} holds no config.json")
+    return file
+
+
+def _config_json(config: ModelConfig, file: Path) -> dict[str, Any]:
     try:
         value: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -228,18 +243,32 @@ def model_fingerprint(config: ModelConfig) -> dict[str, str]:
 def load_processor(config: ModelConfig) -> Any:
     """The processor of a model, as transformers builds it, padding on the right.
 
+    Of a family that has none in transformers it is one of ours (`models/processors`), around the
+    model's own tokenizer.
+
     Raises
     ------
     ModelError
-        If transformers cannot build it, with its reason.
+        If transformers cannot build it, with its reason, or the tokenizer is code that nobody
+        trusts.
     """
-    allow_missing_torchvision()
     import transformers
 
+    family = check_model(config)
+    allow_missing_torchvision()
     try:
-        processor = transformers.AutoProcessor.from_pretrained(
-            model_path(config), revision=config.revision, trust_remote_code=False
-        )
+        if family.own_processor:
+            from raytune_vlm.models.processors import build_processor
+
+            with _code_lock(family):
+                processor = build_processor(
+                    model_path(config), family, code_options(config, family)
+                )
+        else:
+            # By attribute: `allow_missing_torchvision` may have changed what is there.
+            processor = transformers.AutoProcessor.from_pretrained(
+                model_path(config), revision=config.revision, trust_remote_code=False
+            )
     except (OSError, ValueError, ImportError, AttributeError, TypeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise ModelError(f"model.name={config.name!r}: no processor: {reason}") from error
@@ -259,6 +288,58 @@ def load_processor(config: ModelConfig) -> Any:
     if tokenizer.pad_token_id is None:
         raise ModelError(f"model.name={config.name!r}: the tokenizer has no padding token")
     return processor
+
+
+def code_options(config: ModelConfig, family: Family) -> dict[str, Any]:
+    """What `from_pretrained` is told of revision and code, after `check_model` let it pass.
+
+    `code_revision` pins code that a file of the model takes from another repository to a commit
+    which that one does not have.
+    """
+    if not family.remote_code:
+        return {"revision": config.revision, "trust_remote_code": False}
+    return {
+        "revision": config.revision,
+        "code_revision": config.trusted_revision,
+        "trust_remote_code": True,
+    }
+
+
+@contextmanager
+def _code_lock(family: Family) -> Iterator[None]:
+    """One process of a machine at a time: transformers copies code into its cache without a lock,
+    and a process may import what another is still writing."""
+    if not family.remote_code:
+        yield
+        return
+    from transformers.dynamic_module_utils import HF_MODULES_CACHE
+
+    Path(HF_MODULES_CACHE).mkdir(parents=True, exist_ok=True)
+    with (Path(HF_MODULES_CACHE) / ".raytune_vlm.lock").open("w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
+def _fetch_code(config: ModelConfig, family: Family) -> None:
+    """Copy and import the code of a model's classes; loading then finds it copied."""
+    from transformers import AutoConfig
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    path, options = model_path(config), code_options(config, family)
+    classes = _config_json(config, _config_file(config)).get("auto_map", {})
+    if family.model_class not in classes:
+        raise ModelError(
+            f"model.name={config.name!r}: its auto_map names no {family.model_class}"
+            f"{did_you_mean(family.model_class, classes)}"
+        )
+    with _code_lock(family):
+        AutoConfig.from_pretrained(path, **options)
+        get_class_from_dynamic_module(
+            classes[family.model_class],
+            path,
+            revision=options["revision"],
+            code_revision=options["code_revision"],
+        )
 
 
 def allow_missing_torchvision() -> None:
@@ -301,17 +382,23 @@ def load_base(config: ModelConfig, device: str = "cpu") -> Base:
 
     family = check_model(config)
     processor = load_processor(config)
+    if family.remote_code:
+        _fetch_code(config, family)
     try:
         model = getattr(transformers, family.model_class).from_pretrained(
             model_path(config),
-            revision=config.revision,
             dtype=getattr(torch, config.dtype),
             attn_implementation=None if config.attention == "auto" else config.attention,
-            trust_remote_code=False,
+            **code_options(config, family),
         )
     except (OSError, ValueError, ImportError) as error:
         reason = textwrap.shorten(str(error), 240, placeholder="...")
         raise ModelError(f"model.name={config.name!r}: not loaded: {reason}") from error
+    if family.own_processor:
+        from raytune_vlm.models.processors import GLUE
+
+        if family.model_type in GLUE:
+            GLUE[family.model_type](model, processor)
     model.requires_grad_(False)
     model.eval()
     _attend_both_ways(model, family)

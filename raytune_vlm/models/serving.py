@@ -155,6 +155,10 @@ SERVED: dict[str, Served] = {
     ),
 }
 
+# Pixtral's checkpoints in transformers' format are LLaVA's class with another tower.
+SERVED["pixtral"] = Served("LlavaForConditionalGeneration", _LLAVA, _TEXT)
+
+_UNCHECKED = "how vLLM names its modules was not looked up"
 _THINKER = "the names of the thinker's modules, as transformers has them, match none of vLLM's"
 
 NOT_SERVED: dict[str, str] = {
@@ -166,6 +170,10 @@ NOT_SERVED: dict[str, str] = {
     "llava_onevision": "its LlavaOnevisionForConditionalGeneration takes no adapters",
     "kimi_k25": "its KimiK25ForConditionalGeneration takes no adapters",
     "kimi_vl": "its KimiVLForConditionalGeneration takes no adapters",
+    "NVLM_D": _UNCHECKED,
+    "llavaonevision1_5": _UNCHECKED,
+    "nemotron_h_omni": _UNCHECKED,
+    "nemotron_parse": _UNCHECKED,
     "mllama": "the architecture was removed in vLLM 0.10.2",
     "vision-encoder-decoder": "Donut was removed in vLLM 0.10.2",
     "florence2": "the architecture is only in a plugin (vllm-project/bart-plugin)",

@@ -248,11 +248,11 @@ def _run(
     import ray
 
     workers = max(1, min(len(missing), int(ray.cluster_resources().get("CPU", 1)) - 1))
-    plain = experiment.model_dump_json()
+    plain, trusted = experiment.model_dump_json(), experiment.model.trusted_revision
     references = ray.put(missing)
 
     def prepare_shards(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        carry_out, shards = _step(step, plain, str(store)), ray.get(references)
+        carry_out, shards = _step(step, plain, trusted, str(store)), ray.get(references)
         for number in batch["id"]:
             carry_out(shards[int(number)])
         return batch
@@ -270,9 +270,10 @@ STEPS: dict[str, type[TokenStep] | type[PixelStep]] = {"tokens": TokenStep, "pix
 
 
 @functools.lru_cache(maxsize=2)
-def _step(name: str, experiment: str, store: str) -> TokenStep | PixelStep:
+def _step(name: str, plain: str, trusted: str | None, store: str) -> TokenStep | PixelStep:
     """One a worker process, so that the processor is loaded once, not once a shard."""
-    return STEPS[name](Preparer(ExperimentConfig.model_validate_json(experiment), Path(store)))
+    experiment = ExperimentConfig.model_validate_json(plain).trusting(trusted)
+    return STEPS[name](Preparer(experiment, Path(store)))
 
 
 def _gather(

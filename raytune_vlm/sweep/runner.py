@@ -19,6 +19,7 @@ from typing import Any
 from raytune_vlm.config.experiment import ExperimentConfig
 from raytune_vlm.errors import ConfigError, DataError, EvaluationError, SweepInterrupted
 from raytune_vlm.models.loading import check_model
+from raytune_vlm.models.trust import with_trust
 from raytune_vlm.monitor import Monitor
 from raytune_vlm.prepare.plan import Plan, plan_spec
 from raytune_vlm.prepare.prepare import (
@@ -103,13 +104,13 @@ def run_sweep(experiment: ExperimentConfig, *, command: str, monitor: Monitor) -
             return _drive(experiment, folder, data, monitor)
 
 
-def resume_sweep(root: Path, *, monitor: Monitor) -> SweepFolder:
+def resume_sweep(root: Path, *, monitor: Monitor, trust: str | None = None) -> SweepFolder:
     """Continue a sweep from its folder; does nothing but the report if it had ended.
 
     Raises
     ------
     ConfigError
-        If the folder holds no sweep.
+        If the folder holds no sweep, or `trust` (MODEL@REVISION) names other code than it ran.
     DataError
         If the data is no longer what the sweep began with.
     """
@@ -122,8 +123,7 @@ def resume_sweep(root: Path, *, monitor: Monitor) -> SweepFolder:
         monitor.say(f"{root} has ended already; writing its report again")
         build_report(folder.root)
         return folder
-    head = read_json(folder.experiment_file)
-    experiment = ExperimentConfig.model_validate(head["experiment"])
+    experiment = recorded_experiment(folder, trust)
     jobs = plan_of(experiment)
     with Lease(folder.lease_file), ray_session(experiment):
         data = prepare_data(experiment, jobs, monitor)
@@ -134,6 +134,26 @@ def resume_sweep(root: Path, *, monitor: Monitor) -> SweepFolder:
                 f"{data.manifest.digest}): its trials could not be compared; start a new sweep"
             )
         return _drive(experiment, folder, data, monitor)
+
+
+def recorded_experiment(folder: SweepFolder, trust: str | None) -> ExperimentConfig:
+    """The experiment of a sweep folder, with the code of its model trusted anew.
+
+    Raises
+    ------
+    ConfigError
+        If `trust` (MODEL@REVISION) does not fit, or is not the code that the sweep ran.
+    """
+    head = read_json(folder.experiment_file)
+    plain = ExperimentConfig.model_validate(head["experiment"])
+    experiment = with_trust(plain, trust)
+    before, now = head.get("trusted_code"), experiment.model.trusted_revision
+    if before and now and before != now:
+        raise ConfigError(
+            f"{folder.root} was run with the code of {before}, not of {now}: its trials could not "
+            "be compared; start a new sweep"
+        )
+    return experiment
 
 
 def prepare_only(experiment: ExperimentConfig, *, monitor: Monitor) -> PreparedData:
@@ -307,6 +327,7 @@ def write_head(
                 **{name: version(name) for name in packages},
             },
             "command": command,
+            "trusted_code": experiment.model.trusted_revision,
             "experiment": experiment.model_dump(mode="json"),
         },
     )

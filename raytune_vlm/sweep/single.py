@@ -80,13 +80,15 @@ def _follow(running: runner.Session, state: TrialState) -> None:
     running.ledger.append("finished", trial_id=TRAINED, step=step, message=None)
 
 
-def evaluate_one(root: Path, trial_id: str, split: str, *, monitor: Monitor) -> Scores:
+def evaluate_one(
+    root: Path, trial_id: str, split: str, *, monitor: Monitor, trust: str | None = None
+) -> Scores:
     """Score the newest checkpoint of a trial (or the base model) of a sweep folder on a split.
 
     Raises
     ------
     ConfigError
-        If the folder holds no sweep or no such trial.
+        If the folder holds no sweep or no such trial, or `trust` (MODEL@REVISION) does not fit.
     """
     folder = SweepFolder(root.resolve())
     if not folder.experiment_file.exists():
@@ -95,7 +97,7 @@ def evaluate_one(root: Path, trial_id: str, split: str, *, monitor: Monitor) -> 
     if trial_id != BASE_TRIAL and trial_id not in known:
         near = did_you_mean(trial_id, [*known, BASE_TRIAL])
         raise ConfigError(f"{root} has no trial {trial_id!r}{near}")
-    experiment = ExperimentConfig.model_validate(read_json(folder.experiment_file)["experiment"])
+    experiment = runner.recorded_experiment(folder, trust)
     trial = known.get(trial_id)
     step = 0
     if trial is not None:
