@@ -57,8 +57,8 @@ def test_scopes_have_one_order_and_no_unknown_name() -> None:
 
 
 def test_alpha_is_absolute_or_a_multiple_of_the_rank() -> None:
-    assert LoraConfig(rank=8, alpha_ratio=4).scale_alpha == 32
-    assert LoraConfig(rank=8, alpha=5).scale_alpha == 5
+    assert LoraConfig(rank=8, alpha_ratio=4).alpha_of("text") == 32
+    assert LoraConfig(rank=8, alpha=5).alpha_of("text") == 5
     with pytest.raises(ValidationError, match="exclude each other"):
         LoraConfig(alpha=5, alpha_ratio=4)
 
@@ -159,7 +159,8 @@ def test_rungs_are_ordered_and_end_with_the_last_step(
 def test_a_recipe_changes_what_it_names_and_is_validated() -> None:
     config = experiment(lora={"rank": 4})
     changed = config.with_recipe({"lora.rank": 8, "lora.alpha": 32, "train.batch_size": 2})
-    assert (changed.lora.rank, changed.lora.scale_alpha, changed.train.batch_size) == (8, 32, 2)
+    found = (changed.lora.rank, changed.lora.alpha_of("text"), changed.train.batch_size)
+    assert found == (8, 32, 2)
     assert config.lora.rank == 4
     assert changed.with_recipe({"lora.rank": 4}).lora.alpha == 32
     with pytest.raises(ValidationError, match="greater than or equal to 1"):

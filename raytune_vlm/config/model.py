@@ -14,6 +14,10 @@ class ModelConfig(Section):
     """Commit or tag on the hub; None takes the default branch."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Number format of the frozen weights; adapters are always trained in float32."""
+    quantization: Literal["none", "nf4"] = "none"
+    """`nf4`: the linear layers of the language model are held in 4 bits (QLoRA, Dettmers et al.
+    2023), those of the vision tower and the projector in `dtype`, in which all is computed. Needs
+    the extra `qlora`."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention implementation, as transformers names it."""
     gradient_checkpointing: bool = False

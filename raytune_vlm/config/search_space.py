@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from operator import attrgetter
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from raytune_vlm.config.experiment import ExperimentConfig
 from raytune_vlm.config.lora import LoraConfig
@@ -25,9 +26,16 @@ SHARED_TRAIN_KEYS = (
 
 def searchable_keys() -> list[str]:
     """The dotted keys that a trial may vary."""
-    keys = [f"lora.{key}" for key in LoraConfig.model_fields]
-    keys += [f"train.{key}" for key in TrainConfig.model_fields]
+    keys = [*_leaves(LoraConfig, "lora"), *_leaves(TrainConfig, "train")]
     return [key for key in keys if key not in SHARED_TRAIN_KEYS]
+
+
+def _leaves(section: type[BaseModel], prefix: str) -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _leaves(field.annotation, f"{prefix}.{name}")
+        else:
+            yield f"{prefix}.{name}"
 
 
 def search_space_problems(experiment: ExperimentConfig) -> Iterator[tuple[str, str]]:
@@ -71,8 +79,7 @@ def _refusal(key: str, known: dict[str, Any]) -> str:
 def _invalid(experiment: ExperimentConfig, key: str, value: Any) -> str | None:
     if reason := _reason(experiment, {key: value}):
         return f"value {value!r} is not valid: {reason.removeprefix(f'{key}: ')}"
-    section, leaf = key.split(".")
-    read = getattr(getattr(experiment.with_recipe({key: value}), section), leaf)
+    read = attrgetter(key)(experiment.with_recipe({key: value}))
     if read != value:
         return f"value {value!r} is read as {read!r}; write it so"
     return None
