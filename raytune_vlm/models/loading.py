@@ -226,7 +226,8 @@ def load_base(config: ModelConfig, device: str = "cpu") -> Base:
     model.eval()
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        # PEFT lets the embeddings require gradients while an adapter is on.
+        # PEFT lets the embeddings require gradients anew each time an adapter is put on.
+        model.disable_input_require_grads()
     model.to(device)
     backend = image_backend(config, processor.image_processor)
     return Base(model=model, processor=processor, family=family, image_backend=backend)

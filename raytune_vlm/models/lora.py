@@ -84,25 +84,23 @@ def full_modules(model: torch.nn.Module, family: Family, scopes: tuple[str, ...]
     found: list[str] = []
     seen: set[str] = set()
 
-    def visit(name: str, module: torch.nn.Module) -> None:
-        inside = {
-            scope_of(f"{name}.{key}", family)
-            for key, _ in module.named_parameters(remove_duplicate=False)
-        }
+    def visit(prefix: str, module: torch.nn.Module) -> None:
+        parameters = module.named_parameters(prefix, remove_duplicate=False)
+        inside = {scope_of(name, family) for name, _ in parameters}
         if not inside & set(scopes):
             return
         if len(inside) == 1 and not isinstance(module, containers):
-            found.append(name)
+            found.append(prefix)
             seen.update(str(scope) for scope in inside)
             return
-        for key, _ in module.named_parameters(recurse=False):
-            if scope_of(f"{name}.{key}", family) in scopes:
+        for name, _ in module.named_parameters(prefix, recurse=False):
+            if scope_of(name, family) in scopes:
                 raise ModelError(
-                    f"lora.modules_to_save: {name}.{key} of {family.model_type} lies in a module "
-                    "with parts of other scopes and cannot be trained in full"
+                    f"lora.modules_to_save: {name} of {family.model_type} lies in a module with "
+                    "parts of other scopes and cannot be trained in full"
                 )
-        for key, child in module.named_children():
-            visit(f"{name}.{key}".removeprefix("."), child)
+        for name, child in module.named_children():
+            visit(f"{prefix}.{name}" if prefix else name, child)
 
     visit("", model)
     for scope in scopes:
@@ -150,6 +148,8 @@ def attach(model: torch.nn.Module, family: Family, config: LoraConfig, *, seed: 
 
 def detach(model: PeftModel) -> torch.nn.Module:
     """Take an adapter off; the base model, frozen and in evaluation mode, is what it was before."""
+    for wrapper in _copies(model).values():
+        wrapper.set_adapter([])  # else PEFT leaves the trained copy in the base
     base: torch.nn.Module = model.unload()
     if base.is_gradient_checkpointing:
         base.disable_input_require_grads()
