@@ -76,6 +76,11 @@ class ExperimentConfig(Section):
     def _quantization_fits(self) -> "ExperimentConfig":
         if self.model.quantization == "none":
             return self
+        if self.train.gpus_per_worker == 0:
+            raise ValueError(
+                f"model.quantization={self.model.quantization} needs a GPU, but "
+                "train.gpus_per_worker=0"
+            )
         if self.lora.init in ("pissa", "olora"):
             raise ValueError(
                 f"lora.init={self.lora.init} and model.quantization={self.model.quantization} "

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from raytune_vlm.config.model import ModelConfig
 from raytune_vlm.errors import ModelError, did_you_mean
 from raytune_vlm.models.families import FAMILIES, Family
+from raytune_vlm.models.quantization import check_quantization, quantization_options
 
 if TYPE_CHECKING:
     import torch
@@ -90,6 +91,7 @@ def check_model(config: ModelConfig) -> Family:
             f"model.name={config.name!r}: the processor of {model_type} needs "
             f"{', '.join(missing)}: pip install {' '.join(missing)}"
         )
+    check_quantization(config)
     return family
 
 
@@ -202,32 +204,57 @@ def allow_missing_video_processor() -> None:
     processing.transformers_module.VideoProcessorMixin = VideoProcessorMixin
 
 
+def meta_model(config: ModelConfig) -> torch.nn.Module:
+    """The model without its weights (on the meta device): names, shapes and dtypes only."""
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    plain = AutoConfig.from_pretrained(
+        model_path(config), revision=config.revision, trust_remote_code=False
+    )
+    with torch.device("meta"):
+        model: torch.nn.Module = AutoModelForImageTextToText.from_config(
+            plain, dtype=getattr(torch, config.dtype), attn_implementation=config.attention
+        )
+    return _frozen(model, config)
+
+
 def load_base(config: ModelConfig, device: str = "cpu") -> Base:
     """The base model, frozen, in evaluation mode, on a device.
 
     Raises
     ------
     ModelError
-        If it is not found or of an unknown family.
+        If it is not found or of an unknown family, or cannot be quantised here.
     """
     import torch
     from transformers import AutoModelForImageTextToText
 
     family = check_model(config)
     processor = load_processor(config)
+    options = {}
+    if config.quantization != "none":
+        options = quantization_options(config, meta_model(config), family, device)
     model = AutoModelForImageTextToText.from_pretrained(
         model_path(config),
         revision=config.revision,
         dtype=getattr(torch, config.dtype),
         attn_implementation=config.attention,
         trust_remote_code=False,
+        **options,
     )
+    if config.quantization == "none":
+        model.to(device)
+    backend = image_backend(config, processor.image_processor)
+    model = _frozen(model, config)
+    return Base(model=model, processor=processor, family=family, image_backend=backend)
+
+
+def _frozen(model: Any, config: ModelConfig) -> torch.nn.Module:
     model.requires_grad_(False)
     model.eval()
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         # PEFT lets the embeddings require gradients anew each time an adapter is put on.
         model.disable_input_require_grads()
-    model.to(device)
-    backend = image_backend(config, processor.image_processor)
-    return Base(model=model, processor=processor, family=family, image_backend=backend)
+    return model

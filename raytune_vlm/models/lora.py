@@ -151,8 +151,8 @@ def detach(model: PeftModel) -> torch.nn.Module:
     for wrapper in _copies(model).values():
         wrapper.set_adapter([])  # else PEFT leaves the trained copy in the base
     base: torch.nn.Module = model.unload()
-    if base.is_gradient_checkpointing:
-        base.disable_input_require_grads()
+    if getattr(base, "_require_grads_hooks", None):
+        base.disable_input_require_grads()  # PEFT adds them each time
     base.requires_grad_(False)
     base.eval()
     return base
