@@ -42,8 +42,9 @@ cli.add_command(data)
 @_EXPERIMENT
 @_OVERRIDES
 @click.option("--show", is_flag=True, help="Print the resolved experiment.")
-def validate(experiment: Path, overrides: tuple[str, ...], show: bool) -> None:
-    """Check an experiment, its model and its data paths; start nothing."""
+@click.option("--quick", is_flag=True, help="Leave out parameters and memory, which load torch.")
+def validate(experiment: Path, overrides: tuple[str, ...], show: bool, quick: bool) -> None:
+    """Check an experiment, its model and its data paths; predict parameters and memory."""
     from raytune_vlm.config.loader import load_experiment, render
     from raytune_vlm.models.loading import check_model
 
@@ -59,6 +60,21 @@ def validate(experiment: Path, overrides: tuple[str, ...], show: bool) -> None:
         f"({family.model_type}), {resolved.sweep.num_trials} trials of up to "
         f"{resolved.train.max_steps} steps, {resolved.metric} scored at steps {rungs}"
     )
+    if not quick:
+        _predict(resolved)
+
+
+def _predict(experiment: ExperimentConfig) -> None:
+    import warnings
+
+    import transformers
+
+    from raytune_vlm.train.prediction import describe, predict
+
+    transformers.logging.set_verbosity_error()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what libraries say of each other
+        click.echo(describe(predict(experiment), experiment.lora))
 
 
 def _check_sources(experiment: ExperimentConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from operator import attrgetter
 from typing import Any
@@ -41,8 +42,8 @@ def _leaves(section: type[BaseModel], prefix: str) -> Iterator[str]:
 def search_space_problems(experiment: ExperimentConfig) -> Iterator[tuple[str, str]]:
     """What is wrong with the search space, as (dotted key of the search space or "", message).
 
-    Every end point and every listed value has to be valid for the whole experiment, alone and all
-    lower (upper) ends together.
+    Every end point and every listed value has to be valid for the whole experiment: alone, with
+    every one of any other key, and all lower (upper) ends together.
     """
     space = experiment.sweep.search_space
     known = flatten(experiment.model_dump())
@@ -60,9 +61,18 @@ def search_space_problems(experiment: ExperimentConfig) -> Iterator[tuple[str, s
     for name, end in (("lower", 0), ("upper", -1)):
         recipe = {key: distribution.corners()[end] for key, distribution in space.items()}
         if reason := _reason(experiment, recipe):
-            shown = ", ".join(f"{key}={value}" for key, value in recipe.items())
-            yield "", f"all {name} ends together ({shown}) are not valid: {reason}"
+            yield "", f"all {name} ends together ({_shown(recipe)}) are not valid: {reason}"
             return
+    for one, other in itertools.combinations(space, 2):
+        for values in itertools.product(space[one].corners(), space[other].corners()):
+            recipe = dict(zip((one, other), values, strict=True))
+            if reason := _reason(experiment, recipe):
+                yield one, f"{_shown(recipe)} are not valid together: {reason}"
+                return
+
+
+def _shown(recipe: dict[str, Any]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in recipe.items())
 
 
 def _refusal(key: str, known: dict[str, Any]) -> str:

@@ -3,7 +3,7 @@
 The model is built without its weights and gets its adapter as in training, so the count of trained
 parameters is exact. Memory is that of one worker in its second optimizer step: weights, adapter,
 AdamW's moments, and the most that tensors take at one time in forward and backward passes over
-the largest micro-batch, found by running them on shapes (`models.shapes`).
+a micro-batch of samples as long as `data.max_length`, found by running them on shapes (`models.shapes`).
 
 Not in it: what the device's libraries and its allocator keep for themselves (on a GPU about 0.5 to
 1 GB), and workspaces inside kernels.
@@ -21,7 +21,7 @@ from raytune_vlm.collate.batch import PixelTable, collate
 from raytune_vlm.collate.encode import Encoder
 from raytune_vlm.collate.encoded import Encoded
 from raytune_vlm.config.experiment import ExperimentConfig
-from raytune_vlm.errors import ModelError
+from raytune_vlm.config.lora import LoraConfig
 from raytune_vlm.models.families import Family
 from raytune_vlm.models.loading import check_model, image_backend, load_processor, meta_model
 from raytune_vlm.models.lora import attach, trainable_by_scope
@@ -50,12 +50,20 @@ class Prediction:
     gradients: int
     optimizer: int
     """Two moments of each trained parameter."""
-    activations: int
-    """All else at the peak."""
+    activations: int | None
+    """All else at the peak; None where it cannot be found."""
+    num_samples: int
+    """Samples of the micro-batch that this is for."""
+    num_tokens: int
+    """Tokens of its longest sample."""
+    obstacle: str = ""
+    """Why there are no `activations`."""
 
     @property
-    def total(self) -> int:
+    def total(self) -> int | None:
         """Bytes at the peak."""
+        if self.activations is None:
+            return None
         return self.weights + self.adapter + self.gradients + self.optimizer + self.activations
 
 
@@ -71,7 +79,7 @@ def predict(experiment: ExperimentConfig, samples: Sequence[Encoded] | None = No
     Raises
     ------
     ModelError
-        If the model or its processor is not found, or its shapes depend on its weights (experts).
+        If the model or its processor is not found, or the adapter does not fit it.
     """
     family = check_model(experiment.model)
     processor = load_processor(experiment.model)
@@ -80,28 +88,60 @@ def predict(experiment: ExperimentConfig, samples: Sequence[Encoded] | None = No
     four_bit = {f"{name}.weight" for name in quantized_modules(model, family)}
     if experiment.model.quantization == "none":
         four_bit = set()
-    saved = sum(
-        round(parameter.nbytes - parameter.numel() * BITS_OF_NF4 / 8)
-        for name, parameter in model.named_parameters()
-        if name in four_bit
-    )
+    packed = [p for name, p in model.named_parameters() if name in four_bit]
+    saved = sum(round(p.nbytes - p.numel() * BITS_OF_NF4 / 8) for p in packed)
     with torch.device("meta"):
         adapted: Any = attach(model, family, experiment.lora, seed=0)
     trained = [p for p in adapted.parameters() if p.requires_grad]
     adapter = sum(p.nbytes for p in trained)
     tensors = {id(t): t for t in (*adapted.parameters(), *adapted.buffers())}
     weights = sum(t.nbytes for t in tensors.values()) - adapter - saved
-    peak = _peak_of_passes(adapted, _batch(experiment, samples, processor, family), experiment)
-    # A step of AdamW: one more tensor for each gradient, where it is done for all at once.
-    peak = max(peak, 2 * adapter)
+    activations, obstacle = None, ""
+    try:
+        peak = _peak_of_passes(adapted, _batch(experiment, samples, processor, family), experiment)
+    except RuntimeError as error:  # shapes that hang on the weights: experts, perhaps
+        obstacle = (str(error).strip() or repr(error)).splitlines()[0]
+    else:
+        # A layer in 4 bits is unpacked while it is used.
+        peak += max((p.nbytes for p in packed), default=0)
+        # A step of AdamW: one more tensor for each gradient, where it is done for all at once.
+        activations = max(peak, 2 * adapter) - adapter
     return Prediction(
         trainable=trainable_by_scope(adapted, family),
         weights=weights,
         adapter=adapter,
         gradients=adapter,
         optimizer=2 * adapter,
-        activations=peak - adapter,
+        activations=activations,
+        num_samples=len(samples),
+        num_tokens=max(len(sample.input_ids) for sample in samples),
+        obstacle=obstacle,
     )
+
+
+def describe(prediction: Prediction, lora: LoraConfig) -> str:
+    """One line for people."""
+    scopes = ", ".join(
+        f"{scope} {count:,} "
+        + ("in full" if scope in lora.full_scopes else f"at rank {lora.rank_of(scope)}")
+        for scope, count in prediction.trainable.items()
+    )
+    trained = f"{sum(prediction.trainable.values()):,} trained parameters ({scopes})"
+    if prediction.total is None:
+        return f"{trained}; memory cannot be predicted: {prediction.obstacle}"
+    parts = ", ".join(
+        f"{name} {_size(getattr(prediction, name))}"
+        for name in ("weights", "adapter", "gradients", "optimizer", "activations")
+    )
+    return (
+        f"{trained}; a worker needs about {_size(prediction.total)} ({parts}) for "
+        f"{prediction.num_samples} samples of {prediction.num_tokens:,} tokens at a time"
+    )
+
+
+def _size(count: int | None) -> str:
+    count = count or 0
+    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
 
 
 def _peak_of_passes(
@@ -113,13 +153,9 @@ def _peak_of_passes(
     model.train()
     shapes = ShapeRun()
     shapes.weightless(model)
-    try:
-        with shapes:
-            for _ in range(2 if rows > len(labels) else 1):  # gradients wait for the next ones
-                summed_cross_entropy(model(**batch).logits, labels).backward()
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(f"the memory of this model cannot be predicted: {reason}") from error
+    with shapes:
+        for _ in range(2 if rows > len(labels) else 1):  # gradients wait for the next ones
+            summed_cross_entropy(model(**batch).logits, labels).backward()
     return shapes.peak
 
 
