@@ -73,7 +73,10 @@ def test_a_scope_has_its_own_rank_and_alpha() -> None:
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"lora": {"rank_by_scope": {"vision": 2}}}, r"lora\.rank_by_scope\.vision=2 has no effect"),
+        (
+            {"lora": {"rank_by_scope": {"vision": 2}}},
+            r"lora\.rank_by_scope\.vision=2 has no effect",
+        ),
         (
             {"train": {"learning_rate_by_scope": {"projector": 1e-3}}},
             r"learning_rate_by_scope\.projector=0\.001 has no effect.*nor in lora\.modules_to_save",

@@ -328,7 +328,7 @@ def test_values_that_are_valid_alone_must_be_valid_in_pairs() -> None:
         "    lora.dora: {type: choice, values: [false, true]}"
     )
     assert problem(space(entry)).startswith(
-        "x.yaml:19: sweep.search_space.lora.init: lora.init=pissa, lora.dora=True are not valid "
+        "x.yaml:18: sweep.search_space.lora.init: lora.init=pissa, lora.dora=True are not valid "
         "together: lora: dora=true and init=pissa exclude each other"
     )
     entry = "lora.rank: {type: randint, lower: 2, upper: 9}"

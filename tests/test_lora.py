@@ -262,7 +262,12 @@ def test_a_resumed_run_is_bit_identical_with_every_recipe(recipe, tiny_base, tin
 
 
 def test_groups_follow_their_own_peaks_over_the_same_schedule(tiny_base, tiny_split):
-    lora = {"rank": 2, "scope": "text+vision", "loraplus_ratio": 4.0, "modules_to_save": "projector"}
+    lora = {
+        "rank": 2,
+        "scope": "text+vision",
+        "loraplus_ratio": 4.0,
+        "modules_to_save": "projector",
+    }
     train = {"learning_rate": 1e-3, "learning_rate_by_scope": {"vision": 5e-4}, "warmup_steps": 4}
     config = experiment(lora=lora, train={"max_steps": 8, "batch_size": 2, **train})
     base = tiny_base("idefics3")

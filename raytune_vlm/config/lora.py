@@ -38,10 +38,10 @@ class LoraConfig(Section):
     dora: bool = False
     """Decompose weights into magnitude and direction (Liu et al. 2024)."""
     init: Literal["default", "gaussian", "orthogonal", "pissa", "olora"] = "default"
-    """Where the adapter starts, as PEFT does it: `default` (A uniform, B zero), `gaussian` (A normal,
-    B zero), `orthogonal` (even ranks), `pissa` (the weight's largest singular vectors, by 16
-    subspace iterations: Meng et al. 2024), `olora` (its QR decomposition: Buyukakyuz 2024). The last
-    two are saved with twice the rank, so that they fit the unchanged base model."""
+    """Where the adapter starts, as PEFT does it: `default` (A uniform, B zero), `gaussian` (A
+    normal, B zero), `orthogonal` (even ranks), `pissa` (the weight's largest singular vectors, by
+    16 subspace iterations: Meng et al. 2024), `olora` (its QR decomposition: Buyukakyuz 2024). The
+    last two are saved with twice the rank, so that they fit the unchanged base model."""
     loraplus_ratio: float = Field(default=1.0, ge=1, le=1024)
     """Learning rate of the B matrices (and of DoRA's magnitudes) as a multiple of that of the A
     matrices (LoRA+, Hayou et al. 2024)."""

@@ -64,8 +64,8 @@ def search_space_problems(experiment: ExperimentConfig) -> Iterator[tuple[str, s
             yield "", f"all {name} ends together ({_shown(recipe)}) are not valid: {reason}"
             return
     for one, other in itertools.combinations(space, 2):
-        for values in itertools.product(space[one].corners(), space[other].corners()):
-            recipe = dict(zip((one, other), values, strict=True))
+        for pair in itertools.product(space[one].corners(), space[other].corners()):
+            recipe = dict(zip((one, other), pair, strict=True))
             if reason := _reason(experiment, recipe):
                 yield one, f"{_shown(recipe)} are not valid together: {reason}"
                 return

@@ -101,7 +101,7 @@ class RandInt(_Interval):
     """One more than the largest value."""
 
     def corners(self) -> list[Scalar]:
-        """The smallest value, the next one (so that an odd and an even one are tried), the largest."""
+        """The smallest value, the next one (one of the two is odd) and the largest."""
         return sorted({self.lower, min(self.lower + 1, self.upper - 1), self.upper - 1})
 
 

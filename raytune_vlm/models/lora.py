@@ -226,9 +226,7 @@ def _check_targets(
         )
 
 
-def _check_ranks(
-    model: torch.nn.Module, targets: dict[str, list[str]], config: LoraConfig
-) -> None:
+def _check_ranks(model: torch.nn.Module, targets: dict[str, list[str]], config: LoraConfig) -> None:
     for scope, names in targets.items():
         for name in names:
             most = min(model.get_submodule(name).weight.shape)

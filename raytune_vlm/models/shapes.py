@@ -63,9 +63,7 @@ class ShapeRun(TorchDispatchMode):
                         table[name] = stand_in(tensor)
         return model
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if any(isinstance(value, FakeTensor) for value in tree_iter((args, kwargs))):
             if func in _INDEXED:

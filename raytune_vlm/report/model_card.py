@@ -34,7 +34,7 @@ def model_card(folder: SweepFolder) -> str:
         "## Scores on untouched data",
         _scores(view),
         "## Recipe",
-        _recipe(winner),
+        _recipe(view, winner),
         "## How to load it",
         _loading(view),
         "## Limits",
@@ -97,13 +97,29 @@ def _scores(view: SweepView) -> str:
     return "\n".join(lines)
 
 
-def _recipe(winner: TrialView) -> str:
+def _recipe(view: SweepView, winner: TrialView) -> str:
     rows = [
         f"| `{_code(key)}` | `{_code(str(value))}` |" for key, value in winner.record.recipe.items()
     ]
     parameters = formatting.count(winner.record.trainable_parameters)
     table = "\n".join(["| key | value |", "|---|---|", *rows])
-    return f"{table}\n\n{parameters} trainable parameters."
+    scopes = [
+        f"{_code(scope)} {formatting.count(count)} {_how(view, winner, scope)}"
+        for scope, count in winner.record.trainable_by_scope.items()
+    ]
+    return f"{table}\n\n{parameters} trainable parameters: {', '.join(scopes)}."
+
+
+def _how(view: SweepView, winner: TrialView, scope: str) -> str:
+    """How a scope was trained: at which rank, or in full."""
+    recipe = winner.record.recipe
+
+    def value(key: str) -> Any:
+        return recipe.get(key, lookup(view.experiment, key))
+
+    if scope in (value("lora.modules_to_save") or "").split("+"):
+        return "in full"
+    return f"at rank {value(f'lora.rank_by_scope.{scope}') or value('lora.rank')}"
 
 
 def _loading(view: SweepView) -> str:

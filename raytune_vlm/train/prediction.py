@@ -3,7 +3,8 @@
 The model is built without its weights and gets its adapter as in training, so the count of trained
 parameters is exact. Memory is that of one worker in its second optimizer step: weights, adapter,
 AdamW's moments, and the most that tensors take at one time in forward and backward passes over
-a micro-batch of samples as long as `data.max_length`, found by running them on shapes (`models.shapes`).
+a micro-batch of samples as long as `data.max_length`. That is found by running them on shapes
+(`models.shapes`).
 
 Not in it: what the device's libraries and its allocator keep for themselves (on a GPU about 0.5 to
 1 GB), and workspaces inside kernels.
