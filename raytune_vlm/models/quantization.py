@@ -36,6 +36,11 @@ def quantized_modules(model: torch.nn.Module, family: Family) -> list[str]:
     return [name for name, scope in _linear(model, family) if scope == "text"]
 
 
+def kept_modules(model: torch.nn.Module, family: Family) -> str:
+    """All other linear layers, as one expression: transformers tries each entry on each module."""
+    return "|".join(re.escape(name) for name, scope in _linear(model, family) if scope != "text")
+
+
 def quantization_options(
     config: ModelConfig, model: torch.nn.Module, family: Family, device: str
 ) -> dict[str, Any]:
@@ -46,21 +51,19 @@ def quantization_options(
     ModelError
         If the device is no GPU.
     """
-    import torch
-    from transformers import BitsAndBytesConfig
-
     if device == "cpu":
         # bitsandbytes 0.50 trains on CPU, but repacks the weights in evaluation mode, and fails
         # where a layer's width is no multiple of 64.
         raise ModelError(f"model.quantization={config.quantization} needs a GPU, and there is none")
-    kept = [re.escape(name) for name, scope in _linear(model, family) if scope != "text"]
+    import torch
+    from transformers import BitsAndBytesConfig
+
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=config.quantization,
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=getattr(torch, config.dtype),
-        # One expression: transformers tries each entry on each module.
-        llm_int8_skip_modules=["|".join(kept)],
+        llm_int8_skip_modules=[kept_modules(model, family)],
     )
     return {"quantization_config": quantization, "device_map": {"": device}}
 

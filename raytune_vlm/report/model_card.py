@@ -140,7 +140,12 @@ def _loading(view: SweepView) -> str:
         'model = PeftModel.from_pretrained(base, "best")  # this folder',
         'processor = AutoProcessor.from_pretrained("best")',
     ]
-    return "\n".join(["```python", *lines, "```"])
+    code = "\n".join(["```python", *lines, "```"])
+    if lookup(view.experiment, "model.quantization", "none") == "none":
+        return code
+    return (
+        f"{code}\n\nIt was trained and scored on a base whose language model was in 4 bits (nf4)."
+    )
 
 
 def _limits(view: SweepView) -> str:
