@@ -65,6 +65,7 @@ def validate(experiment: Path, overrides: tuple[str, ...], show: bool, quick: bo
 
 
 def _predict(experiment: ExperimentConfig) -> None:
+    import logging
     import warnings
 
     import transformers
@@ -72,6 +73,7 @@ def _predict(experiment: ExperimentConfig) -> None:
     from raytune_vlm.train.prediction import describe, predict
 
     transformers.logging.set_verbosity_error()
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what libraries say of each other
         click.echo(describe(predict(experiment), experiment.lora))

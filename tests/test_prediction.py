@@ -13,7 +13,7 @@ from raytune_vlm.config.model import ModelConfig
 from raytune_vlm.models.loading import load_base, meta_model
 from raytune_vlm.models.lora import attach, detach, trainable_by_scope
 from raytune_vlm.models.tiny import BUILDERS
-from raytune_vlm.train.prediction import predict
+from raytune_vlm.train.prediction import Prediction, describe, predict
 from raytune_vlm.train.run import Run, TrainingData
 from raytune_vlm.train.world import World
 
@@ -44,6 +44,16 @@ def test_the_predicted_count_is_that_of_the_attached_model(model_type, lora, tin
     predicted = predict(config)
     assert predicted.trainable == counts
     assert predicted.weights + predicted.adapter == sum(held.values())
+
+
+def test_memory_that_cannot_be_predicted_is_told_with_the_reason():
+    found = Prediction({"text": 8}, 10, 32, 32, 64, None, 2, 64, obstacle="shapes hang on weights")
+    assert found.total is None
+    line = describe(found, experiment(lora={"rank": 4}).lora)
+    assert line == (
+        "8 trained parameters (text 8 at rank 4); "
+        "memory cannot be predicted: shapes hang on weights"
+    )
 
 
 WIDER = {
