@@ -27,7 +27,8 @@ class Prepared:
     def __init__(self, task: Task, parts: Path, way: str) -> None:
         from raytune_vlm.collate.pixels import PixelMaker
         from raytune_vlm.config import ExperimentConfig
-        from raytune_vlm.models.loading import check_model, load_processor
+        from raytune_vlm.models.loading import load_processor
+        from raytune_vlm.models.location import check_model
         from raytune_vlm.prepare.feed import Collation
         from raytune_vlm.prepare.plan import Plan, PlanSpec
         from raytune_vlm.prepare.prepare import list_shards, prepare

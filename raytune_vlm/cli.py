@@ -43,10 +43,13 @@ cli.add_command(data)
 @_OVERRIDES
 @TRUST
 @click.option("--show", is_flag=True, help="Print the resolved experiment.")
-def validate(experiment: Path, overrides: tuple[str, ...], trust: str | None, show: bool) -> None:
-    """Check an experiment, its model and its data paths; start nothing."""
+@click.option("--quick", is_flag=True, help="Leave out parameters and memory, which load torch.")
+def validate(
+    experiment: Path, overrides: tuple[str, ...], trust: str | None, show: bool, quick: bool
+) -> None:
+    """Check an experiment, its model and its data paths; predict parameters and memory."""
     from raytune_vlm.config.loader import render
-    from raytune_vlm.models.loading import check_model
+    from raytune_vlm.models.location import check_model
 
     resolved = _load(experiment, overrides, trust)
     family = check_model(resolved.model)
@@ -61,6 +64,23 @@ def validate(experiment: Path, overrides: tuple[str, ...], trust: str | None, sh
         f"({family.model_type}), {resolved.sweep.num_trials} trials of up to "
         f"{resolved.train.max_steps} steps, {resolved.metric} scored at steps {rungs}"
     )
+    if not quick:
+        _predict(resolved)
+
+
+def _predict(experiment: ExperimentConfig) -> None:
+    import logging
+    import warnings
+
+    import transformers
+
+    from raytune_vlm.train.prediction import describe, predict
+
+    transformers.logging.set_verbosity_error()
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what libraries say of each other
+        click.echo(describe(predict(experiment), experiment.lora))
 
 
 def _load(file: Path, overrides: tuple[str, ...], trust: str | None) -> ExperimentConfig:

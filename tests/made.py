@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from raytune_vlm.config import ExperimentConfig
+from raytune_vlm.models.lora import scope_of
 
 WORDS = ("tea", "bun", "pie", "egg", "nut", "oat")
 
@@ -38,6 +39,12 @@ def write_data(folder: Path, *, num_train: int = 30, num_other: int = 8) -> None
             )
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / f"{split}.jsonl").write_text(text)
+
+
+def held_scopes(base: Any, wanted: str) -> str:
+    """Those of some scopes that hold parameters at all: Donut has no projector."""
+    scopes = {scope_of(name, base.family) for name, _ in base.model.named_parameters()}
+    return "+".join(scope for scope in wanted.split("+") if scope in scopes)
 
 
 def picture(seed: int, width: int = 64, height: int = 48) -> Image.Image:

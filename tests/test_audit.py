@@ -14,7 +14,7 @@ from raytune_vlm.collate.batch import PixelTable, collate
 from raytune_vlm.config.lora import LoraConfig
 from raytune_vlm.errors import AuditFailed
 from raytune_vlm.models import audit
-from raytune_vlm.models.lora import attach
+from raytune_vlm.models.lora import attach, detach
 from raytune_vlm.models.tiny import BUILDERS
 from raytune_vlm.train.run import Run, TrainingData
 from raytune_vlm.train.world import World
@@ -66,7 +66,7 @@ def test_the_end_of_a_run_is_audited_and_leaves_the_base_bit_equal(
     assert {name: check["passed"] for name, check in checks.items()} == dict.fromkeys(
         ("trainable", "gradients", "adapter_effect", "image_effect", "merge", "reload"), True
     )
-    assert checks["reload"]["value"] == checks["reload"]["tolerance"] == 0
+    assert 0 <= checks["reload"]["value"] <= checks["reload"]["tolerance"] < 1e-3
     assert 0 <= checks["merge"]["value"] <= checks["merge"]["tolerance"] < 1e-3
     assert checks["merge"]["value"] < checks["adapter_effect"]["value"] / 100
     assert checks["trainable"]["by_scope"] == run.trainable
@@ -96,7 +96,7 @@ def test_a_checkpoint_that_answers_differently_fails_by_name(trained, tmp_path):
     weights = load_file(altered / "adapter_model.safetensors")
     name = next(name for name in weights if "lora_B" in name)
     save_file({**weights, name: weights[name] * 1.01}, altered / "adapter_model.safetensors")
-    with pytest.raises(AuditFailed, match=r"audit: reload: .*\(value .*, tolerance 0\)"):
+    with pytest.raises(AuditFailed, match=r"audit: reload: .*\(value .*, tolerance "):
         run.audit_end(altered)
     assert run.auditor.checks["reload"]["passed"] is False
     assert run.auditor.checks["merge"]["passed"] is True
@@ -142,7 +142,7 @@ def test_an_adapter_without_effect_fails_and_a_blind_model_is_a_note(tiny_base, 
     finally:
         with torch.no_grad():
             projection.copy_(kept)
-        base.model = adapted.unload()
+        base.model = detach(adapted)
     assert not checks["image_effect"]["passed"] and checks["image_effect"]["value"] == 0
     (note,) = audit.failure_notes(checks)
     assert "image_effect not passed: a blank image" in note

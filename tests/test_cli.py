@@ -36,11 +36,18 @@ def refused(*arguments: object) -> str:
 @pytest.mark.parametrize("arguments", [["--help"], ["sweep", "--help"], ["validate"], ["schema"]])
 def test_help_validate_and_schema_load_nothing_heavy(arguments, write_experiment):
     if arguments == ["validate"]:
-        arguments = ["validate", str(write_experiment()[0])]
+        arguments = ["validate", "--quick", str(write_experiment()[0])]
     done = subprocess.run(
         [sys.executable, "-c", PROBE, *arguments], capture_output=True, text=True, check=True
     )
     assert done.stdout.splitlines()[-1] == "HEAVY []", done.stdout[-300:]
+
+
+def test_validate_predicts_parameters_by_scope_and_memory(write_experiment):
+    file, _ = write_experiment(lora={"rank": 4, "rank_by_scope": {"vision": 2}, "scope": "vision"})
+    line = run_cli("validate", file, "lora.modules_to_save=projector").stdout.splitlines()[-1]
+    assert "vision 1,664 at rank 2" in line and "projector 8,192 in full" in line
+    assert "a worker needs about" in line and "samples of 2,04" in line
 
 
 def test_a_typo_in_a_key_names_file_line_and_nearest(write_experiment):

@@ -10,7 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 from raytune_vlm.config.data import SplitConfig
 from raytune_vlm.config.evaluation import METRIC_MODES
 from raytune_vlm.config.experiment import ExperimentConfig, digest_of
-from raytune_vlm.config.lora import LoraConfig
+from raytune_vlm.config.lora import SCOPES, LoraConfig
 from raytune_vlm.config.sweep import Distribution, SweepConfig, flatten
 
 SPACE = {"lora.rank": {"type": "choice", "values": [4, 8]}}
@@ -57,10 +57,70 @@ def test_scopes_have_one_order_and_no_unknown_name() -> None:
 
 
 def test_alpha_is_absolute_or_a_multiple_of_the_rank() -> None:
-    assert LoraConfig(rank=8, alpha_ratio=4).scale_alpha == 32
-    assert LoraConfig(rank=8, alpha=5).scale_alpha == 5
+    assert LoraConfig(rank=8, alpha_ratio=4).alpha_of("text") == 32
+    assert LoraConfig(rank=8, alpha=5).alpha_of("text") == 5
     with pytest.raises(ValidationError, match="exclude each other"):
         LoraConfig(alpha=5, alpha_ratio=4)
+
+
+def test_a_scope_has_its_own_rank_and_alpha() -> None:
+    config = LoraConfig.model_validate({"rank": 8, "rank_by_scope": {"vision": 2}})
+    assert [config.rank_of(scope) for scope in SCOPES] == [8, 8, 2]
+    assert [config.alpha_of(scope) for scope in SCOPES] == [16, 16, 4]
+    assert config.model_copy(update={"alpha": 5.0}).alpha_of("vision") == 5
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        (
+            {"lora": {"rank_by_scope": {"vision": 2}}},
+            r"lora\.rank_by_scope\.vision=2 has no effect",
+        ),
+        (
+            {"train": {"learning_rate_by_scope": {"projector": 1e-3}}},
+            r"learning_rate_by_scope\.projector=0\.001 has no effect.*nor in lora\.modules_to_save",
+        ),
+        ({"lora": {"modules_to_save": "text"}}, "'text' is either trained in full or adapted"),
+        ({"lora": {"modules_to_save": "head"}}, "distinct names of text"),
+        ({"lora": {"init": "pissa", "dora": True}}, "dora=true and init=pissa exclude"),
+        ({"lora": {"init": "orthogonal", "rank": 3}}, "needs an even rank, but text has rank 3"),
+        ({"lora": {"loraplus_ratio": 0.5}}, "greater than or equal to 1"),
+        ({"model": {"quantization": "nf4"}}, r"needs a GPU, but train\.gpus_per_worker=0"),
+        (
+            {
+                "model": {"quantization": "nf4"},
+                "train": {"gpus_per_worker": 1},
+                "lora": {"init": "olora"},
+            },
+            "needs the weights themselves",
+        ),
+        (
+            {
+                "model": {"quantization": "nf4"},
+                "train": {"gpus_per_worker": 1},
+                "lora": {"scope": "vision", "modules_to_save": "text"},
+            },
+            "4-bit weights cannot be trained",
+        ),
+    ],
+)
+def test_what_has_no_effect_or_cannot_be_is_refused(sections: Any, message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        experiment(**sections)
+
+
+def test_a_rank_of_a_scope_that_some_trial_adapts_is_allowed() -> None:
+    scope = {"lora.scope": {"type": "choice", "values": ["text", "text+vision"]}}
+    config = experiment(
+        lora={"rank_by_scope": {"vision": 2}, "modules_to_save": "projector"},
+        train={"learning_rate_by_scope": {"vision": 1e-4, "projector": 1e-5}},
+        sweep={"search_space": scope},
+    )
+    assert config.with_recipe({"lora.scope": "text"}).lora.rank_of("vision") == 2
+    changed = config.with_recipe({"lora.rank_by_scope.vision": 4})
+    assert changed.lora.rank_of("vision") == 4
+    assert changed.train.peak_of("vision") == 1e-4 and changed.train.peak_of("text") == 1e-3
 
 
 @pytest.mark.parametrize(
@@ -159,7 +219,8 @@ def test_rungs_are_ordered_and_end_with_the_last_step(
 def test_a_recipe_changes_what_it_names_and_is_validated() -> None:
     config = experiment(lora={"rank": 4})
     changed = config.with_recipe({"lora.rank": 8, "lora.alpha": 32, "train.batch_size": 2})
-    assert (changed.lora.rank, changed.lora.scale_alpha, changed.train.batch_size) == (8, 32, 2)
+    found = (changed.lora.rank, changed.lora.alpha_of("text"), changed.train.batch_size)
+    assert found == (8, 32, 2)
     assert config.lora.rank == 4
     assert changed.with_recipe({"lora.rank": 4}).lora.alpha == 32
     with pytest.raises(ValidationError, match="greater than or equal to 1"):

@@ -20,7 +20,7 @@ from raytune_vlm.config.loader import load_experiment
 from raytune_vlm.config.model import ModelConfig
 from raytune_vlm.errors import CheckpointError, ConfigError, ModelError
 from raytune_vlm.models.export import write_merged
-from raytune_vlm.models.lora import attach
+from raytune_vlm.models.lora import attach, detach
 from raytune_vlm.records import (
     MetricEstimate,
     Scores,
@@ -133,7 +133,7 @@ def in_memory(swept, base, batch, trial_id, step):
         load_adapter(swept.trial(trial_id).checkpoint(step), adapted)
         return answers(adapted, batch)
     finally:
-        base.model = adapted.unload()
+        base.model = detach(adapted)
 
 
 @pytest.mark.parametrize("trial_id", ["best", "t0001"])

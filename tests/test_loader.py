@@ -322,6 +322,28 @@ def test_a_search_space_cannot_contradict_the_experiment() -> None:
     assert told.startswith("x.yaml:19: sweep.search_space.lora.alpha_ratio: value 1 is not valid")
 
 
+def test_values_that_are_valid_alone_must_be_valid_in_pairs() -> None:
+    entry = (
+        "lora.init: {type: choice, values: [pissa, default]}\n"
+        "    lora.dora: {type: choice, values: [false, true]}"
+    )
+    assert problem(space(entry)).startswith(
+        "x.yaml:18: sweep.search_space.lora.init: lora.init=pissa, lora.dora=True are not valid "
+        "together: lora: dora=true and init=pissa exclude each other"
+    )
+    entry = "lora.rank: {type: randint, lower: 2, upper: 9}"
+    assert "value 3 is not valid" in problem(space(entry), "lora.init=orthogonal")
+
+
+def test_a_rank_of_one_scope_is_searched() -> None:
+    entry = "lora.rank_by_scope.vision: {type: choice, values: [2, 4]}"
+    config = load(space(entry), "lora.scope=text+vision")
+    assert config.with_recipe({"lora.rank_by_scope.vision": 4}).lora.rank_of("vision") == 4
+    assert "'vision' is not in lora.scope=text" in problem(space(entry))
+    entry = "lora.rank_by_scope.visio: {type: choice, values: [2, 4]}"
+    assert "did you mean 'lora.rank_by_scope.vision'?" in problem(space(entry))
+
+
 def test_ends_that_are_valid_alone_must_be_valid_together(monkeypatch: pytest.MonkeyPatch) -> None:
     alone = ExperimentConfig.with_recipe
 

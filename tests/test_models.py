@@ -16,14 +16,10 @@ from raytune_vlm.config.lora import LoraConfig
 from raytune_vlm.config.model import ModelConfig
 from raytune_vlm.errors import ModelError
 from raytune_vlm.models.families import FAMILIES
-from raytune_vlm.models.loading import (
-    check_model,
-    image_backend,
-    load_base,
-    load_processor,
-    model_fingerprint,
-)
-from raytune_vlm.models.lora import attach, scope_of, trainable_by_scope
+from raytune_vlm.models.image_backends import image_backend
+from raytune_vlm.models.loading import load_base, load_processor
+from raytune_vlm.models.location import check_model, model_fingerprint
+from raytune_vlm.models.lora import attach, detach, scope_of, trainable_by_scope
 from raytune_vlm.models.tiny import BUILDERS, write_tiny_model
 
 FAMILY = pytest.mark.parametrize("model_type", sorted(BUILDERS))
@@ -42,7 +38,7 @@ def test_a_scope_gets_adapters_and_nothing_else_does(model_type, scope, tiny_bas
     try:
         assert set(trainable_by_scope(adapted, base.family)) == {scope}
     finally:
-        base.model = adapted.unload()
+        base.model = detach(adapted)
 
 
 @FAMILY
@@ -67,7 +63,7 @@ def test_attach_depends_on_the_seed_only_and_unload_restores(model_type, tiny_ba
         torch.manual_seed(seed + 40)
         adapted = attach(base.model, base.family, LoraConfig(rank=2), seed=seed)
         drawn.append([p.detach().clone() for p in adapted.parameters() if p.requires_grad])
-        base.model = adapted.unload()
+        base.model = detach(adapted)
     same = [torch.equal(a, b) for a, b in zip(drawn[0], drawn[1], strict=True)]
     other = [torch.equal(a, b) for a, b in zip(drawn[0], drawn[2], strict=True)]
     assert all(same) and not all(other)

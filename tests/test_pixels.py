@@ -16,7 +16,7 @@ from raytune_vlm.config.data import ImageLimits
 from raytune_vlm.config.model import ModelConfig
 from raytune_vlm.errors import ModelError
 from raytune_vlm.images import decode, decode_pixels
-from raytune_vlm.models.loading import image_backend
+from raytune_vlm.models.image_backends import image_backend
 from raytune_vlm.models.tiny import BUILDERS
 
 FAMILY = pytest.mark.parametrize("model_type", sorted(BUILDERS))

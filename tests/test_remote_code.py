@@ -25,7 +25,8 @@ from raytune_vlm.config.loader import load_experiment
 from raytune_vlm.errors import ConfigError, ModelError
 from raytune_vlm.evaluate.generate import generate
 from raytune_vlm.models.families import FAMILIES
-from raytune_vlm.models.loading import check_model, load_base, load_processor
+from raytune_vlm.models.loading import load_base, load_processor
+from raytune_vlm.models.location import check_model
 from raytune_vlm.models.lora import scope_of
 from raytune_vlm.models.processors.kimi_vl import scaled_size
 from raytune_vlm.models.processors.nemotron_parse import NemotronParseImages, fitting_size

@@ -7,7 +7,7 @@ from peft import get_peft_model_state_dict
 
 from raytune_vlm.config.lora import LoraConfig
 from raytune_vlm.models.families import FAMILIES
-from raytune_vlm.models.lora import attach
+from raytune_vlm.models.lora import attach, detach
 from raytune_vlm.models.serving import MAX_RANKS, NOT_SERVED, SERVED, check_names
 from raytune_vlm.models.tiny import BUILDERS
 
@@ -25,7 +25,7 @@ def tensors(tiny_base):
         try:
             return list(get_peft_model_state_dict(adapted))
         finally:
-            base.model = adapted.unload()
+            base.model = detach(adapted)
 
     return names
 

@@ -11,7 +11,7 @@ import torch
 from raytune_vlm.collate.arrays import collate_arrays
 from raytune_vlm.collate.encoded import Encoded
 from raytune_vlm.models.families import Family
-from raytune_vlm.models.loading import ImageBackend, torch_filter
+from raytune_vlm.models.image_backends import ImageBackend, torch_filter
 
 
 def collate(

@@ -23,7 +23,7 @@ from raytune_vlm.collate.single_turn import (
     PrefixPrompts,
 )
 from raytune_vlm.models.families import Family
-from raytune_vlm.models.loading import ImageBackend
+from raytune_vlm.models.image_backends import ImageBackend
 
 _PROMPTS: dict[str, Any] = {
     "chat": ChatPrompts,

@@ -34,7 +34,7 @@ from raytune_vlm.config.data import ImageLimits
 from raytune_vlm.errors import ModelError
 from raytune_vlm.images import decode_pixels
 from raytune_vlm.models.families import Family
-from raytune_vlm.models.loading import ImageBackend, torch_filter
+from raytune_vlm.models.image_backends import ImageBackend, torch_filter
 
 
 class _FastBackend(PilBackend):

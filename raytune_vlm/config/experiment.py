@@ -70,6 +70,44 @@ class ExperimentConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _scopes_are_trained(self) -> "ExperimentConfig":
+        adapted = self.lora_scopes()
+        trained = adapted | self._searched_scopes("lora.modules_to_save", self.lora.modules_to_save)
+        for section, own, scopes in (
+            ("lora.rank_by_scope", self.lora.rank_by_scope, adapted),
+            ("train.learning_rate_by_scope", self.train.learning_rate_by_scope, trained),
+        ):
+            for scope, value in own.model_dump(exclude_none=True).items():
+                if scope not in scopes:
+                    raise ValueError(
+                        f"{section}.{scope}={value} has no effect: {scope!r} is not in "
+                        f"lora.scope={self.lora.scope}"
+                        + (" nor in lora.modules_to_save" if scopes is trained else "")
+                    )
+        return self
+
+    @model_validator(mode="after")
+    def _quantization_fits(self) -> "ExperimentConfig":
+        if self.model.quantization == "none":
+            return self
+        if self.train.gpus_per_worker == 0:
+            raise ValueError(
+                f"model.quantization={self.model.quantization} needs a GPU, but "
+                "train.gpus_per_worker=0"
+            )
+        if self.lora.init in ("pissa", "olora"):
+            raise ValueError(
+                f"lora.init={self.lora.init} and model.quantization={self.model.quantization} "
+                "exclude each other: the decomposition needs the weights themselves"
+            )
+        if "text" in self.lora.full_scopes:
+            raise ValueError(
+                f"lora.modules_to_save={self.lora.modules_to_save} and model.quantization="
+                f"{self.model.quantization} exclude each other: 4-bit weights cannot be trained"
+            )
+        return self
+
     @property
     def metric(self) -> str:
         """The metric variant that decides."""
@@ -87,9 +125,12 @@ class ExperimentConfig(Section):
 
     def lora_scopes(self) -> set[str]:
         """Every scope that some trial may adapt."""
-        searched = self.sweep.search_space.get("lora.scope")
-        values = [self.lora.scope, *(searched.corners() if searched is not None else ())]
-        return {scope for value in values for scope in str(value).split("+")}
+        return self._searched_scopes("lora.scope", self.lora.scope)
+
+    def _searched_scopes(self, key: str, own: str | None) -> set[str]:
+        searched = self.sweep.search_space.get(key)
+        values = [own, *(searched.corners() if searched is not None else ())]
+        return {scope for value in values if value is not None for scope in str(value).split("+")}
 
     def fingerprint(self) -> str:
         """A digest of everything that determines a sweep's results.

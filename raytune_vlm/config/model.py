@@ -17,6 +17,10 @@ class ModelConfig(Section):
     """Commit or tag on the hub; None takes the default branch."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Number format of the frozen weights; adapters are always trained in float32."""
+    quantization: Literal["none", "nf4"] = "none"
+    """`nf4`: the linear layers of the language model are held in 4 bits (QLoRA, Dettmers et al.
+    2023), those of the vision tower and the projector in `dtype`, in which all is computed. Needs
+    the extra `qlora`."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """Attention implementation, as transformers names it; `auto` takes the one that transformers
     takes for the family: sdpa where the family has it."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
+from operator import attrgetter
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from raytune_vlm.config.experiment import ExperimentConfig
 from raytune_vlm.config.lora import LoraConfig
@@ -25,16 +27,23 @@ SHARED_TRAIN_KEYS = (
 
 def searchable_keys() -> list[str]:
     """The dotted keys that a trial may vary."""
-    keys = [f"lora.{key}" for key in LoraConfig.model_fields]
-    keys += [f"train.{key}" for key in TrainConfig.model_fields]
+    keys = [*_leaves(LoraConfig, "lora"), *_leaves(TrainConfig, "train")]
     return [key for key in keys if key not in SHARED_TRAIN_KEYS]
+
+
+def _leaves(section: type[BaseModel], prefix: str) -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _leaves(field.annotation, f"{prefix}.{name}")
+        else:
+            yield f"{prefix}.{name}"
 
 
 def search_space_problems(experiment: ExperimentConfig) -> Iterator[tuple[str, str]]:
     """What is wrong with the search space, as (dotted key of the search space or "", message).
 
-    Every end point and every listed value has to be valid for the whole experiment, alone and all
-    lower (upper) ends together.
+    Every end point and every listed value has to be valid for the whole experiment: alone, with
+    every one of any other key, and all lower (upper) ends together.
     """
     space = experiment.sweep.search_space
     known = flatten(experiment.model_dump())
@@ -52,9 +61,18 @@ def search_space_problems(experiment: ExperimentConfig) -> Iterator[tuple[str, s
     for name, end in (("lower", 0), ("upper", -1)):
         recipe = {key: distribution.corners()[end] for key, distribution in space.items()}
         if reason := _reason(experiment, recipe):
-            shown = ", ".join(f"{key}={value}" for key, value in recipe.items())
-            yield "", f"all {name} ends together ({shown}) are not valid: {reason}"
+            yield "", f"all {name} ends together ({_shown(recipe)}) are not valid: {reason}"
             return
+    for one, other in itertools.combinations(space, 2):
+        for pair in itertools.product(space[one].corners(), space[other].corners()):
+            recipe = dict(zip((one, other), pair, strict=True))
+            if reason := _reason(experiment, recipe):
+                yield one, f"{_shown(recipe)} are not valid together: {reason}"
+                return
+
+
+def _shown(recipe: dict[str, Any]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in recipe.items())
 
 
 def _refusal(key: str, known: dict[str, Any]) -> str:
@@ -71,8 +89,7 @@ def _refusal(key: str, known: dict[str, Any]) -> str:
 def _invalid(experiment: ExperimentConfig, key: str, value: Any) -> str | None:
     if reason := _reason(experiment, {key: value}):
         return f"value {value!r} is not valid: {reason.removeprefix(f'{key}: ')}"
-    section, leaf = key.split(".")
-    read = getattr(getattr(experiment.with_recipe({key: value}), section), leaf)
+    read = attrgetter(key)(experiment.with_recipe({key: value}))
     if read != value:
         return f"value {value!r} is read as {read!r}; write it so"
     return None

@@ -101,8 +101,8 @@ class RandInt(_Interval):
     """One more than the largest value."""
 
     def corners(self) -> list[Scalar]:
-        """The smallest and the largest value."""
-        return [self.lower, self.upper - 1]
+        """The smallest value, the next one (one of the two is odd) and the largest."""
+        return sorted({self.lower, min(self.lower + 1, self.upper - 1), self.upper - 1})
 
 
 Distribution = Annotated[

@@ -20,6 +20,17 @@ WITHOUT_EFFECT = frozenset(
 """Keys of `train` that results do not depend on: a run may be continued with others."""
 
 
+class LearningRateByScope(Section):
+    """Peak learning rates of single scopes; a scope without one has `train.learning_rate`."""
+
+    text: float | None = Field(default=None, gt=0, le=10)
+    """Peak learning rate of the language model."""
+    projector: float | None = Field(default=None, gt=0, le=10)
+    """Peak learning rate of what lies between vision tower and language model."""
+    vision: float | None = Field(default=None, gt=0, le=10)
+    """Peak learning rate of the vision tower."""
+
+
 class TrainConfig(Section):
     """One run: what the optimizer does and on how many workers."""
 
@@ -42,6 +53,9 @@ class TrainConfig(Section):
     pads to the longest row."""
     learning_rate: float = Field(default=1e-3, gt=0, le=10)
     """Peak learning rate of AdamW."""
+    learning_rate_by_scope: LearningRateByScope = LearningRateByScope()
+    """Other peaks for single scopes, over the same schedule: `learning_rate_by_scope: {vision:
+    2e-5}`."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """How the learning rate falls to zero after the warm-up."""
     warmup_steps: int = Field(default=10, ge=0)
@@ -78,3 +92,8 @@ class TrainConfig(Section):
                 f"warmup_steps={self.warmup_steps} must be below max_steps={self.max_steps}"
             )
         return self
+
+    def peak_of(self, scope: str) -> float:
+        """The peak learning rate of a scope."""
+        own: float | None = getattr(self.learning_rate_by_scope, scope)
+        return self.learning_rate if own is None else own

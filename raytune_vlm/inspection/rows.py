@@ -18,7 +18,9 @@ from raytune_vlm.config.model import ModelConfig
 from raytune_vlm.errors import DataError, RaytuneVlmError
 from raytune_vlm.images import decode
 from raytune_vlm.inspection.text import line
-from raytune_vlm.models.loading import check_model, image_backend, load_processor
+from raytune_vlm.models.image_backends import image_backend
+from raytune_vlm.models.loading import load_processor
+from raytune_vlm.models.location import check_model
 from raytune_vlm.records import Quarantined, Sample
 from raytune_vlm.sources import SOURCES, Shard
 

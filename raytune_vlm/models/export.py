@@ -12,13 +12,8 @@ from typing import Any
 
 from raytune_vlm.config.model import ModelConfig
 from raytune_vlm.errors import ConfigError, ModelError
-from raytune_vlm.models.loading import (
-    check_model,
-    code_options,
-    load_base,
-    load_processor,
-    model_path,
-)
+from raytune_vlm.models.loading import load_base, load_processor
+from raytune_vlm.models.location import check_model, code_options, model_path
 
 
 @contextmanager

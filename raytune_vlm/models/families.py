@@ -14,9 +14,11 @@ __all__ = ["FAMILIES", "Family", "MediaLayout", "Prompt"]
 
 _LLAVA_SCOPES = scopes(
     "model.language_model.",
-    "model.multi_modal_projector model.image_newline",
+    "model.multi_modal_projector.",
     "model.vision_tower.",
 )
+_NEWLINE = ("model.image_newline",)
+"""A bare parameter between tiles, which stays as it is."""
 _IDEFICS_SCOPES = scopes("model.text_model.", "model.connector.", "model.vision_model.")
 _QWEN_SCOPES = scopes(
     "model.language_model.",
@@ -115,11 +117,12 @@ _ENTRIES = (
     Family(model_type="llava", scopes=_LLAVA_SCOPES),
     Family(model_type="pixtral", scopes=_LLAVA_SCOPES, media=_SIZED, padded_images=True),
     Family(model_type="mistral3", scopes=_LLAVA_SCOPES, media=_SIZED, padded_images=True),
-    Family(model_type="llava_next", scopes=_LLAVA_SCOPES, media=_SIZED),
+    Family(model_type="llava_next", scopes=_LLAVA_SCOPES, media=_SIZED, outside=_NEWLINE),
     Family(
         model_type="llava_onevision",
         scopes=_LLAVA_SCOPES,
         media={**_SIZED, "batch_num_images": "concatenate"},
+        outside=_NEWLINE,
     ),
     Family(
         model_type="internvl",
@@ -189,7 +192,7 @@ _ENTRIES = (
     ),
     Family(
         model_type="vision-encoder-decoder",
-        scopes=scopes("decoder.", "enc_to_dec_proj", "encoder."),
+        scopes=scopes("decoder.model.", "enc_to_dec_proj", "encoder."),
         prompt="image-encoder",
         max_images=1,
         packing=None,

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 
 from raytune_vlm.config.experiment import ExperimentConfig, digest_of
 from raytune_vlm.errors import DataError
-from raytune_vlm.models.loading import model_fingerprint
+from raytune_vlm.models.location import model_fingerprint
 from raytune_vlm.prepare.ray_data import quiet_ray_data
 from raytune_vlm.prepare.shard import PixelStep, Preparer, ShardJob, TokenStep, remove_unfinished
 from raytune_vlm.prepare.statistics import (

@@ -30,7 +30,9 @@ from raytune_vlm.config.sources import Source
 from raytune_vlm.errors import DataError, ModelError
 from raytune_vlm.images import decode
 from raytune_vlm.models.families import FAMILIES, Family
-from raytune_vlm.models.loading import check_model, image_backend, load_processor
+from raytune_vlm.models.image_backends import image_backend
+from raytune_vlm.models.loading import load_processor
+from raytune_vlm.models.location import check_model
 from raytune_vlm.prepare.store import (
     PIXEL_SCHEMA,
     ROW_SCHEMA,

@@ -87,7 +87,7 @@ def _of_the_winner(view: SweepView, trial: TrialView) -> list[str]:
         "## Scores on untouched data",
         _scores(view),
         "## Recipe",
-        _recipe(trial),
+        _recipe(view, trial),
         "## Limits",
         _limits(view),
     ]
@@ -117,7 +117,7 @@ def _of_another(
         "## Scores on `select`, which the search saw",
         "\n".join(table) if rows else "This checkpoint was not scored.",
         "## Recipe",
-        _recipe(trial),
+        _recipe(view, trial),
         "## Limits",
         "\n".join(limits),
     ]
@@ -178,13 +178,29 @@ def _scores(view: SweepView) -> str:
     return "\n".join(lines)
 
 
-def _recipe(winner: TrialView) -> str:
+def _recipe(view: SweepView, winner: TrialView) -> str:
     rows = [
         f"| `{_code(key)}` | `{_code(str(value))}` |" for key, value in winner.record.recipe.items()
     ]
     parameters = formatting.count(winner.record.trainable_parameters)
     table = "\n".join(["| key | value |", "|---|---|", *rows])
-    return f"{table}\n\n{parameters} trainable parameters."
+    scopes = [
+        f"{_code(scope)} {formatting.count(count)} {_how(view, winner, scope)}"
+        for scope, count in winner.record.trainable_by_scope.items()
+    ]
+    return f"{table}\n\n{parameters} trainable parameters: {', '.join(scopes)}."
+
+
+def _how(view: SweepView, winner: TrialView, scope: str) -> str:
+    """How a scope was trained: at which rank, or in full."""
+    recipe = winner.record.recipe
+
+    def value(key: str) -> Any:
+        return recipe.get(key, lookup(view.experiment, key))
+
+    if scope in (value("lora.modules_to_save") or "").split("+"):
+        return "in full"
+    return f"at rank {value(f'lora.rank_by_scope.{scope}') or value('lora.rank')}"
 
 
 def _loading(view: SweepView, place: str, merged: bool) -> str:
@@ -192,7 +208,7 @@ def _loading(view: SweepView, place: str, merged: bool) -> str:
     name = repr(place if merged else view.model)
     if view.model == "demo" and not merged:
         name = "DEMO_BASE"
-        lines.append("from raytune_vlm.models.loading import DEMO_BASE  # the package ships it")
+        lines.append("from raytune_vlm.models.location import DEMO_BASE  # the package ships it")
     lines.append("from transformers import AutoModelForImageTextToText, AutoProcessor")
     options = [name]
     revision = None if merged else lookup(view.experiment, "model.revision")
@@ -204,7 +220,12 @@ def _loading(view: SweepView, place: str, merged: bool) -> str:
     lines += ["", f"model = {loaded}{here}"] if merged else ["", f"base = {loaded}"]
     lines += [] if merged else [f"model = PeftModel.from_pretrained(base, {place!r}){here}"]
     lines.append(f"processor = AutoProcessor.from_pretrained({place!r})")
-    return "\n".join(["```python", *lines, "```"])
+    code = "\n".join(["```python", *lines, "```"])
+    if lookup(view.experiment, "model.quantization", "none") == "none":
+        return code
+    return (
+        f"{code}\n\nIt was trained and scored on a base whose language model was in 4 bits (nf4)."
+    )
 
 
 def _limits(view: SweepView) -> str:

@@ -11,7 +11,7 @@ from raytune_vlm.config.experiment import ExperimentConfig
 from raytune_vlm.config.loader import render
 from raytune_vlm.errors import ConfigError, did_you_mean
 from raytune_vlm.models.export import new_folder, write_adapter, write_merged
-from raytune_vlm.models.loading import check_model
+from raytune_vlm.models.location import check_model
 from raytune_vlm.models.serving import VLLM_VERSION, Verdict, check_adapter
 from raytune_vlm.records import SweepFolder, read_json, write_text
 from raytune_vlm.report.model_card import model_card

@@ -18,7 +18,7 @@ from typing import Any
 
 from raytune_vlm.config.experiment import ExperimentConfig
 from raytune_vlm.errors import ConfigError, DataError, EvaluationError, SweepInterrupted
-from raytune_vlm.models.loading import check_model
+from raytune_vlm.models.location import check_model
 from raytune_vlm.models.trust import with_trust
 from raytune_vlm.monitor import Monitor
 from raytune_vlm.prepare.plan import Plan, plan_spec

@@ -199,8 +199,9 @@ class Worker:
         return scores
 
     def _evaluate_job(self, job: Job) -> None:
-        from raytune_vlm.models.lora import attach
-        from raytune_vlm.train.checkpoint import load_adapter, verify
+        from raytune_vlm.models.adapter_file import load_adapter
+        from raytune_vlm.models.lora import attach, detach
+        from raytune_vlm.train.checkpoint import verify
 
         if job.trial_id == BASE_TRIAL:
             scores = self.evaluate(job, self.base.model, job.split, 0)
@@ -213,7 +214,7 @@ class Worker:
                 load_adapter(source, model)
                 scores = self.evaluate(job, model, job.split, job.step)
             finally:
-                self.base.model = model.unload()
+                self.base.model = detach(model)
         if scores is not None:
             values = {name: entry.value for name, entry in scores.metrics.items()}
             self.report(job, {"step": job.step, **values, "done": True})

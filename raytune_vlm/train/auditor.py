@@ -29,7 +29,9 @@ class Auditor:
 
     def before_update(self) -> None:
         """What is trainable and its gradients, before the optimizer uses them."""
-        self.checks["trainable"] = audit.check_trainable(self._trainable, self._config.scopes)
+        self.checks["trainable"] = audit.check_trainable(
+            self._trainable, self._config.scopes + self._config.full_scopes
+        )
         self.checks["gradients"] = audit.check_gradients(self._model)
         audit.raise_failed(self.checks)
 

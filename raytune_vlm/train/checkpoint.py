@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from raytune_vlm.errors import CheckpointError
+from raytune_vlm.models.adapter_file import load_adapter, save_adapter
 from raytune_vlm.records import read_json, write_json
 
 if TYPE_CHECKING:
@@ -60,8 +61,7 @@ def save(
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
     temporary.mkdir(parents=True)
     try:
-        model.save_pretrained(str(temporary), safe_serialization=True)
-        (temporary / "README.md").unlink(missing_ok=True)
+        save_adapter(model, temporary)
         tensors = _optimizer_tensors(model, optimizer)
         for rank, found in enumerate(rng_states):
             tensors |= {f"rng/{rank}/{kind}": value for kind, value in found.items()}
@@ -152,25 +152,6 @@ def load(
     if f"rng/{rank}/cuda" in tensors and device.startswith("cuda"):
         torch.cuda.set_rng_state(tensors[f"rng/{rank}/cuda"], device)
     return RunState(**read_json(folder / "state.json"))
-
-
-def load_adapter(folder: Path, model: PeftModel) -> None:
-    """Load the adapter's weights only.
-
-    Raises
-    ------
-    CheckpointError
-        If the adapter's tensors are not those of the model.
-    """
-    from peft import get_peft_model_state_dict, set_peft_model_state_dict
-
-    weights = load_file(folder / "adapter_model.safetensors")
-    expected = {name: tuple(t.shape) for name, t in get_peft_model_state_dict(model).items()}
-    found = {name: tuple(t.shape) for name, t in weights.items()}
-    if expected != found:
-        odd = sorted(set(expected.items()) ^ set(found.items()))[0]
-        raise CheckpointError(f"{folder}: the adapter does not fit the model at {odd[0]} {odd[1]}")
-    set_peft_model_state_dict(model, weights)
 
 
 def retain(checkpoints: Path, keep: int, pinned: set[int]) -> None:

@@ -28,9 +28,10 @@ from raytune_vlm.collate.positions import with_positions
 from raytune_vlm.config.experiment import ExperimentConfig, digest_of
 from raytune_vlm.config.train import WITHOUT_EFFECT
 from raytune_vlm.errors import CheckpointError, TrialDiverged, TrialInfeasible
+from raytune_vlm.models.adapter_file import start_tensors
 from raytune_vlm.models.audit import check_merge, check_reload, last_logits
 from raytune_vlm.models.loading import Base
-from raytune_vlm.models.lora import attach, trainable_by_scope
+from raytune_vlm.models.lora import attach, detach, trainable_by_scope
 from raytune_vlm.prepare.feed import Arrays, CachedFeed, Collation, Feed, MicroBatch, Part
 from raytune_vlm.prepare.plan import Plan, PlanSpec, plan_spec
 from raytune_vlm.prepare.store import PreparedSplit
@@ -44,6 +45,7 @@ from raytune_vlm.prepare.stream import (
 )
 from raytune_vlm.train import checkpoint
 from raytune_vlm.train.auditor import Auditor
+from raytune_vlm.train.optimizer import parameter_groups
 from raytune_vlm.train.schedule import learning_rate
 from raytune_vlm.train.world import World
 
@@ -62,6 +64,7 @@ class StepMetrics:
     grad_norm: float
     """Global norm of the gradients before clipping."""
     learning_rate: float
+    """Of what has no rate of its own (`train.learning_rate_by_scope`, `lora.loraplus_ratio`)."""
     labelled_tokens: int
     tokens: int
     """Tokens of the global batch, padding not counted."""
@@ -141,8 +144,14 @@ class Run:
         self.auditor = Auditor(self.model, self.trainable, experiment.lora)
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
         self._optimizer = torch.optim.AdamW(
-            self._parameters, lr=self.config.learning_rate, weight_decay=self.config.weight_decay
+            parameter_groups(self.model, base.family, experiment),
+            weight_decay=self.config.weight_decay,
         )
+        starts = start_tensors(self.model)
+        if starts and world.size > 1:
+            # A decomposition of the weights may come out with other signs on another machine.
+            for tensor in (*self._parameters, *starts):
+                torch.distributed.broadcast(tensor.detach(), src=0)
         # Dropout must not depend on how many random numbers the initialisation drew.
         torch.manual_seed(experiment.seed * 1009 + world.rank)
 
@@ -192,9 +201,8 @@ class Run:
         began = time.monotonic()
         rows = self.plan.rows(self.steps_done)
         labelled = int(self._split.num_labelled[rows].sum())
-        rate = learning_rate(self.config, self.steps_done)
         for group in self._optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = learning_rate(self.config, self.steps_done, group["peak"])
         self.model.train()
         try:
             micro_batches = self._feed.step(self.steps_done)
@@ -226,7 +234,7 @@ class Run:
             step=self.steps_done,
             loss=loss,
             grad_norm=norm,
-            learning_rate=rate,
+            learning_rate=learning_rate(self.config, self.steps_done - 1),
             labelled_tokens=labelled,
             tokens=int(self._split.lengths[rows].sum()),
             seconds=time.monotonic() - began,
@@ -357,10 +365,7 @@ class Run:
 
     def _take_off(self) -> None:
         if self._is_attached:
-            model: torch.nn.Module = self.model.unload()
-            model.requires_grad_(False)
-            model.eval()
-            self._base.model, self._is_attached = model, False
+            self._base.model, self._is_attached = detach(self.model), False
 
 
 def summed_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
