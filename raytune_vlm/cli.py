@@ -23,6 +23,13 @@ if TYPE_CHECKING:
 
 _EXPERIMENT = click.argument("experiment", type=click.Path(path_type=Path))
 _OVERRIDES = click.argument("overrides", nargs=-1)
+_TINY = click.option(
+    "--tiny",
+    metavar="FAMILY",
+    expose_value=False,
+    callback=lambda context, _, family: setattr(context, "obj", family),
+    help="A tiny random model of this family in place of the experiment's: a dry run.",
+)
 _FOLDER = click.argument("folder", type=click.Path(path_type=Path))
 
 
@@ -42,6 +49,7 @@ cli.add_command(data)
 @_EXPERIMENT
 @_OVERRIDES
 @TRUST
+@_TINY
 @click.option("--show", is_flag=True, help="Print the resolved experiment.")
 @click.option("--quick", is_flag=True, help="Leave out parameters and memory, which load torch.")
 def validate(
@@ -87,6 +95,9 @@ def _load(file: Path, overrides: tuple[str, ...], trust: str | None) -> Experime
     from raytune_vlm.config.loader import load_experiment
     from raytune_vlm.models.trust import with_trust
 
+    family = click.get_current_context().obj
+    if family is not None:
+        overrides = (*overrides, f"model.name=tiny:{family}", "model.revision=null")
     return with_trust(load_experiment(file, overrides), trust)
 
 
@@ -132,6 +143,7 @@ def _free_name(experiment: ExperimentConfig) -> str:
 @_EXPERIMENT
 @_OVERRIDES
 @TRUST
+@_TINY
 def prepare(experiment: Path, overrides: tuple[str, ...], trust: str | None) -> None:
     """Read, check and encode the data once; later runs find it."""
     from raytune_vlm.monitor import Monitor
@@ -149,6 +161,7 @@ def prepare(experiment: Path, overrides: tuple[str, ...], trust: str | None) -> 
 @_EXPERIMENT
 @_OVERRIDES
 @TRUST
+@_TINY
 def train(experiment: Path, overrides: tuple[str, ...], trust: str | None) -> None:
     """Train the experiment's own recipe; run again, it goes on from its newest checkpoint."""
     from raytune_vlm.monitor import Monitor
@@ -165,6 +178,7 @@ def train(experiment: Path, overrides: tuple[str, ...], trust: str | None) -> No
 @_EXPERIMENT
 @_OVERRIDES
 @TRUST
+@_TINY
 def sweep(experiment: Path, overrides: tuple[str, ...], trust: str | None) -> None:
     """Search recipes, pick the winner, prove it, report."""
     from raytune_vlm.monitor import Monitor
@@ -225,12 +239,15 @@ def evaluate(folder: Path, trust: str | None, trial_id: str, split: str) -> None
     help="A PEFT adapter, or a whole model with the adapter in its weights.",
 )
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="A new folder.")
-def export(folder: Path, trial_id: str, step: int | None, form: Any, output: Path) -> None:
+@TRUST
+def export(
+    folder: Path, trial_id: str, step: int | None, form: Any, output: Path, trust: str | None
+) -> None:
     """Write a trial of a sweep folder as an adapter or a whole model; say if vLLM can serve it."""
     from raytune_vlm.sweep.export import export as write
     from raytune_vlm.sweep.export import serving_lines
 
-    written = write(folder, output, trial_id=trial_id, step=step, form=form)
+    written = write(folder, output, trial_id=trial_id, step=step, form=form, trust=trust)
     click.echo(f"{written.trial_id}, step {written.step}: {form} in {written.folder}")
     for line in serving_lines(written):
         click.echo(line)

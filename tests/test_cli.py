@@ -50,6 +50,14 @@ def test_validate_predicts_parameters_by_scope_and_memory(write_experiment):
     assert "a worker needs about" in line and "samples of 2,04" in line
 
 
+def test_a_dry_run_takes_a_tiny_model_of_a_family(write_experiment, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    file, _ = write_experiment(model={"name": "somebody/Some-Model-7B", "revision": "main"})
+    found = run_cli("validate", file, "--quick", "--tiny", "llava").stdout
+    assert "tiny:llava (llava)" in found
+    assert "no such family (did you mean 'llava'" in refused("validate", file, "--tiny", "lava")
+
+
 def test_a_typo_in_a_key_names_file_line_and_nearest(write_experiment):
     file, folder = write_experiment(lora={"rnak": 4})
     line = 1 + file.read_text().splitlines().index("  rnak: 4")

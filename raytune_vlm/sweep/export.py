@@ -13,8 +13,9 @@ from raytune_vlm.errors import ConfigError, did_you_mean
 from raytune_vlm.models.export import new_folder, write_adapter, write_merged
 from raytune_vlm.models.location import check_model
 from raytune_vlm.models.serving import VLLM_VERSION, Verdict, check_adapter
-from raytune_vlm.records import SweepFolder, read_json, write_text
+from raytune_vlm.records import SweepFolder, write_text
 from raytune_vlm.report.model_card import model_card
+from raytune_vlm.sweep.runner import recorded_experiment
 from raytune_vlm.train.checkpoint import verify
 
 BEST = "best"
@@ -35,7 +36,13 @@ class Exported:
 
 
 def export(
-    root: Path, output: Path, *, trial_id: str = BEST, step: int | None = None, form: Format
+    root: Path,
+    output: Path,
+    *,
+    trial_id: str = BEST,
+    step: int | None = None,
+    form: Format,
+    trust: str | None = None,
 ) -> Exported:
     """Write a trial's adapter, or the base merged with it, with processor, card and experiment.
 
@@ -54,7 +61,7 @@ def export(
     folder, output = SweepFolder(root.resolve()), output.resolve()
     if not folder.experiment_file.exists():
         raise ConfigError(f"{root} is not a sweep folder: it has no experiment.json")
-    experiment = ExperimentConfig.model_validate(read_json(folder.experiment_file)["experiment"])
+    experiment = recorded_experiment(folder, trust)
     trial_id, step = chosen(folder, experiment, trial_id, step)
     trial = folder.trial(trial_id)
     family = check_model(experiment.model)

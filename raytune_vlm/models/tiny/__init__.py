@@ -55,7 +55,9 @@ def write_tiny_model(model_type: str, folder: Path, *, seed: int = 0) -> Path:
     if model_type not in BUILDERS:
         raise KeyError(f"no tiny model for {model_type!r}{did_you_mean(model_type, BUILDERS)}")
     import torch
+    import transformers
 
+    transformers.utils.logging.disable_progress_bar()
     allow_missing_torchvision()
     torch.manual_seed(seed)
     model, processor = BUILDERS[model_type]()
