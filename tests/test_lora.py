@@ -82,6 +82,10 @@ def reloaded(base, folder, batch):
         base.model = detach(model)
 
 
+MIXED = {"gemma4_unified", "nemotron_h_omni", "phi4_multimodal"}
+"""Where a parameter of the vision tower or the projector lies beside modules of others."""
+
+
 def linear_scopes(family, wanted=("text", "projector", "vision")):
     return [scope for scope in wanted if scope not in family.no_linear]
 
@@ -119,10 +123,16 @@ def test_every_scope_has_its_rank_and_scale_also_when_reloaded(
 def test_an_adapter_that_starts_from_the_weights_is_saved_for_the_unchanged_base(
     model_type, init, tiny_base, tiny_split, tmp_path
 ):
+    if model_type == "gemma3n":
+        pytest.skip("its smallest layers have rank 2 only")
     base = tiny_base(model_type)
     scopes = linear_scopes(base.family, ("text", "vision"))
     config = LoraConfig(
-        rank=4, scope="+".join(scopes), rank_by_scope={"vision": 2}, init=init, rslora=True
+        rank=4,
+        scope="+".join(scopes),
+        rank_by_scope={"vision": 2} if "vision" in scopes else {},
+        init=init,
+        rslora=True,
     )
     batch = inputs(base, tiny_split(model_type))
     plain = logits(base.model, batch)
@@ -193,6 +203,10 @@ def test_a_scope_trained_in_full_is_saved_and_reloaded(
         adapted = linear_scopes(base.family, ("vision", "projector"))[0]
     full = held_scopes(base, full)
     config = LoraConfig(rank=2, scope=adapted, modules_to_save=full)
+    if "vision" in full and model_type in MIXED:
+        with pytest.raises(ModelError, match="lies in a module with parts of other scopes"):
+            attach(base.model, base.family, config, seed=0)
+        return
     batch = inputs(base, tiny_split(model_type))
     plain = logits(base.model, batch)
     sizes = dict.fromkeys(full.split("+"), 0)
@@ -209,7 +223,7 @@ def test_a_scope_trained_in_full_is_saved_and_reloaded(
     assert torch.allclose(reloaded(base, tmp_path, batch), expected, atol=1e-5)
     with attached(base, config, seed=5) as model:
         load_adapter(tmp_path, model)
-        assert torch.equal(logits(model, batch), expected)
+        assert torch.allclose(logits(model, batch), expected, atol=1e-5)
     with attached(base, LoraConfig(rank=2, scope=adapted)) as model, pytest.raises(CheckpointError):
         load_adapter(tmp_path, model)
 
@@ -308,6 +322,8 @@ def test_groups_follow_their_own_peaks_over_the_same_schedule(tiny_base, tiny_sp
 @FAMILY
 def test_scopes_trained_in_full_pass_the_audit_and_learn(model_type, tiny_base, tiny_split):
     train = {"max_steps": 6, "warmup_steps": 1, "batch_size": 8, "learning_rate": 1e-2}
+    if model_type in MIXED:
+        pytest.skip("refused, as tested above")
     full = held_scopes(tiny_base(model_type), "projector+vision")
     config = experiment(lora={"rank": 2, "modules_to_save": full}, train=train)
     run = Run(tiny_base(model_type), tiny_split(model_type), config, World(), TrainingData("d"))

@@ -180,6 +180,8 @@ _ENTRIES = (
         ),
         media={"pixel_values": "concatenate", "image_grid_hw": "concatenate"},
         channels="planar",
+        # The state of its Mamba layers goes on from sample to sample.
+        packing=None,
         needs=("torchvision",),
         outside=("audio_tower.", "embed_audio.", "vision_model.embeddings.video_"),
     ),

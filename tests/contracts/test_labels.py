@@ -179,7 +179,7 @@ WITH_TOOLS = [
 @FAMILY
 def test_tool_calls_are_labelled_or_refused_and_never_left_out(model_type, tiny_base, encoder):
     decode = tiny_base(model_type).processor.tokenizer.decode
-    if "im_end" not in str(tiny_base(model_type).processor.chat_template):
+    if "tool_calls" not in str(tiny_base(model_type).processor.chat_template):
         with pytest.raises(SampleRefused, match=r"leaves out tools|has no place for them"):
             encoder(model_type).training(WITH_TOOLS, [picture(0)], TOOLS)
         return
