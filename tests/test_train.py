@@ -14,6 +14,7 @@ from raytune_vlm.config.train import TrainConfig
 from raytune_vlm.errors import CheckpointError, DataError, TrialDiverged
 from raytune_vlm.models.lora import detach
 from raytune_vlm.models.tiny import BUILDERS
+from raytune_vlm.prepare.feed import Collation, Part
 from raytune_vlm.train import checkpoint
 from raytune_vlm.train.run import Run, TrainingData, summed_cross_entropy
 from raytune_vlm.train.schedule import learning_rate
@@ -218,3 +219,29 @@ def test_schedules_rise_to_the_peak_and_end_where_they_should(schedule):
     assert rates[0] == pytest.approx(0.05) and max(rates) == pytest.approx(0.5)
     assert rates[:10] == sorted(rates[:10])
     assert rates[-1] == pytest.approx(0.5 if schedule == "constant" else 0, abs=0.01)
+
+
+@pytest.mark.parametrize("model_type", ["idefics3", "qwen2_5_vl", "gemma3"])
+def test_a_step_of_packs_has_the_loss_of_its_samples(model_type, start, tiny_base, tiny_split):
+    base, split = tiny_base(model_type), tiny_split(model_type)
+    packs = {"pack_tokens": 2048, "batch_size": 2, "micro_batch_size": 1}
+    run = start(model_type, **packs)
+    rows = run.plan.rows(0)
+    assert len(rows) > 2 * packs["batch_size"]
+    collation = Collation(base.family.model_type, base.processor.tokenizer.pad_token_id, 1)
+    total = 0.0
+    with torch.no_grad():
+        for row in rows.tolist():
+            part = collation.collate(Part((row,), (0,)), [split.encoded(row)])
+            batch, labels = run._on_device(part.arrays)
+            total += float(summed_cross_entropy(run.model(**batch).logits, labels))
+    step = run.step()
+    assert step.loss == pytest.approx(total / split.num_labelled[rows].sum(), rel=1e-5)
+    assert step.tokens == split.lengths[rows].sum()
+
+
+def test_packs_and_padding_that_cannot_be_are_refused():
+    with pytest.raises(ValueError, match="pack_tokens=64 must be at least data.max_length=2048"):
+        experiment(train={"pack_tokens": 64})
+    with pytest.raises(ValueError, match="exclude each other"):
+        experiment(train={"pack_tokens": 4096, "group_by_length": True})
