@@ -241,7 +241,7 @@ def test_a_step_of_packs_has_the_loss_of_its_samples(model_type, start, tiny_bas
 
 
 def test_packs_and_padding_that_cannot_be_are_refused():
-    with pytest.raises(ValueError, match="pack_tokens=64 must be at least data.max_length=2048"):
+    with pytest.raises(ValueError, match=r"pack_tokens=64 must be at least data.max_length=2048"):
         experiment(train={"pack_tokens": 64})
     with pytest.raises(ValueError, match="exclude each other"):
         experiment(train={"pack_tokens": 4096, "group_by_length": True})

@@ -212,8 +212,8 @@ def last_logits(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> to
             logits = model(**batch, **options).logits[:, -KEPT_LOGITS:].float()
     finally:
         model.train(training)
-    mask = batch.get("attention_mask")
-    if mask is not None and mask.shape[1] >= logits.shape[1]:
+    mask = batch.get("attention_mask")  # of packed rows none, or Gemma's by kind of layer
+    if isinstance(mask, torch.Tensor) and mask.shape[1] >= logits.shape[1]:
         logits = logits.masked_fill(mask[:, -logits.shape[1] :, None] == 0, 0.0)
     return logits
 
