@@ -1,8 +1,13 @@
-"""Metrics on plain text: `exact_match@strip` and `cer@micro`.
+"""Metrics on plain text: exact match, character and word error rate, token F1.
 
-Both strip white space at the two ends and change nothing else: no lower case, no Unicode
-normalisation (a precomposed and a decomposed accent differ), no removal of Arabic vowel signs.
+`exact_match@strip`, `cer@micro` and `wer@micro` strip white space at the two ends and change
+nothing else: no lower case, no Unicode normalisation (a precomposed and a decomposed accent
+differ), no removal of Arabic vowel signs. The `@squad` variants normalise English.
 """
+
+import re
+import string
+from collections import Counter
 
 from rapidfuzz.distance import Levenshtein
 
@@ -27,3 +32,40 @@ def character_error_rate(prediction: str, reference: str) -> SampleScore:
     prediction, reference = prediction.strip(), reference.strip()
     length = max(len(reference), 1)
     return SampleScore(Levenshtein.distance(prediction, reference) / length, float(length))
+
+
+def word_error_rate(prediction: str, reference: str) -> SampleScore:
+    """`wer@micro`: as `cer@micro`, in words; a word is what stands between white space.
+
+    As `jiwer.wer` does by default, except for what an empty reference counts. Chinese, Japanese and
+    Thai are written without blanks: use `cer@micro` for them.
+    """
+    words, gold = prediction.split(), reference.split()
+    length = max(len(gold), 1)
+    return SampleScore(Levenshtein.distance(words, gold) / length, float(length))
+
+
+def squad_exact_match(prediction: str, reference: str) -> SampleScore:
+    """`exact_match@squad`: 1 if the texts are equal after SQuAD's normalisation, else 0."""
+    return SampleScore(float(_squad_tokens(prediction) == _squad_tokens(reference)))
+
+
+def squad_token_f1(prediction: str, reference: str) -> SampleScore:
+    """`token_f1@squad`: F1 over the words of two texts, each counted as often as in both.
+
+    Rajpurkar et al. 2016, "SQuAD"; rajpurkar/SQuAD-explorer, `evaluate-v2.0.py`: lower case,
+    without ASCII punctuation and the articles a, an, the. If one text has no words, the score is 1
+    if neither has any, else 0.
+    """
+    found, gold = _squad_tokens(prediction), _squad_tokens(reference)
+    if not found or not gold:
+        return SampleScore(float(found == gold))
+    common = (Counter(found) & Counter(gold)).total()
+    return SampleScore(2 * common / (len(found) + len(gold)))
+
+
+_WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def _squad_tokens(text: str) -> list[str]:
+    return re.sub(r"\b(a|an|the)\b", " ", text.lower().translate(_WITHOUT_PUNCTUATION)).split()
