@@ -7,9 +7,9 @@ and salaniz/pycocoevalcap, `tokenizer/ptbtokenizer.py`, drops common punctuation
 `u.s.` keep their periods; runs such as `?!` are words.
 
 Different, and rare in captions (1 of 3,000 made ones): abbreviations are a short list; emoticons,
-phone numbers, `rock'n'roll`, single fraction signs and SGML entities other than `&amp;`, `&lt;`,
-`&gt;` are cut as any text; only the first `MAX_LENGTH` characters are read. Scripts without blanks (Chinese, Japanese, Thai) stay
-one word up to the next mark, as they do there.
+phone numbers, `rock'n'roll`, fraction signs and SGML other than `&amp;`, `&lt;`, `&gt;` are cut as
+any text; only the first `MAX_LENGTH` characters are read. Scripts without blanks (Chinese,
+Japanese, Thai) stay one word up to the next mark, as they do there.
 """
 
 import re

@@ -49,8 +49,8 @@ def realworldqa(prediction: str, reference: Reference) -> SampleScore:
     """`realworldqa@lmms_eval`: letters A to D by lmms-eval's search, other answers as texts.
 
     EvolvingLMMs-Lab/lmms-eval, `lmms_eval/tasks/realworldqa/utils.py`. An answer that is no letter
-    is compared in lower case, without white space at the ends and full stops at the end of the
-    prediction. (xAI published the questions, not a script.)
+    is compared in lower case, without white space at the ends, and with or without the full stops
+    at the end of the prediction (there only without). (xAI published the questions, not a script.)
     """
     return SampleScore(max(_realworldqa(prediction, answer) for answer in reference.answers))
 

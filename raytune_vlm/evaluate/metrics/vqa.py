@@ -53,8 +53,8 @@ def official(prediction: str, reference: Reference) -> SampleScore:
 def always_normalise(prediction: str, reference: Reference) -> SampleScore:
     """`vqa@always_normalise`: as `vqa@official`, but texts are normalised in any case.
 
-    open-compass/VLMEvalKit, `vlmeval/dataset/utils/vqa_eval.py`, `process_answer`, method
-    `vqa_score`, and many others.
+    What open-compass/VLMEvalKit, `vlmeval/dataset/utils/vqa_eval.py`, method `vqa_score`, and many
+    others do. There a period after a digit stays (`5.` is not `5`); here it goes, as officially.
     """
     given, answers = _prepared(prediction, reference)
     return SampleScore(leave_one_out(given, answers))
