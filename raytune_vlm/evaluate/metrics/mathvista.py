@@ -40,7 +40,14 @@ def mathvista(prediction: str, reference: Reference) -> SampleScore:
     """
     found = _extract(prediction, reference)
     given = None if found is None else _normalise(found, reference)
-    return SampleScore(float(given is not None and given in reference.answers))
+    return SampleScore(float(given is not None and given in _golds(reference)))
+
+
+def _golds(reference: Reference) -> tuple[str, ...]:
+    """The answers; those that are plain texts without white space at the ends."""
+    if reference.choices or reference.type.lower() in ("integer", "float", "list"):
+        return reference.answers
+    return tuple(answer.strip() for answer in reference.answers)
 
 
 def _extract(text: str, reference: Reference) -> str | None:
