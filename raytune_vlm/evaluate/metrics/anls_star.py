@@ -9,7 +9,8 @@ number of values, counted in both documents:
 
 - two texts: ANLS with threshold 0.5 (exactly 0.5 counts), in lower case, white space as one blank;
 - lists: items are paired so that the sum of their own scores is greatest, then added up, order
-  aside; an item without a partner adds to the number only;
+  aside; an item without a partner adds to the number only (of equally great sums another than
+  there may be taken: 1 of 8,000 made documents scored otherwise);
 - objects: key by key; a key on one side only is compared with nothing;
 - nothing against nothing, `{}`, `[]` or `""` is 1; two values of different kinds are 0, and count
   as many as the larger of them has.
