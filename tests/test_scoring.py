@@ -237,6 +237,12 @@ def test_a_corpus_metric_is_kept_by_its_sums(tmp_path: Path) -> None:
     assert rescore(tmp_path, **INTERVAL) == scores
 
 
+def test_bleu_of_nothing_right_keeps_some_doubt() -> None:
+    rows = [prediction(number, "x", "y", group_id=str(number)) for number in range(20)]
+    found = run(rows, metrics=["bleu1@coco"])[0].metrics["bleu1@coco"]
+    assert (found.value, found.upper) == (pytest.approx(0), pytest.approx(1 - 0.1 ** (1 / 20)))
+
+
 def test_scores_by_category_and_group() -> None:
     subjects = ["Math", "Physics", "Physics", "History", ""]
     rows = [

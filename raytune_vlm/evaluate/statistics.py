@@ -25,6 +25,8 @@ Mode = Literal["max", "min"]
 Combine = Callable[[Floats], Floats]
 """Totals [..., K] -> scores [...]."""
 
+_SAME = 1e-8
+"""Scores closer than this are equal; BLEU adds constants to its counts, so that 0 is 1e-17."""
 _BLOCK = 4_000_000
 """The most numbers that a block of resamples holds (32 MB)."""
 
@@ -79,9 +81,9 @@ def estimate(
     lower, upper = _interval(resampled, confidence)
     reach = 1 - (1 - confidence) ** (1 / len(sums))
     own = score(sums)
-    if (own == 0).all():
+    if (abs(own) < _SAME).all():
         upper = reach
-    elif (own == 1).all():
+    elif (abs(own - 1) < _SAME).all():
         lower = 1 - reach
     error = float(resampled.std()) if combine else _ratio_error(sums[:, 0], value)
     return MetricEstimate(value, min(lower, value), max(upper, value), error)
