@@ -156,6 +156,14 @@ class MetricEstimate:
 
 
 @dataclass(frozen=True)
+class CategoryScore:
+    """A metric on the samples of one category; value * samples are the points of OCRBench."""
+
+    value: float
+    num_samples: int
+
+
+@dataclass(frozen=True)
 class Scores:
     """`scores.json`: one checkpoint on one split."""
 
@@ -170,11 +178,17 @@ class Scores:
     empty_rate: float
     truncation_rate: float
     seconds: float = 0.0
+    by_category: dict[str, dict[str, CategoryScore]] = field(default_factory=dict)
+    """Metric variant -> category or group of categories -> score, where references have any."""
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Scores:
         metrics = {name: MetricEstimate(**entry) for name, entry in value["metrics"].items()}
-        return cls(**{**value, "metrics": metrics})
+        by_category = {
+            metric: {name: CategoryScore(**entry) for name, entry in scores.items()}
+            for metric, scores in value.get("by_category", {}).items()
+        }
+        return cls(**{**value, "metrics": metrics, "by_category": by_category})
 
 
 PREDICTION_COLUMNS = (
@@ -191,7 +205,8 @@ PREDICTION_COLUMNS = (
 
 The float is the sample's own score (`nan` for a metric that has none); a second column
 `<metric>/weight` holds its weight in the aggregate (1 for means, the number of reference
-characters for `cer@micro`): aggregate = sum(score * weight) / sum(weight).
+characters for `cer@micro`): aggregate = sum(score * weight) / sum(weight). A metric whose aggregate
+is no such ratio (`bleu4@coco`) has a third column, `<metric>/sums`: what it adds up over samples.
 """
 
 

@@ -50,6 +50,21 @@ GARBAGE = {
 }
 
 
+NOT_EQUALITY = {
+    "cider@coco": "a corpus of one sample scores 0",
+    "bleu1@coco": "a text without words scores 0",
+    "bleu2@coco": "a text of one word scores 0",
+    "bleu3@coco": "a text of two words scores 0",
+    "bleu4@coco": "a text of three words scores 0",
+    "json_valid@strict": "the answer does not matter",
+    "medical_closed@llava_med": "the prediction must say yes or no",
+}
+"""Metrics that do not give every text full marks against itself, and why."""
+COUNTS_REPETITION = {"medical_open@llava_med_recall", "medical_open@llava_med_f1"}
+ANNOTATORS = {name for name in METRICS if name.startswith("vqa@")}
+MOST = {"cider@coco": 10.0}
+
+
 # The contract, for every entry of the table.
 
 
@@ -58,7 +73,7 @@ def test_table_matches_the_config() -> None:
     assert all(metric.name == name for name, metric in METRICS.items())
 
 
-@pytest.mark.parametrize("name", METRICS)
+@pytest.mark.parametrize("name", [name for name in METRICS if name not in NOT_EQUALITY])
 def test_identical_texts_score_best(name: str) -> None:
     best = 1.0 if METRICS[name].mode == "max" else 0.0
     for text in TEXTS:
@@ -73,7 +88,7 @@ def test_any_two_texts_have_a_finite_score(name: str) -> None:
             assert isinstance(score, SampleScore)
             assert 0 <= score.value < float("inf")
             assert 0 <= score.weight < float("inf")
-            assert METRICS[name].mode == "min" or score.value <= 1
+            assert METRICS[name].mode == "min" or score.value <= MOST.get(name, 1)
 
 
 @pytest.mark.parametrize("kind", GARBAGE)
@@ -82,7 +97,8 @@ def test_any_two_texts_have_a_finite_score(name: str) -> None:
 def test_garbage_is_scored_in_time(name: str, kind: str) -> None:
     reference = "<s_menu>" + "<sep/>".join(["<s_nm>TEA</s_nm><s_cnt>2</s_cnt>"] * 30) + "</s_menu>"
     score = METRICS[name].score(GARBAGE[kind], [reference])
-    assert score.value > 0.9 if METRICS[name].mode == "min" else score.value < 0.1
+    assert score.value < 0.1 or METRICS[name].mode == "min" or name in COUNTS_REPETITION
+    assert score.value > 0.9 or METRICS[name].mode == "max"
 
 
 @pytest.mark.parametrize("name", METRICS)
@@ -92,7 +108,7 @@ def test_missing_prediction_is_empty_text(name: str) -> None:
         assert METRICS[name].score(value, [TEA]) == METRICS[name].score("", [TEA])
 
 
-@pytest.mark.parametrize("name", METRICS)
+@pytest.mark.parametrize("name", [name for name in METRICS if name not in ANNOTATORS])
 def test_best_reference_counts(name: str) -> None:
     alone = METRICS[name].score(TEA, [TEA])
     assert METRICS[name].score(TEA, ["other", TEA, "<s_a>1</s_a>"]) == alone

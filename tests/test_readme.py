@@ -79,3 +79,8 @@ def test_the_readme_names_every_source_and_metric(table):
 def test_docs_list_every_family():
     listed = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
     assert [name for name in FAMILIES if f"`{name}`" not in listed] == []
+
+
+def test_docs_list_every_metric():
+    listed = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+    assert [name for name in METRIC_MODES if f"| `{name}` |" not in listed] == []

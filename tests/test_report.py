@@ -16,6 +16,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet
 import pytest
 import yaml
 from sweep_folder_example import build_example
@@ -340,6 +341,18 @@ def test_gallery_opens_with_every_kind(examples: Copy) -> None:
     kinds = [exhibit.change for exhibit in exhibits[:4]]
     assert kinds == ["improved", "improved", "worse", "both right"]
     assert all((e.image or "").startswith("data:image/jpeg;base64,") for e in exhibits)
+
+
+def test_gallery_shows_a_reference_with_several_answers(copy: Copy) -> None:
+    folder = copy()
+    for file in folder.root.glob("trials/*/evaluations/report/*/predictions.parquet"):
+        table = pyarrow.parquet.read_table(file)
+        answers = [json.dumps({"answers": ["a cat", "cat", "cat"]})] * len(table)
+        for name, cells in (("reference", answers), ("prediction", ["cat "] * len(table))):
+            table = table.set_column(table.column_names.index(name), name, [cells])
+        pyarrow.parquet.write_table(table, file)
+    exhibit = gallery(load_view(folder.root))[0]
+    assert (exhibit.truth.text, exhibit.winner.mark) == ("a cat | cat", "right")
 
 
 def test_gallery_reads_only_pictures_of_the_gallery(copy: Copy) -> None:

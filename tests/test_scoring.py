@@ -23,7 +23,9 @@ from raytune_vlm.evaluate.scoring import (
     score,
     write_evaluation,
 )
-from raytune_vlm.records import PREDICTION_COLUMNS, Scores, read_json
+from raytune_vlm.evaluate.statistics import paired_test
+from raytune_vlm.records import PREDICTION_COLUMNS, CategoryScore, Scores, read_json
+from raytune_vlm.references import Reference
 
 TEA = "<s_menu><s_nm>TEA</s_nm></s_menu>"
 INTERVAL: dict[str, Any] = {"confidence": 0.9, "num_bootstrap": 100, "seed": 3}
@@ -82,9 +84,13 @@ def test_table_has_the_promised_columns_and_gives_the_aggregates() -> None:
     scores, table = run(PREDICTIONS)
     expected = [*PREDICTION_COLUMNS]
     for name in METRICS:
-        expected += [name, f"{name}/weight"]
+        expected += [name, f"{name}/weight"] + [f"{name}/sums"] * bool(METRICS[name].combine)
     assert table.column_names == expected
     for name, found in scores.metrics.items():
+        if combine := METRICS[name].combine:
+            total = np.sum(table[f"{name}/sums"].to_pylist(), axis=0)
+            assert found.value == pytest.approx(combine(total))
+            continue
         values, weights = table[name].to_numpy(), table[f"{name}/weight"].to_numpy()
         assert values.dtype == weights.dtype == np.float64
         assert found.value == pytest.approx((values * weights).sum() / weights.sum())
@@ -204,3 +210,63 @@ def test_scoring_imports_nothing_heavy() -> None:
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert shown.stdout.strip() == "set()"
+
+
+CAPTIONS = [
+    ("a man rides a bike down a street", "a man is riding a bike down the street"),
+    ("two dogs play in the grass", "two dogs are playing in the grass"),
+    ("a red bus", "a red bus at the stop"),
+    ("a cat on the table", "a plate of food on a table"),
+]
+
+
+def test_a_corpus_metric_is_kept_by_its_sums(tmp_path: Path) -> None:
+    rows = [prediction(number, *texts) for number, texts in enumerate(CAPTIONS)]
+    scores, table = run(rows, metrics=["bleu2@coco", "cider@coco"])
+    found = scores.metrics["bleu2@coco"]
+    assert found.lower <= found.value <= found.upper
+    assert found.value != pytest.approx(np.mean(table["bleu2@coco"].to_numpy()))
+    write_evaluation(tmp_path, scores, table)
+    sums, weights, groups, _ = read_matrix([tmp_path / "predictions.parquet"] * 2, "bleu2@coco")
+    assert (sums.shape, weights.shape, len(groups)) == ((2, 4, 11), (2, 4), 4)
+    test = paired_test(
+        sums, weights, groups, metric="bleu2@coco", first="a", second="b",
+        combine=METRICS["bleu2@coco"].combine, **INTERVAL,
+    )  # fmt: skip
+    assert (test.difference, test.p_value, test.num_samples) == (0, 1, 4)
+    assert rescore(tmp_path, **INTERVAL) == scores
+
+
+def test_bleu_of_nothing_right_keeps_some_doubt() -> None:
+    rows = [prediction(number, "x", "y", group_id=str(number)) for number in range(20)]
+    found = run(rows, metrics=["bleu1@coco"])[0].metrics["bleu1@coco"]
+    assert (found.value, found.upper) == (pytest.approx(0), pytest.approx(1 - 0.1 ** (1 / 20)))
+
+
+def test_scores_by_category_and_group() -> None:
+    subjects = ["Math", "Physics", "Physics", "History", ""]
+    rows = [
+        prediction(number, text, Reference((gold,), ("x", "y"), category=subject).to_text())
+        for number, (text, gold, subject) in enumerate(zip("ABBAA", "AABBA", subjects, strict=True))
+    ]
+    scores, _ = run(rows, metrics=["mmmu@official", "exact_match@strip", "bleu1@coco"])
+    assert scores.metrics["mmmu@official"].value == 0.6
+    assert scores.by_category["mmmu@official"] == {
+        "Science": CategoryScore(pytest.approx(2 / 3), 3),
+        "Humanities and Social Science": CategoryScore(0, 1),
+        "History": CategoryScore(0, 1),
+        "Math": CategoryScore(1, 1),
+        "Physics": CategoryScore(0.5, 2),
+    }
+    assert set(scores.by_category["bleu1@coco"]) == {"History", "Math", "Physics"}
+    assert Scores.from_json(json.loads(json.dumps(dataclasses.asdict(scores)))) == scores
+    assert run(PREDICTIONS)[0].by_category == {}
+
+
+def test_a_metric_that_fits_no_sample_is_told() -> None:
+    rows = [prediction(0, "yes", Reference(("yes",), type="closed").to_text())]
+    assert run(rows, metrics=["medical_closed@exact"])[0].metrics["medical_closed@exact"].value == 1
+    with pytest.raises(
+        EvaluationError, match=r"medical_open@llava_med_f1 has no score for any of 1"
+    ):
+        run(rows, metrics=["medical_open@llava_med_f1"])

@@ -117,6 +117,39 @@ def test_estimates_are_finite_and_ordered(rows: list[tuple[float, float, str]]) 
     assert found.lower <= found.value <= found.upper
 
 
+# a metric that is no ratio
+
+
+def ratio_of_sums(totals: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.asarray(totals[..., 0] / totals[..., 1])
+
+
+def test_sums_that_make_a_ratio_give_what_the_ratio_gives() -> None:
+    generator = np.random.default_rng(5)
+    weights = generator.integers(1, 9, (3, 60)).astype(float)
+    values = generator.random((3, 60)) * [[1.0], [0.9], [0.5]]
+    values[:, 7] = float("nan")
+    sums = np.stack([values * weights, weights], axis=-1)
+    groups = [f"g{number // 2}" for number in range(60)]
+    ones = np.ones((3, 60))
+    more: Any = {**SETTINGS, "combine": ratio_of_sums}
+    one, same = (
+        estimate(values[0], weights[0], groups, **SETTINGS),
+        estimate(sums[0], ones[0], groups, **more),
+    )
+    assert (one.value, one.lower, one.upper) == pytest.approx((same.value, same.lower, same.upper))
+    assert same.standard_error == pytest.approx(one.standard_error, rel=0.2)
+    assert paired_test(values[:2], weights[:2], groups, **NAMES, **SETTINGS) == paired_test(
+        sums[:2], ones[:2], groups, **NAMES, **more
+    )
+    assert corrected_winner(values, weights, groups, mode="max", **SETTINGS) == corrected_winner(
+        sums, ones, groups, mode="max", **more
+    )
+    assert indistinguishable(
+        values, weights, groups, winner=0, mode="max", **SETTINGS
+    ) == indistinguishable(sums, ones, groups, winner=0, mode="max", **more)
+
+
 # paired_test
 
 

@@ -19,10 +19,12 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from raytune_vlm.errors import EvaluationError, did_you_mean
-from raytune_vlm.evaluate.metrics import METRICS, Metric
+from raytune_vlm.evaluate.categories import category_scores, statistics_of
+from raytune_vlm.evaluate.metrics import METRICS, Metric, SampleScore
 from raytune_vlm.evaluate.statistics import estimate
 from raytune_vlm.json_tokens import is_parsable
 from raytune_vlm.records import PREDICTION_COLUMNS, Scores, write_json
+from raytune_vlm.references import read_reference
 
 Answer = Literal["text", "json_tags"]
 
@@ -36,6 +38,7 @@ _TYPES = dict.fromkeys(PREDICTION_COLUMNS, pa.string()) | {
 }
 _METADATA_KEY = b"raytune_vlm"
 _WEIGHT = "/weight"
+_SUMS = "/sums"
 
 
 @dataclass(frozen=True)
@@ -70,9 +73,9 @@ def score(
     Returns
     -------
     The scores, and a table of one row a prediction: `records.PREDICTION_COLUMNS`, then for every
-    metric its value and `<metric>/weight`. The table's metadata says which trial, step and split it
-    is of, so that `rescore` needs nothing else. Characters that UTF-8 cannot hold (lone surrogates)
-    are scored as they are and stored as `?`.
+    metric its value and `<metric>/weight`, and `<metric>/sums` where it has any. The table's
+    metadata says which trial, step and split it is of, so that `rescore` needs nothing else.
+    Characters that UTF-8 cannot hold (lone surrogates) are scored as they are and stored as `?`.
 
     Raises
     ------
@@ -86,15 +89,27 @@ def score(
     parsed = [_is_answer(prediction.text, answer) for prediction in predictions]
     columns = _text_columns(predictions, parsed)
     groups = [prediction.group_id for prediction in predictions]
-    estimates = {}
+    references = [read_reference(prediction.reference) for prediction in predictions]
+    categories = [reference.category for reference in references]
+    texts = [prediction.text for prediction in predictions]
+    estimates, by_category = {}, {}
     for name, metric in chosen.items():
-        results = [metric.score(row.text, [row.reference]) for row in predictions]
-        values, weights = [x.value for x in results], [x.weight for x in results]
-        columns[name] = pa.array(values, pa.float64())
-        columns[name + _WEIGHT] = pa.array(weights, pa.float64())
+        results = metric.score_all(texts, references)
+        columns |= _metric_columns(name, results)
+        values, weights = statistics_of(metric, results)
+        if np.isnan(values).all():
+            raise EvaluationError(f"{name} has no score for any of {len(results)} samples")
         estimates[name] = estimate(
-            values, weights, groups, confidence=confidence, num_bootstrap=num_bootstrap, seed=seed
+            values,
+            weights,
+            groups,
+            confidence=confidence,
+            num_bootstrap=num_bootstrap,
+            seed=seed,
+            combine=metric.combine,
         )
+        if any(categories):
+            by_category[name] = category_scores(metric, values, weights, categories)
     scores = Scores(
         trial_id=trial_id,
         step=step,
@@ -102,6 +117,7 @@ def score(
         num_samples=len(predictions),
         num_groups=len(set(groups)),
         metrics=estimates,
+        by_category=by_category,
         parse_failure_rate=1 - sum(parsed) / len(predictions),
         empty_rate=sum(not row.text.strip() for row in predictions) / len(predictions),
         truncation_rate=sum(row.truncated for row in predictions) / len(predictions),
@@ -192,8 +208,9 @@ def read_matrix(
 
     Returns
     -------
-    values [T, S], weights [T, S], groups [S], sample_ids [S]
-        In the order of the first file's samples.
+    values [T, S] or sums [T, S, K], weights [T, S], groups [S], sample_ids [S]
+        In the order of the first file's samples. Sums for a metric with `combine`, which the
+        functions of `statistics` then need as well.
 
     Raises
     ------
@@ -206,7 +223,7 @@ def read_matrix(
     values, weights = [], []
     reference: dict[str, str] = {}
     for file in files:
-        table = _metric_columns(file, metric)
+        table = _read_metric(file, metric)
         ids, groups = table["sample_id"].to_pylist(), table["group_id"].to_pylist()
         _refuse_repeats(ids, str(file))
         grouped = dict(zip(ids, groups, strict=True))
@@ -215,7 +232,7 @@ def read_matrix(
             raise EvaluationError(_difference(files[0], reference, file, grouped))
         rows = {sample_id: row for row, sample_id in enumerate(ids)}
         order = np.array([rows[sample_id] for sample_id in reference], dtype=int)
-        values.append(table[metric].to_numpy()[order])
+        values.append(_values(table, metric)[order])
         weights.append(table[metric + _WEIGHT].to_numpy()[order])
     return np.stack(values), np.stack(weights), list(reference.values()), list(reference)
 
@@ -253,10 +270,29 @@ def _read(file: Path, columns: list[str] | None = None) -> pa.Table:
         raise EvaluationError(f"cannot read the predictions {file}: {error}") from error
 
 
-def _metric_columns(file: Path, metric: str) -> pa.Table:
+def _metric_columns(name: str, results: Sequence[SampleScore]) -> dict[str, pa.Array]:
+    """The columns that keep the samples' scores."""
+    columns = {
+        name: pa.array([x.value for x in results], pa.float64()),
+        name + _WEIGHT: pa.array([x.weight for x in results], pa.float64()),
+    }
+    if results[0].sums:
+        columns[name + _SUMS] = pa.array([x.sums for x in results], pa.list_(pa.float64()))
+    return columns
+
+
+def _values(table: pa.Table, metric: str) -> NDArray[np.float64]:
+    """The samples' values [S], or their sums [S, K] where the file has them."""
+    if metric + _SUMS in table.column_names:
+        return np.array(table[metric + _SUMS].to_pylist(), dtype=np.float64)
+    values: NDArray[np.float64] = table[metric].to_numpy()
+    return values
+
+
+def _read_metric(file: Path, metric: str) -> pa.Table:
     """The columns of one metric, and the samples they belong to."""
     wanted = ["sample_id", "group_id", metric, metric + _WEIGHT]
-    table = _read(file, wanted)
+    table = _read(file, [*wanted, metric + _SUMS])
     if missing := [name for name in wanted if name not in table.column_names]:
         names = pq.read_schema(file).names
         known = [name.removesuffix(_WEIGHT) for name in names if name.endswith(_WEIGHT)]

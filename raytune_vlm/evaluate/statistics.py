@@ -4,10 +4,14 @@ A metric is a ratio, sum(value * weight) / sum(weight), over samples that come i
 image families). Groups are what is drawn at random, so every resample draws whole groups. A sample
 whose value is `nan` has no score and counts for nothing. All randomness comes from `seed`.
 
-Shapes: S samples, G groups, T trials, B resamples. A matrix of values or weights is [T, S].
+A metric that is no ratio (BLEU) comes as `combine`, from totals to the score, and its values as
+what adds up over samples, with one more axis of K sums; its weights are not used.
+
+Shapes: S samples, G groups, T trials, B resamples. A matrix of values or weights is [T, S]; sums of
+a group are [G, T, K], with K = 2 (value * weight, weight) for a ratio.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import numpy as np
@@ -18,7 +22,11 @@ from raytune_vlm.records import MetricEstimate, PairedTest
 
 Floats = NDArray[np.float64]
 Mode = Literal["max", "min"]
+Combine = Callable[[Floats], Floats]
+"""Totals [..., K] -> scores [...]."""
 
+_SAME = 1e-8
+"""Scores closer than this are equal; BLEU adds constants to its counts, so that 0 is 1e-17."""
 _BLOCK = 4_000_000
 """The most numbers that a block of resamples holds (32 MB)."""
 
@@ -31,12 +39,14 @@ def estimate(
     confidence: float,
     num_bootstrap: int,
     seed: int,
+    combine: Combine | None = None,
 ) -> MetricEstimate:
     """The metric on one set of samples, with an interval and a standard error.
 
     The interval holds the percentiles of a bootstrap over groups (Efron 1979; Field and Welsh 2007
     for clusters); with fewer than about 20 groups it tends to be too narrow. The standard error is
-    that of a ratio estimator, linearised, clustered by group (Cochran 1977, sections 6.4 and 9A).
+    that of a ratio estimator, linearised, clustered by group (Cochran 1977, sections 6.4 and 9A);
+    with `combine`, the standard deviation of the bootstrap.
 
     Where resampling cannot see the uncertainty, the interval says so instead of being empty:
 
@@ -51,7 +61,7 @@ def estimate(
     Parameters
     ----------
     values, weights
-        [S] each.
+        [S] each; with `combine` the values are [S, K].
     groups
         The group of each sample.
 
@@ -60,24 +70,30 @@ def estimate(
     EvaluationError
         No sample has a score, lengths differ, a value is infinite, or a weight is negative.
     """
-    totals, counts = _by_group(values, weights, groups)
-    scored = counts[:, 0] > 0
-    top, bottom = totals[scored], counts[scored]
-    if not len(top):
+    totals, score = _by_group(values, weights, groups, combine), combine or _ratio
+    sums = totals[totals[:, 0].any(axis=-1) if combine else totals[:, 0, 1] > 0]
+    if not len(sums):
         raise EvaluationError("no sample has a score")
-    value = float(_ratios(np.ones((1, len(top))), top, bottom)[0, 0])
-    if len(top) == 1:
+    value = float(score(sums.sum(axis=0))[0])
+    if len(sums) == 1:
         return _unknown(value)
-    lower, upper = _interval(_resampled(top, bottom, num_bootstrap, seed)[:, 0], confidence)
-    reach = 1 - (1 - confidence) ** (1 / len(top))
-    if (top == 0).all():
+    resampled = _resampled(sums, score, num_bootstrap, seed)[:, 0]
+    lower, upper = _interval(resampled, confidence)
+    reach = 1 - (1 - confidence) ** (1 / len(sums))
+    own = score(sums)
+    if (abs(own) < _SAME).all():
         upper = reach
-    elif (top == bottom).all():
+    elif (abs(own - 1) < _SAME).all():
         lower = 1 - reach
-    residuals = top - value * bottom
-    scale = len(top) / (len(top) - 1)
-    error = float(np.sqrt(scale * (residuals**2).sum()) / bottom.sum())
+    error = float(resampled.std()) if combine else _ratio_error(sums[:, 0], value)
     return MetricEstimate(value, min(lower, value), max(upper, value), error)
+
+
+def _ratio_error(sums: Floats, value: float) -> float:
+    """The linearised standard error of a ratio of [G, 2] sums."""
+    residuals = sums[:, 0] - value * sums[:, 1]
+    scale = len(sums) / (len(sums) - 1)
+    return float(np.sqrt(scale * (residuals**2).sum()) / sums[:, 1].sum())
 
 
 def paired_test(
@@ -91,6 +107,7 @@ def paired_test(
     confidence: float,
     num_bootstrap: int,
     seed: int,
+    combine: Combine | None = None,
 ) -> PairedTest:
     """Compare two systems on the same samples; rows 0 and 1 are called `first` and `second`.
 
@@ -107,22 +124,23 @@ def paired_test(
     EvaluationError
         The matrices are not [2, S], or the two have no scored sample in common.
     """
-    value = np.atleast_2d(np.asarray(values, float))
-    both = ~np.isnan(value).any(axis=0)
+    value = np.atleast_2d(np.array(values, float))
+    both = ~np.isnan(value).any(axis=(0, 2) if combine else 0)
     if len(value) != 2 or not both.any():
         raise EvaluationError(
             f"{first} and {second} need scores of {metric} on the same samples, "
             f"got {len(value)} rows with {int(both.sum())} samples in common"
         )
-    top, bottom = _by_group(np.where(both, value, np.nan), weights, groups)
-    top, bottom = top[bottom.any(axis=1)], bottom[bottom.any(axis=1)]
-    scores = _ratios(np.ones((1, len(top))), top, bottom)[0]
+    value[:, ~both] = np.nan
+    score = combine or _ratio
+    sums = _scored(_by_group(value, weights, groups, combine))
+    scores = score(sums.sum(axis=0))
     difference = float(scores[0] - scores[1])
-    if len(top) == 1:
+    if len(sums) == 1:
         lower, upper = -1.0, 1.0
     else:
-        ratios = _resampled(top, bottom, num_bootstrap, seed)
-        lower, upper = _interval(ratios[:, 0] - ratios[:, 1], confidence)
+        resampled = _resampled(sums, score, num_bootstrap, seed)
+        lower, upper = _interval(resampled[:, 0] - resampled[:, 1], confidence)
     return PairedTest(
         metric=metric,
         first=first,
@@ -130,7 +148,7 @@ def paired_test(
         difference=difference,
         lower=min(lower, difference),
         upper=max(upper, difference),
-        p_value=_exchange_test(top, bottom, difference, num_bootstrap, seed),
+        p_value=_exchange_test(sums, score, difference, num_bootstrap, seed),
         num_samples=int(both.sum()),
     )
 
@@ -144,6 +162,7 @@ def corrected_winner(
     confidence: float,
     num_bootstrap: int,
     seed: int,
+    combine: Combine | None = None,
 ) -> MetricEstimate:
     """What the best of many trials is worth, without the gain from having been picked.
 
@@ -161,23 +180,22 @@ def corrected_winner(
     EvaluationError
         No trial has a scored sample, or lengths differ.
     """
-    top, bottom = _by_group(values, weights, groups)
-    top, bottom = top[bottom.any(axis=1)], bottom[bottom.any(axis=1)]
-    if not len(top):
+    sums, score = _scored(_by_group(values, weights, groups, combine)), combine or _ratio
+    if not len(sums):
         raise EvaluationError("no trial has a scored sample")
     sign = 1.0 if mode == "max" else -1.0
-    if len(top) == 1:
-        return _unknown(float(sign * np.nanmax(sign * _ratios(np.ones((1, 1)), top, bottom))))
+    if len(sums) == 1:
+        return _unknown(float(sign * np.nanmax(sign * _scores(np.ones((1, 1)), sums, score))))
     parts = []
-    for draws in _draws(len(top), num_bootstrap, seed):
-        inside = sign * _ratios(draws, top, bottom)
+    for draws in _draws(len(sums), num_bootstrap, seed):
+        inside = sign * _scores(draws, sums, score)
         picked = np.where(np.isnan(inside), -np.inf, inside).argmax(axis=1)
-        outside = _ratios((draws == 0).astype(float), top, bottom)
+        outside = _scores((draws == 0).astype(float), sums, score)
         parts.append(outside[np.arange(len(picked)), picked])
     scores = np.concatenate(parts)
     scores = scores[~np.isnan(scores)]
     if not len(scores):
-        raise EvaluationError(f"no resample of {len(top)} groups left a scored group out")
+        raise EvaluationError(f"no resample of {len(sums)} groups left a scored group out")
     value = float(scores.mean())
     lower, upper = _interval(scores, confidence)
     return MetricEstimate(value, min(lower, value), max(upper, value), float(scores.std()))
@@ -193,6 +211,7 @@ def indistinguishable(
     confidence: float,
     num_bootstrap: int,
     seed: int,
+    combine: Combine | None = None,
 ) -> list[int]:
     """The trials, by index and with the winner, that cannot be told from the winner.
 
@@ -209,16 +228,16 @@ def indistinguishable(
     EvaluationError
         `winner` is not a row with a scored sample, or lengths differ.
     """
-    top, bottom = _by_group(values, weights, groups)
+    sums, score = _by_group(values, weights, groups, combine), combine or _ratio
     sign = 1.0 if mode == "max" else -1.0
-    scores = sign * _ratios(np.ones((1, len(top))), top, bottom)[0]
+    scores = sign * _scores(np.ones((1, len(sums))), sums, score)[0]
     if not 0 <= winner < len(scores) or np.isnan(scores[winner]):
         raise EvaluationError(f"trial {winner} of {len(scores)} has no score to compare with")
     scored = np.flatnonzero(~np.isnan(scores))
-    if (bottom.any(axis=1)).sum() == 1:
+    if len(_scored(sums)) == 1:
         return [int(trial) for trial in scored]
-    ratios = _resampled(top[:, scored], bottom[:, scored], num_bootstrap, seed)
-    deviations = sign * ratios - scores[scored]
+    resampled = _resampled(sums[:, scored], score, num_bootstrap, seed)
+    deviations = sign * resampled - scores[scored]
     deviations = deviations[~np.isnan(deviations).any(axis=1)]
     best = int(np.flatnonzero(scored == winner)[0])
     kept = []
@@ -241,10 +260,10 @@ def _margin(deviations: Floats, best: int, confidence: float) -> float:
 
 
 def _exchange_test(
-    top: Floats, bottom: Floats, difference: float, num_resamples: int, seed: int
+    sums: Floats, score: Combine, difference: float, num_resamples: int, seed: int
 ) -> float:
-    """The p-value of a difference between the two columns of [G, 2] sums; see `paired_test`."""
-    num_groups = len(top)
+    """The p-value of a difference between the two trials of [G, 2, K] sums; see `paired_test`."""
+    num_groups = len(sums)
     complete = num_groups <= 16 and 2**num_groups <= num_resamples
     generator = np.random.default_rng([seed, 1])
     extreme = total = 0
@@ -254,8 +273,8 @@ def _exchange_test(
         else:
             stay = generator.integers(0, 2, (size, num_groups))
         kept = stay.astype(float)
-        ratios = _ratios(kept, top, bottom, also=(1 - kept, top[:, ::-1], bottom[:, ::-1]))
-        gaps = np.abs(ratios[:, 0] - ratios[:, 1])
+        exchanged = score(_totals(kept, sums) + _totals(1 - kept, sums[:, ::-1]))
+        gaps = np.abs(exchanged[:, 0] - exchanged[:, 1])
         extreme += int((gaps >= abs(difference) - 1e-12).sum())
         total += int((~np.isnan(gaps)).sum())
     return extreme / total if complete else (1 + extreme) / (1 + total)
@@ -268,24 +287,33 @@ def _unknown(value: float) -> MetricEstimate:
 
 
 def _by_group(
-    values: ArrayLike, weights: ArrayLike, groups: Sequence[str]
-) -> tuple[Floats, Floats]:
-    """Sums of value * weight and of weight, [G, T] each; both 0 where there is no score."""
+    values: ArrayLike, weights: ArrayLike, groups: Sequence[str], combine: Combine | None
+) -> Floats:
+    """Sums [G, T, K]; all 0 where there is no score."""
     value, weight = np.atleast_2d(np.asarray(values, float)), np.atleast_2d(weights).astype(float)
-    if value.shape != weight.shape or value.shape[1] != len(groups):
+    value = value[None] if combine and value.ndim == 2 else value
+    if value.shape[:2] != weight.shape or weight.shape[1] != len(groups):
         raise EvaluationError(
             f"values {value.shape}, weights {weight.shape} and {len(groups)} groups do not fit"
         )
-    scored = ~np.isnan(value)
+    scored = ~np.isnan(value).any(axis=2) if combine else ~np.isnan(value)
     if np.isinf(value).any() or not (np.isfinite(weight) & (weight >= 0))[scored].all():
         raise EvaluationError("a value is infinite, or a weight is negative or not finite")
-    value, weight = np.where(scored, value, 0.0), np.where(scored, weight, 0.0)
+    weight = np.where(scored, weight, 0.0)
     weight = np.where(weight.any(axis=1, keepdims=True), weight, scored.astype(float))
+    if combine:
+        entries = np.where(scored[..., None], value, 0.0)
+    else:
+        entries = np.stack([np.where(scored, value, 0.0) * weight, weight], axis=-1)
     names, index = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
-    top, bottom = np.zeros((2, len(names), len(value)))
-    np.add.at(top, index, (value * weight).T)
-    np.add.at(bottom, index, weight.T)
-    return top, bottom
+    sums = np.zeros((len(names), len(value), entries.shape[2]))
+    np.add.at(sums, index, entries.swapaxes(0, 1))
+    return sums
+
+
+def _scored(sums: Floats) -> Floats:
+    """The groups in which at least one trial has a score."""
+    return sums[sums.any(axis=(1, 2))]
 
 
 def _blocks(num_resamples: int, num_groups: int) -> Iterator[int]:
@@ -305,22 +333,26 @@ def _draws(num_groups: int, num_resamples: int, seed: int) -> Iterator[Floats]:
         yield counts.reshape(size, num_groups).astype(float)
 
 
-def _ratios(
-    draws: Floats, top: Floats, bottom: Floats, also: tuple[Floats, Floats, Floats] | None = None
-) -> Floats:
-    """The metric of every trial [b, T] when group g counts `draws[:, g]` times; nan for 0 / 0.
-
-    `also` adds a second (draws, top, bottom) to numerator and denominator.
-    """
-    above, below = draws @ top, draws @ bottom
-    if also:
-        above, below = above + also[0] @ also[1], below + also[0] @ also[2]
+def _ratio(totals: Floats) -> Floats:
+    """The first of two sums over the second; nan for 0 / 0."""
+    above, below = totals[..., 0], totals[..., 1]
     return np.divide(above, below, out=np.full_like(above, np.nan), where=below > 0)
 
 
-def _resampled(top: Floats, bottom: Floats, num_resamples: int, seed: int) -> Floats:
+def _totals(draws: Floats, sums: Floats) -> Floats:
+    """The total [b, T, K] when group g counts `draws[:, g]` times."""
+    return (draws @ sums.reshape(len(sums), -1)).reshape(len(draws), *sums.shape[1:])
+
+
+def _scores(draws: Floats, sums: Floats, score: Combine) -> Floats:
+    """The metric of every trial [b, T]; nan where no sample has a score."""
+    totals = _totals(draws, sums)
+    return np.where(totals.any(axis=-1), score(totals), np.nan)
+
+
+def _resampled(sums: Floats, score: Combine, num_resamples: int, seed: int) -> Floats:
     """The metric of every trial in every bootstrap resample, [B, T]."""
-    blocks = (_ratios(draws, top, bottom) for draws in _draws(len(top), num_resamples, seed))
+    blocks = (_scores(draws, sums, score) for draws in _draws(len(sums), num_resamples, seed))
     return np.concatenate(list(blocks))
 
 

@@ -18,6 +18,7 @@ import pyarrow.parquet
 
 from raytune_vlm.json_tokens import is_parsable, token2json
 from raytune_vlm.records import BASE_TRIAL
+from raytune_vlm.references import Reference, read_reference
 from raytune_vlm.report.loading import SweepView
 
 Mark = Literal["", "right", "wrong", "missing", "extra"]
@@ -134,7 +135,7 @@ def _predictions(view: SweepView, trial_id: str, step: int | None) -> dict[str, 
 
 
 def _exhibit(view: SweepView, pair: _Pair) -> Exhibit:
-    reference = str(pair.winner.get("reference") or "")
+    reference = read_reference(str(pair.winner.get("reference") or ""))
     change = "improved" if pair.gain > 0 else "worse" if pair.gain < 0 else "unchanged"
     if pair.gain == 0 and _is_right(view, pair.winner):
         change = "both right"
@@ -166,17 +167,21 @@ def _image(folder: Path, sample_id: str) -> str | None:
     return "data:image/jpeg;base64," + base64.b64encode(content).decode()
 
 
-def _truth(reference: str) -> Answer:
-    tree = tree_of(token2json(reference)) if is_parsable(reference) else None
-    return Answer(reference, tree, None, "")
+def _truth(reference: Reference) -> Answer:
+    """The answers, each once; a tree where it is one, in tags."""
+    text = " | ".join(dict.fromkeys(reference.answers))
+    tree = tree_of(token2json(text)) if is_parsable(text) and len(reference.answers) == 1 else None
+    return Answer(text, tree, None, "")
 
 
-def _answer(view: SweepView, row: dict[str, Any], reference: str) -> Answer:
+def _answer(view: SweepView, row: dict[str, Any], reference: Reference) -> Answer:
     text = str(row.get("prediction") or "")
     score = float(row[view.metric])
-    if is_parsable(reference) and is_parsable(text):
-        return Answer(text, compare(token2json(text), token2json(reference)), score, "")
-    mark: Mark = "right" if text.strip() == reference.strip() else "wrong"
+    gold = reference.answers[0]
+    if len(reference.answers) == 1 and is_parsable(gold) and is_parsable(text):
+        return Answer(text, compare(token2json(text), token2json(gold)), score, "")
+    answers = {answer.strip() for answer in reference.answers}
+    mark: Mark = "right" if text.strip() in answers else "wrong"
     return Answer(text, None, score, mark)
 
 

@@ -17,6 +17,7 @@ import ray
 
 from raytune_vlm.config.loader import render
 from raytune_vlm.errors import EvaluationError
+from raytune_vlm.evaluate.metrics import METRICS
 from raytune_vlm.evaluate.scoring import read_matrix
 from raytune_vlm.evaluate.statistics import corrected_winner, indistinguishable, paired_test
 from raytune_vlm.images import thumbnail
@@ -137,6 +138,7 @@ def _selection(running: Session, candidates: list[Candidate], winner: Candidate)
         "confidence": experiment.evaluation.confidence,
         "num_bootstrap": experiment.evaluation.num_bootstrap,
         "seed": experiment.seed,
+        "combine": METRICS[experiment.metric].combine,
     }
     files = [
         folder.trial(entry.trial.trial_id).evaluation("select", entry.step) / "predictions.parquet"
@@ -207,6 +209,7 @@ def _report(
                         confidence=experiment.evaluation.confidence,
                         num_bootstrap=experiment.evaluation.num_bootstrap,
                         seed=experiment.seed,
+                        combine=METRICS[metric].combine,
                     )
                 )
     return {role: scoring.trial_id for role, scoring in scorings.items()}, paired

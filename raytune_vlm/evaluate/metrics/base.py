@@ -1,14 +1,24 @@
-"""What a metric is: one prediction against its references, as a value and a weight.
+"""What a metric is: predictions against their references, as a value and a weight a sample.
 
-The score of many samples is always `sum(value * weight) / sum(weight)`, so that one stored pair a
-sample is enough for means, micro averages, intervals and paired tests alike.
+The score of many samples is `sum(value * weight) / sum(weight)`, so that one stored pair a sample
+is enough for means, micro averages, intervals and paired tests alike. Where it is no such ratio
+(BLEU), samples keep `sums` instead, and `Metric.combine` makes the score from their total.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from raytune_vlm.errors import EvaluationError
+from raytune_vlm.references import Reference, join_references
+
+Floats = NDArray[np.float64]
+
+Combine = Callable[[Floats], Floats]
+"""Totals [..., K] -> scores [...]: finite wherever at least one sample is in the total."""
 
 
 @dataclass(frozen=True)
@@ -17,21 +27,32 @@ class SampleScore:
 
     value: float
     weight: float = 1.0
+    sums: tuple[float, ...] = ()
+    """What adds up over samples, for a metric with `combine`."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric variant: its name, its direction and how it compares two texts.
+    """A metric variant: its name, its direction, and one of three functions.
 
-    `compare(prediction, reference)` is pure, takes any two strings and never raises.
+    All are pure, take any strings and never raise.
     """
 
     name: str
     mode: Literal["max", "min"]
-    compare: Callable[[str, str], SampleScore]
+    compare: Callable[[str, str], SampleScore] | None = None
+    """(prediction, answer): the best answer of the reference counts, the first of equals."""
+    judge: Callable[[str, Reference], SampleScore] | None = None
+    """(prediction, reference): the answers count together, or choices and type are needed."""
+    judge_corpus: Callable[[Sequence[str], Sequence[Reference]], list[SampleScore]] | None = None
+    """All predictions and references: the score of a sample depends on the others."""
+    combine: Combine | None = None
+    """From the total of `SampleScore.sums` to the score; None where the score is a ratio."""
+    groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Group -> the categories that are scored together, besides each by itself."""
 
     def score(self, prediction: str, references: Sequence[str]) -> SampleScore:
-        """The prediction against the reference that suits it best (the first of equals).
+        """The prediction against all answers of all references.
 
         A missing text (`None`, or the `nan` that data frames put in its place) counts as `""`.
 
@@ -44,8 +65,21 @@ class Metric:
             raise EvaluationError(
                 f"{self.name} needs a list of at least one reference, got {references!r}"
             )
-        text = _as_text(prediction)
-        scores = [self.compare(text, _as_text(reference)) for reference in references]
+        return self.score_all([prediction], [join_references([_as_text(x) for x in references])])[0]
+
+    def score_all(
+        self, predictions: Sequence[str], references: Sequence[Reference]
+    ) -> list[SampleScore]:
+        """Each prediction against its reference."""
+        texts = [_as_text(prediction) for prediction in predictions]
+        if self.judge_corpus:
+            return self.judge_corpus(texts, references)
+        judge = self.judge or self._best_answer
+        return [judge(*pair) for pair in zip(texts, references, strict=True)]
+
+    def _best_answer(self, prediction: str, reference: Reference) -> SampleScore:
+        assert self.compare is not None, self.name
+        scores = [self.compare(prediction, answer) for answer in reference.answers]
         best = max if self.mode == "max" else min
         return best(scores, key=lambda score: score.value)
 
