@@ -296,6 +296,16 @@ def test_labels_are_the_answers_and_nothing_else(family, encoder_of):
     assert len(image) == 1 and image[0].text.endswith(f"×{image[0].num_tokens}")  # noqa: RUF001
 
 
+def test_what_a_text_encoder_reads_is_shown_ahead_of_the_answer(encoder_of):
+    encoder = encoder_of("florence2")
+    talk = [turn("user", "what is it?", images=1), turn("assistant", "an egg")]
+    pieces = pieces_of(encoder.training(talk, [picture(0, 100, 80)]), encoder.processor)
+    read, _, written = "".join(piece.text for piece in pieces).partition(" → ")
+    assert read == "<image>×5<s>what is it?</s>"  # noqa: RUF001
+    assert written == "</s><s>an egg</s>"
+    assert "".join(piece.text for piece in pieces if piece.labelled) == "<s>an egg</s>"
+
+
 @pytest.mark.parametrize(
     ("family", "size", "tokens"),
     [("idefics3", "64 × 64", 16), ("qwen2_5_vl", "84 × 112", 12), ("gemma3", "56 × 56", 4)],  # noqa: RUF001

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from raytune_vlm.collate.arrays import ENCODER_IDS
+from raytune_vlm.collate.encoded import Encoded
 from raytune_vlm.collate.labels import control_tokens
 from raytune_vlm.inspection.text import TIMES, visible
 
@@ -42,11 +44,21 @@ def image_token_id(processor: Any) -> int | None:
 def count_image_tokens(encoded: Encoded, processor: Any) -> int:
     """How many tokens of a sample are image."""
     number = image_token_id(processor)
-    return 0 if number is None else int((encoded.input_ids == number).sum())
+    if number is None:
+        return 0
+    read = encoded.tensors.get(ENCODER_IDS, encoded.input_ids)
+    return int((read == number).sum())
 
 
 def pieces_of(encoded: Encoded, processor: Any) -> list[Piece]:
-    """The whole token stream, decoded; a run of image tokens is one piece, `<image>×169`."""
+    """The whole token stream, decoded; a run of image tokens is one piece, `<image>×169`.
+
+    What a text encoder reads (Florence-2) comes first, an arrow ahead of what the decoder does.
+    """
+    if ENCODER_IDS in encoded.tensors:
+        read = pieces_of(Encoded(encoded.tensors[ENCODER_IDS], []), processor)
+        own = pieces_of(Encoded(encoded.input_ids, encoded.spans), processor)
+        return [*read, Piece(" → ", "text", False, 0), *own]
     ids = encoded.input_ids.tolist()
     tokenizer = processor.tokenizer
     special, image = control_tokens(tokenizer), image_token_id(processor)
