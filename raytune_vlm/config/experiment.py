@@ -108,6 +108,18 @@ class ExperimentConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _decay_is_used(self) -> "ExperimentConfig":
+        searched = self.sweep.search_space.get("train.schedule")
+        schedules = [self.train.schedule, *(searched.corners() if searched is not None else ())]
+        default = type(self.train).model_fields["decay_share"].default
+        if self.train.decay_share != default and "wsd" not in schedules:
+            raise ValueError(
+                f"train.decay_share={self.train.decay_share} has no effect: "
+                f"train.schedule={self.train.schedule}, not wsd"
+            )
+        return self
+
     @property
     def metric(self) -> str:
         """The metric variant that decides."""

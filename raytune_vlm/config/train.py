@@ -56,8 +56,11 @@ class TrainConfig(Section):
     learning_rate_by_scope: LearningRateByScope = LearningRateByScope()
     """Other peaks for single scopes, over the same schedule: `learning_rate_by_scope: {vision:
     2e-5}`."""
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """How the learning rate falls to zero after the warm-up."""
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
+    """How the learning rate goes on after the warm-up; all but `constant` end at zero. `wsd`:
+    constant, then linear over the last `decay_share` of the steps."""
+    decay_share: float = Field(default=0.2, gt=0, le=1)
+    """Share of `max_steps` over which `wsd` (warm-up, stable, decay; Hu et al. 2024) decays."""
     warmup_steps: int = Field(default=10, ge=0)
     """Steps over which the learning rate rises from zero."""
     weight_decay: float = Field(default=0.0, ge=0)

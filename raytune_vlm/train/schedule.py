@@ -10,8 +10,9 @@ from raytune_vlm.config.train import TrainConfig
 def learning_rate(config: TrainConfig, step: int, peak: float | None = None) -> float:
     """The learning rate of optimizer step `step` (from 0); `peak` replaces `train.learning_rate`.
 
-    Linear warm-up over `warmup_steps`, then constant, linear to zero, or half a cosine to zero
-    (Loshchilov & Hutter 2017, without restarts) at `max_steps`.
+    Linear warm-up over `warmup_steps`, then constant, linear to zero, half a cosine to zero
+    (Loshchilov & Hutter 2017, without restarts), or constant and linear to zero over the last
+    `decay_share` of the steps (Hu et al. 2024), at `max_steps`.
     """
     peak = config.learning_rate if peak is None else peak
     if step < config.warmup_steps:
@@ -21,4 +22,6 @@ def learning_rate(config: TrainConfig, step: int, peak: float | None = None) -> 
         return peak
     if config.schedule == "linear":
         return peak * (1 - done)
+    if config.schedule == "wsd":
+        return peak * min(1.0, (config.max_steps - step) / (config.decay_share * config.max_steps))
     return peak * 0.5 * (1 + math.cos(math.pi * done))
