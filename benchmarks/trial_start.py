@@ -47,16 +47,25 @@ def resident(running: runner.Session, number: int) -> float:
 
 def nested_loop(config: dict[str, Any]) -> None:
     """A nested trainer's worker: everything from imports to one step."""
+    from raytune_vlm.collate.pixels import PixelMaker
     from raytune_vlm.models.loading import load_base
     from raytune_vlm.prepare.store import open_split
-    from raytune_vlm.train.run import Run
+    from raytune_vlm.train.run import Run, TrainingData
     from raytune_vlm.train.world import World
 
     setup: ExecutorSetup = config["setup"]
     world = World.current()
     base = load_base(setup.experiment.model, world.device)
-    split = open_split(setup.store, setup.index_file, "train")
-    run = Run(base, split, setup.experiment, world, data_digest=setup.data_digest)
+    maker = PixelMaker(
+        base.processor.image_processor,
+        base.family,
+        base.image_backend,
+        setup.experiment.data.image_limits,
+    )
+    data = setup.data
+    split = open_split(data.store, setup.index_file, "train", maker.decode)
+    where = TrainingData(data.digest, data.store, setup.index_file, data.tier)
+    run = Run(base, split, setup.experiment, world, where)
     first = run.step()
     Path(config["mark"]).write_text(str(first.time - first.seconds))
 
@@ -114,9 +123,8 @@ def main(repetitions: int, output: Path | None) -> None:
             name="nested",
             experiment=experiment,
             folder=str(folder.root),
-            store=data.manifest.store,
+            data=data.manifest,
             index_file=str(data.index_file),
-            data_digest=data.manifest.digest,
             board=None,
             scratch=str(scratch),
         )
