@@ -8,6 +8,7 @@ from raytune_vlm.config.section import Section
 
 WITHOUT_EFFECT = frozenset(
     {
+        "backend",
         "num_workers",
         "cpus_per_worker",
         "micro_batch_size",
@@ -64,8 +65,9 @@ class TrainConfig(Section):
     """Decoupled weight decay (AdamW)."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients with a larger global norm are scaled down to it."""
-    backend: Literal["ddp"] = "ddp"
-    """How workers share a model."""
+    backend: Literal["ddp", "fsdp2"] = "ddp"
+    """How workers share the frozen base model: each holds all of it (`ddp`), or each a part
+    (`fsdp2`). Adapters are whole on each of them, and results do not depend on it."""
     num_workers: int = Field(default=1, ge=1)
     """Ray Train workers of one executor."""
     cpus_per_worker: float = Field(default=1.0, gt=0)

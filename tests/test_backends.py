@@ -1,0 +1,180 @@
+"""Conformance of the backends: two workers of each give what one worker gives.
+
+The two are started once for all tests (`backend_worker.py`), on data in which some samples, and
+with them some batches of a rank, have no image.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from backend_worker import carry_out
+from made import cli_environment, picture, turn
+from safetensors.torch import load_file
+
+from raytune_vlm.collate.encode import Encoder
+from raytune_vlm.collate.pixels import PIXEL_NAMES
+from raytune_vlm.images import encode_png
+from raytune_vlm.prepare.store import RowWriter, encoded_to_row, write_index
+from raytune_vlm.train.world import World
+
+STEPS, HALF = 10, 5
+TRAIN = {
+    "max_steps": STEPS,
+    "warmup_steps": 2,
+    "batch_size": 4,
+    "micro_batch_size": 1,
+    "learning_rate": 3e-3,
+    "max_grad_norm": 0.05,
+    "weight_decay": 0.01,
+}
+RECIPES = {
+    "text": {"rank": 4},
+    "all": {"rank": 2, "scope": "text+vision", "modules_to_save": "projector"},
+    "pissa": {"rank": 2, "init": "pissa"},
+    "dora": {"rank": 2, "dora": True},
+}
+BACKENDS = {
+    "ddp": {"backend": "ddp"},
+    "fsdp2": {"backend": "fsdp2"},
+}
+
+
+def write_split(base, folder, name):
+    """Samples of which two in three have no image."""
+    encoder = Encoder(base.processor, base.family)
+    (folder / "shard").mkdir(parents=True, exist_ok=True)
+    index = []
+    with RowWriter(folder / "shard" / f"{name}.arrow") as writer:
+        for number in range(12 if name == "train" else 7):
+            images = [picture(number)] if number % 3 == 0 else []
+            question = turn("user", "q" * (number % 5 + 1), images=len(images))
+            answer = turn("assistant", "answer"[: number % 6 + 1])
+            if name == "train":
+                encoded = encoder.training([question, answer], images)
+            else:
+                encoded = encoder.prompt([question], images)
+            for pixels in PIXEL_NAMES:
+                encoded.tensors.pop(pixels, None)
+            counts = {"num_media": 0, "num_bytes": 100, "num_pixel_bytes": 0}
+            index.append(
+                {
+                    **{"split": name, "shard": "shard", "row": number, "source": 0},
+                    **{"images_id": "", "truncated": False, "origin": "", **counts},
+                    **{"sample_id": f"s{number}", "group_id": f"g{number}"},
+                    "length": len(encoded.input_ids),
+                    "num_labelled": encoded.num_labelled,
+                    "num_images": len(images),
+                }
+            )
+            texts = {"sample_id": f"s{number}", "group_id": "", "prompt": "", "reference": ""}
+            pictures = [encode_png(image) for image in images]
+            writer.add({**texts, "images": pictures, **encoded_to_row(encoded)})
+    return index
+
+
+class Runs:
+    """Runs of one worker in this process and of two others, on the same data."""
+
+    def __init__(self, model, folder):
+        self.folder = folder
+        self.jobs = {"model": str(model), "store": str(folder / "store")}
+
+    def named(self, backend, name, until=STEPS, start=None, **lora):
+        """A run whose checkpoint is `BACKEND/NAME`."""
+        train = {**TRAIN, **BACKENDS.get(backend, {"backend": "ddp"})}
+        run = {"name": name, "lora": lora, "train": train, "until": until}
+        if start is not None:
+            run["start"] = str(self.folder / start / "step")
+        return {**run, "save": str(self.folder / backend / name / "step")}
+
+    def alone(self, runs):
+        """One worker's."""
+        return carry_out(self.jobs, runs, World())
+
+    def together(self, runs):
+        """Two workers', by backend; they are started once."""
+        file = self.folder / "jobs.json"
+        file.write_text(json.dumps({**self.jobs, "runs": runs}))
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc-per-node=2", str(Path(__file__).parent / "backend_worker.py")]
+        environment = {**cli_environment(), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [*command, str(file)], capture_output=True, text=True, timeout=300, env=environment
+        )
+        found = {}
+        for name in runs:
+            out = self.folder / f"{name}.json"
+            found[name] = json.loads(out.read_text()) if out.exists() else done.stderr
+        return found
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_model, tiny_base, tmp_path_factory):
+    base, folder = tiny_base("idefics3"), tmp_path_factory.mktemp("backends")
+    index = [
+        row for name in ("train", "report") for row in write_split(base, folder / "store", name)
+    ]
+    write_index(folder / "store" / "index.parquet", index)
+    return Runs(tiny_model("idefics3"), folder)
+
+
+@pytest.fixture(scope="module")
+def one(runs):
+    """What one worker finds; and its checkpoint half-way."""
+    jobs = [runs.named("one", name, **lora) for name, lora in RECIPES.items()]
+    return runs.alone([*jobs, runs.named("one", "half", HALF, **RECIPES["all"])])
+
+
+@pytest.fixture(scope="module")
+def two(runs, one):
+    """What two workers of each backend find; each goes on from one worker's checkpoint too."""
+    return runs.together(
+        {
+            backend: [
+                *(runs.named(backend, name, **lora) for name, lora in RECIPES.items()),
+                runs.named(backend, "resumed", start="one/half", **RECIPES["all"]),
+                runs.named(backend, "half", HALF, **RECIPES["all"]),
+            ]
+            for backend in BACKENDS
+        }
+    )
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_two_workers_train_and_answer_as_one(backend, recipe, runs, one, two):
+    assert isinstance(two[backend], dict), two[backend]
+    expected, found = one[recipe], two[backend][recipe]
+    assert found["losses"] == pytest.approx(expected["losses"], abs=1e-5)
+    assert found["norms"] == pytest.approx(expected["norms"], rel=1e-3)
+    assert max(expected["norms"]) > TRAIN["max_grad_norm"]
+    assert found["answers"] == expected["answers"]
+    assert found["audit"] == expected["audit"] and all(found["audit"].values())
+    compare(runs.folder / "one" / recipe / "step", runs.folder / backend / recipe / "step")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_run_goes_on_with_another_backend_and_number_of_workers(backend, runs, one, two):
+    assert isinstance(two[backend], dict), two[backend]
+    rest = pytest.approx(one["all"]["losses"][HALF:], abs=1e-5)
+    assert two[backend]["resumed"]["losses"] == rest
+    back = runs.named("one", f"after {backend}", start=f"{backend}/half", **RECIPES["all"])
+    assert runs.alone([back])[back["name"]]["losses"] == rest
+    compare(runs.folder / "one" / "all" / "step", runs.folder / backend / "resumed" / "step")
+
+
+def compare(one, two):
+    """The same files with the same tensors."""
+    assert {file.name for file in one.iterdir()} == {file.name for file in two.iterdir()}
+    for name in ("adapter_model.safetensors", "optimizer.safetensors"):
+        first, second = load_file(one / name), load_file(two / name)
+        names = [key for key in first if not key.startswith("rng/")]
+        assert names == [key for key in second if not key.startswith("rng/")]
+        for key in names:
+            assert torch.allclose(first[key], second[key], atol=1e-5), key
