@@ -65,7 +65,7 @@ class TrainConfig(Section):
     """Decoupled weight decay (AdamW)."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients with a larger global norm are scaled down to it."""
-    backend: Literal["ddp", "fsdp2"] = "ddp"
+    backend: Literal["ddp", "fsdp2", "deepspeed"] = "ddp"
     """How workers share the frozen base model: each holds all of it (`ddp`), or each a part
     (`fsdp2`). Adapters are whole on each of them, and results do not depend on it."""
     num_workers: int = Field(default=1, ge=1)
@@ -88,6 +88,11 @@ class TrainConfig(Section):
         if self.batch_size < self.num_workers:
             raise ValueError(
                 f"batch_size={self.batch_size} must be at least num_workers={self.num_workers}"
+            )
+        if self.backend != "ddp" and self.num_workers == 1:
+            raise ValueError(
+                f"backend={self.backend} has no effect with num_workers=1: it cuts the model up "
+                "among workers; use ddp, or more workers"
             )
         if self.warmup_steps >= self.max_steps:
             raise ValueError(

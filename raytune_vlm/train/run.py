@@ -143,7 +143,7 @@ class Run:
             else self._decoding(spec, data)
         )
         # Last, because from here on the base is wrapped until `close`.
-        with self._readable_weights():
+        with self._whole(experiment.lora.reads_weights):
             self.model = attach(base.model, base.family, experiment.lora, seed=experiment.seed)
         self._is_attached = True
         self.trainable = trainable_by_scope(self.model, base.family)
@@ -163,11 +163,9 @@ class Run:
         # Dropout must not depend on how many random numbers the initialisation drew.
         torch.manual_seed(experiment.seed * 1009 + world.rank)
 
-    def _readable_weights(self) -> AbstractContextManager[None]:
-        """The base's weights are whole inside, if putting this recipe's adapter on reads them."""
-        if not self.experiment.lora.reads_weights:
-            return nullcontext()
-        return BACKENDS[self.config.backend].whole(self._base)
+    def _whole(self, needed: bool) -> AbstractContextManager[None]:
+        """The base's weights are whole inside, if putting an adapter on reads them."""
+        return BACKENDS[self.config.backend].whole(self._base) if needed else nullcontext()
 
     def _decoding(self, spec: PlanSpec, data: TrainingData) -> DecodingFeed:
         """The feed of the `encoded` tier."""
@@ -278,7 +276,7 @@ class Run:
         expected = last_logits(self.model, batch)
         found = {"merge": check_merge(self.model, batch)}
         self._take_off()
-        with self._readable_weights():
+        with self._whole(self.experiment.lora.dora):
             found["reload"] = check_reload(self._base.model, folder, batch, expected)
         self.auditor.end(self._world.broadcast(found))
 

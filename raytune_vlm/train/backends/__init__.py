@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from raytune_vlm.train.backends.base import Backend
 from raytune_vlm.train.backends.ddp import Ddp
+from raytune_vlm.train.backends.deepspeed import DeepSpeed
 from raytune_vlm.train.backends.fsdp2 import Fsdp2
 
 __all__ = ["BACKENDS", "Backend"]
 
-BACKENDS: dict[str, type[Backend]] = {"ddp": Ddp, "fsdp2": Fsdp2}
+BACKENDS: dict[str, type[Backend]] = {"ddp": Ddp, "fsdp2": Fsdp2, "deepspeed": DeepSpeed}
