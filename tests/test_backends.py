@@ -20,9 +20,11 @@ from safetensors.torch import load_file
 
 from raytune_vlm.collate.encode import Encoder
 from raytune_vlm.collate.pixels import PIXEL_NAMES
+from raytune_vlm.errors import ConfigError
 from raytune_vlm.images import encode_png
 from raytune_vlm.prepare.store import RowWriter, encoded_to_row, write_index
 from raytune_vlm.train.backends import BACKENDS
+from raytune_vlm.train.packages import check_packages
 from raytune_vlm.train.world import World
 
 STEPS, HALF = 10, 5
@@ -203,6 +205,15 @@ def test_what_a_backend_cannot_do_is_refused(backend, section, message):
     train = {"backend": backend, "num_workers": 2, **section.get("train", {})}
     with pytest.raises(ValueError, match=message):
         experiment(**{**section, "train": train})
+
+
+def test_a_missing_package_is_told_before_anything_starts():
+    config = experiment(train={"backend": "deepspeed", "num_workers": 2})
+    if "deepspeed" in PRESENT:
+        check_packages(config.train)
+    else:
+        with pytest.raises(ConfigError, match=r"pip install 'raytune-vlm\[deepspeed\]'"):
+            check_packages(config.train)
 
 
 def compare(one, two):

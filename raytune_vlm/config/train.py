@@ -66,8 +66,9 @@ class TrainConfig(Section):
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients with a larger global norm are scaled down to it."""
     backend: Literal["ddp", "fsdp2", "deepspeed"] = "ddp"
-    """How workers share the frozen base model: each holds all of it (`ddp`), or each a part
-    (`fsdp2`). Adapters are whole on each of them, and results do not depend on it."""
+    """How workers share the frozen base model: each holds all of it (`ddp`), or each a part, by
+    `fully_shard` (`fsdp2`) or ZeRO-3 (`deepspeed`). Adapters are megabytes: they are whole on every
+    worker, in every checkpoint, and results do not depend on the backend."""
     num_workers: int = Field(default=1, ge=1)
     """Ray Train workers of one executor."""
     cpus_per_worker: float = Field(default=1.0, gt=0)

@@ -175,10 +175,8 @@ class Worker:
         together = None
         if self.world.size > 1 and self.backend.is_sharded(self.experiment.train):
             mine = mine or rows[:1]
-            together = Together(
-                most=lambda count: max(self.world.gather(count)),
-                blank=blank_sample(self.base, self.splits[split]),
-            )
+            blank = blank_sample(self.base, self.splits[split])
+            together = Together(lambda count: max(self.world.gather(count)), blank)
         found = generate(
             model,
             self.base,
