@@ -14,17 +14,26 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from backend_worker import carry_out
 from made import cli_environment, experiment, picture, turn
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 
 from raytune_vlm.collate.encode import Encoder
 from raytune_vlm.collate.pixels import PIXEL_NAMES
+from raytune_vlm.config.evaluation import EvaluationConfig
+from raytune_vlm.config.model import ModelConfig
 from raytune_vlm.errors import ConfigError
+from raytune_vlm.evaluate.generate import generate
 from raytune_vlm.images import encode_png
+from raytune_vlm.models.loading import load_base
+from raytune_vlm.models.lora import scope_of
+from raytune_vlm.models.tiny import BUILDERS
 from raytune_vlm.prepare.store import RowWriter, encoded_to_row, write_index
 from raytune_vlm.train.backends import BACKENDS
 from raytune_vlm.train.packages import check_packages
+from raytune_vlm.train.run import Run, TrainingData
 from raytune_vlm.train.world import World
 
 STEPS, HALF = 10, 5
@@ -190,6 +199,38 @@ def test_a_run_goes_on_with_another_backend_and_number_of_workers(backend, runs,
     back = runs.named("one", f"after {backend}", start=f"{backend}/half", **RECIPES["towers"])
     assert runs.alone([back])[back["name"]]["losses"] == rest
     compare(runs.folder / "one" / "towers" / "step", runs.folder / backend / "resumed" / "step")
+
+
+@pytest.fixture(scope="module")
+def group(tmp_path_factory):
+    """This process as a group of one."""
+    store = dist.FileStore(str(tmp_path_factory.mktemp("group") / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("model_type", sorted(BUILDERS))
+def test_every_family_answers_the_same_when_it_is_cut_up(
+    model_type, group, tiny_model, tiny_base, tiny_split, tiny_prompts
+):
+    prompts, settings = tiny_prompts(model_type), EvaluationConfig(max_new_tokens=2, batch_size=2)
+    train = {"max_steps": 3, "warmup_steps": 1, "batch_size": 2}
+    config = experiment(lora={"rank": 2}, train=train)
+    found = []
+    for backend in ("ddp", "fsdp2"):
+        base = load_base(ModelConfig(name=str(tiny_model(model_type))))
+        BACKENDS[backend].place(base, World(), config.train)
+        run = Run(base, tiny_split(model_type), config, World(), TrainingData("d"))
+        losses = [run.step().loss for _ in range(2)]
+        answers = generate(run.model, base, prompts, [0, 1], settings)
+        run.close()
+        found.append((losses, [answer.text for answer in answers]))
+    assert found[1][0] == pytest.approx(found[0][0], abs=1e-5)
+    assert found[1][1] == found[0][1]
+    blocks = [name for name, p in base.model.named_parameters() if isinstance(p, DTensor)]
+    assert any(scope_of(name, base.family) == "text" for name in blocks)
+    assert not any(scope_of(name, base.family) == "projector" for name in blocks)
 
 
 @pytest.mark.parametrize(
