@@ -20,7 +20,9 @@ from made import cli_environment, experiment, picture, turn
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
+from raytune_vlm.collate.batch import PixelTable, collate
 from raytune_vlm.collate.encode import Encoder
+from raytune_vlm.collate.encoded import SampleRefused
 from raytune_vlm.collate.pixels import PIXEL_NAMES
 from raytune_vlm.config.evaluation import EvaluationConfig
 from raytune_vlm.config.model import ModelConfig
@@ -231,6 +233,25 @@ def test_every_family_answers_the_same_when_it_is_cut_up(
     blocks = [name for name, p in base.model.named_parameters() if isinstance(p, DTensor)]
     assert any(scope_of(name, base.family) == "text" for name in blocks)
     assert not any(scope_of(name, base.family) == "projector" for name in blocks)
+
+
+@pytest.mark.parametrize("model_type", sorted(BUILDERS))
+def test_a_blank_image_changes_nothing_for_the_text_beside_it(model_type, tiny_base):
+    base = tiny_base(model_type)
+    encoder = Encoder(base.processor, base.family)
+    try:
+        sample = encoder.training([turn("user", "qq"), turn("assistant", "answer")], [])
+    except SampleRefused as error:
+        pytest.skip(str(error))
+    found = []
+    for samples in ([sample], [sample, encoder.blank()]):
+        batch = collate(samples, base.family, pad_token_id=0)
+        del batch["labels"]
+        batch = PixelTable(base.processor.image_processor, base.family)(batch)
+        with torch.no_grad():
+            found.append(base.model(**batch).logits[0, : len(sample.input_ids)])
+    same = torch.allclose(found[0], found[1], atol=1e-5)
+    assert same == base.family.text_beside_images
 
 
 @pytest.mark.parametrize(
