@@ -47,6 +47,10 @@ class DeepSpeed(Ddp):
         deepspeed = _deepspeed(world)
         zero = {"stage": 3, "stage3_param_persistence_threshold": WHOLE_BELOW}
         settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
+        # Before the engine is made: it would move the whole base to the device first.
+        deepspeed.zero.Init(module=base.model, config_dict_or_path=settings)
+        for buffer in base.model.buffers():
+            buffer.data = buffer.data.to(world.device)
         engine, *_ = deepspeed.initialize(model=base.model, config=settings)
         object.__setattr__(base.model, "raytune_vlm_engine", engine)  # no submodule: it holds this
 
