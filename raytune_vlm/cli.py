@@ -58,8 +58,10 @@ def validate(
     """Check an experiment, its model and its data paths; predict parameters and memory."""
     from raytune_vlm.config.loader import render
     from raytune_vlm.models.location import check_model
+    from raytune_vlm.train.packages import check_packages
 
     resolved = _load(experiment, overrides, trust)
+    check_packages(resolved.train)
     family = check_model(resolved.model)
     family.check_scopes(resolved.lora_scopes())
     family.check_packing(resolved.train.pack_tokens)

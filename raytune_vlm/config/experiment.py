@@ -120,6 +120,28 @@ class ExperimentConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _backend_fits(self) -> "ExperimentConfig":
+        backend, lora = self.train.backend, self.lora
+        if backend == "ddp":
+            return self
+        refused = {}
+        if self.model.quantization != "none":
+            refused[f"model.quantization={self.model.quantization}"] = "4-bit weights stay whole"
+        copied = set(lora.full_scopes) - ({"projector"} if backend == "fsdp2" else set())
+        if copied:
+            refused[f"lora.modules_to_save={lora.modules_to_save}"] = (
+                "a copy of what is cut up cannot be trained"
+            )
+        if backend == "deepspeed" and lora.dora:
+            refused["lora.dora=true"] = "it reads weights that ZeRO-3 has not gathered"
+        for setting, reason in refused.items():
+            raise ValueError(
+                f"train.backend={backend} and {setting} exclude each other: {reason}; use "
+                "train.backend=ddp"
+            )
+        return self
+
     @property
     def metric(self) -> str:
         """The metric variant that decides."""

@@ -108,6 +108,11 @@ class LoraConfig(Section):
         """The scopes that are trained in full, in the same order."""
         return tuple(self.modules_to_save.split("+")) if self.modules_to_save else ()
 
+    @property
+    def reads_weights(self) -> bool:
+        """Whether the adapter's start depends on the base's weights."""
+        return self.dora or self.init in ("pissa", "olora")
+
     def rank_of(self, scope: str) -> int:
         """The rank of a scope's adapters."""
         own: int | None = getattr(self.rank_by_scope, scope)

@@ -8,6 +8,7 @@ from raytune_vlm.config.section import Section
 
 WITHOUT_EFFECT = frozenset(
     {
+        "backend",
         "num_workers",
         "cpus_per_worker",
         "micro_batch_size",
@@ -67,8 +68,10 @@ class TrainConfig(Section):
     """Decoupled weight decay (AdamW)."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients with a larger global norm are scaled down to it."""
-    backend: Literal["ddp"] = "ddp"
-    """How workers share a model."""
+    backend: Literal["ddp", "fsdp2", "deepspeed"] = "ddp"
+    """How workers share the frozen base model: each holds all of it (`ddp`), or each a part, by
+    `fully_shard` (`fsdp2`) or ZeRO-3 (`deepspeed`). Adapters are megabytes: they are whole on every
+    worker, in every checkpoint, and results do not depend on the backend."""
     num_workers: int = Field(default=1, ge=1)
     """Ray Train workers of one executor."""
     cpus_per_worker: float = Field(default=1.0, gt=0)
@@ -89,6 +92,11 @@ class TrainConfig(Section):
         if self.batch_size < self.num_workers:
             raise ValueError(
                 f"batch_size={self.batch_size} must be at least num_workers={self.num_workers}"
+            )
+        if self.backend != "ddp" and self.num_workers == 1:
+            raise ValueError(
+                f"backend={self.backend} has no effect with num_workers=1: it cuts the model up "
+                "among workers; use ddp, or more workers"
             )
         if self.warmup_steps >= self.max_steps:
             raise ValueError(

@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
 import torch
 
 from raytune_vlm.collate.batch import PixelTable, collate
+from raytune_vlm.collate.encoded import Encoded
 from raytune_vlm.collate.labels import structural_tokens
 from raytune_vlm.config.evaluation import EvaluationConfig
 from raytune_vlm.evaluate.scoring import Prediction
 from raytune_vlm.models.families import Family
 from raytune_vlm.models.loading import Base
 from raytune_vlm.prepare.store import PreparedSplit
+
+
+@dataclass(frozen=True)
+class Together:
+    """How workers that hold parts of one model stay in step while they answer different prompts."""
+
+    most: Callable[[int], int]
+    """The largest of what the workers give it, on each of them."""
+    blank: Encoded | None
+    """What is added to prompts without any image, so that every worker's pass has one; None where
+    every prompt has."""
 
 
 @torch.no_grad()
@@ -27,12 +40,19 @@ def generate(
     *,
     device: str = "cpu",
     keep_going: Callable[[], bool] = lambda: True,
+    together: Together | None = None,
 ) -> list[Prediction] | None:
     """The model's answers to the prompts of some rows, in the order of the rows.
 
     Prompts are sorted by length, padded on the left (or answered with those of the same length,
     where a family has no padding on the left) and answered greedily until the end-of-turn token or
     `max_new_tokens`.
+
+    Parameters
+    ----------
+    together
+        Where the model is cut up over workers, how to stay in step with them; every worker then
+        needs a row at least.
 
     Returns
     -------
@@ -46,11 +66,21 @@ def generate(
     ends = _end_tokens(model, tokenizer)
     found: dict[int, Prediction] = {}
     model.eval()
-    for chunk in _chunks(split, rows, base.family, config.batch_size):
+    chunks = list(_chunks(split, rows, base.family, config.batch_size))
+    if together is not None:
+        chunks += [chunks[-1]] * (together.most(len(chunks)) - len(chunks))
+    for chunk in chunks:
         if not keep_going():
             return None
+        samples = [split.encoded(row) for row in chunk]
+        if (
+            together is not None
+            and together.blank is not None
+            and not split.num_images[chunk].any()
+        ):
+            samples.append(together.blank)
         batch = collate(
-            [split.encoded(row) for row in chunk],
+            samples,
             base.family,
             pad_token_id=tokenizer.pad_token_id,
             padding_side="left",
@@ -64,11 +94,12 @@ def generate(
             max_new_tokens=config.max_new_tokens,
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=ends,
+            synced_gpus=together is not None,
         )
         # What is generated follows the decoder's tokens, also where an encoder reads the prompt.
         ids = "decoder_input_ids" if "decoder_input_ids" in batch else "input_ids"
         asked = batch[ids].shape[1]
-        for row, tokens in zip(chunk, output[:, asked:].tolist(), strict=True):
+        for row, tokens in zip(chunk, output[: len(chunk), asked:].tolist(), strict=True):
             found[row] = _prediction(split, row, tokens, ends, base)
     return [found[row] for row in rows]
 

@@ -135,6 +135,8 @@ def check_merge(model: PeftModel, batch: dict[str, torch.Tensor]) -> Check:
     """
     if not all(layer.get_base_layer().weight.is_floating_point() for layer in _layers(model)):
         return {"skipped": "the base is quantised: a merged model is another model"}
+    if any(hasattr(layer.get_base_layer().weight, "ds_id") for layer in _layers(model)):
+        return {"skipped": "ZeRO-3 gathers a layer's weights only when they are used"}
     adapted = last_logits(model, batch)
     with _merged_layer_by_layer(model):
         merged = last_logits(model, batch)

@@ -137,6 +137,8 @@ _ENTRIES = (
     ),
     Family(
         model_type="mllama",
+        # Its cross-attention is left out only where no row has an image.
+        text_beside_images=False,
         scopes=scopes(
             "model.language_model.", "model.multi_modal_projector", "model.vision_model."
         ),

@@ -71,6 +71,8 @@ class Family:
         them would have no effect.
     left_padding
         Whether prompts of different lengths can be answered in one batch, padded on the left.
+    text_beside_images
+        Whether a sample without images is answered the same beside one with images.
     packing
         How several samples share a row (`collate.packed`): told apart by positions that start
         again, or by masks of our own; None: they cannot.
@@ -101,6 +103,7 @@ class Family:
     outside: tuple[str, ...] = ()
     never_called: tuple[str, ...] = ()
     left_padding: bool = True
+    text_beside_images: bool = True
     packing: Literal["positions", "masks"] | None = "positions"
     multimodal_positions: bool = False
     remote_code: bool = False

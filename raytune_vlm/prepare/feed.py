@@ -79,6 +79,8 @@ class Collation:
     """Whether the samples of a unit share a row."""
     pad_to: int = 0
     """Least length of a micro-batch, in tokens."""
+    blank: Encoded | None = None
+    """What a micro-batch of text alone gets added, without loss: see `prepare.blank`."""
 
     def parts(self, plan: Plan, lengths: np.ndarray, number: int) -> list[Part]:
         """The micro-batches of this rank in a step."""
@@ -107,6 +109,8 @@ class Collation:
         if self.packed:
             units = groupby(zip(part.draws, samples, strict=True), key=itemgetter(0))
             rows = [joined([sample for _, sample in unit], family) for _, unit in units]
+        if self.blank is not None and not any("pixel_values" in row.tensors for row in samples):
+            rows.append(joined([self.blank], family) if self.packed else self.blank)
         arrays = collate_arrays(rows, family, pad_token_id=self.pad_token_id, pad_to=self.pad_to)
         if not part.counts:
             arrays["labels"].fill(IGNORED)

@@ -34,6 +34,7 @@ from raytune_vlm.sweep.cluster import ray_session
 from raytune_vlm.sweep.jobs import Job
 from raytune_vlm.sweep.lease import Lease
 from raytune_vlm.sweep.ledger import Ledger, TrialState, replay
+from raytune_vlm.train.packages import check_packages
 
 
 @dataclass
@@ -72,6 +73,7 @@ def plan_of(experiment: ExperimentConfig) -> list[ShardJob]:
     ModelError, DataError, ConfigError
         One clear line about what is wrong.
     """
+    check_packages(experiment.train)
     family = check_model(experiment.model)
     family.check_scopes(experiment.lora_scopes())
     family.check_packing(experiment.train.pack_tokens)

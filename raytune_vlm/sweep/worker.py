@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import time
 import traceback
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,7 @@ class Worker:
         from raytune_vlm.collate.pixels import PixelMaker
         from raytune_vlm.models.loading import load_base
         from raytune_vlm.prepare.store import open_split
+        from raytune_vlm.train.backends import BACKENDS
         from raytune_vlm.train.world import World
 
         transformers.logging.set_verbosity_error()
@@ -88,7 +90,12 @@ class Worker:
         self.experiment = setup.experiment
         self.folder = SweepFolder(setup.folder)
         self.world = World.current()
-        self.base = load_base(setup.experiment.model, self.world.device)
+        train = self.experiment.train
+        self.backend = BACKENDS[train.backend]
+        # What is cut up need not fit on a device as a whole.
+        sharded = self.backend.is_sharded(train)
+        self.base = load_base(setup.experiment.model, "cpu" if sharded else self.world.device)
+        self.backend.place(self.base, self.world, train)
         maker = PixelMaker(
             self.base.processor.image_processor,
             self.base.family,
@@ -158,12 +165,18 @@ class Worker:
 
     def evaluate(self, job: Job, model: Any, split: str, step: int) -> Scores | None:
         """Generate, score and store one checkpoint on one split; None if stopped half-way."""
-        from raytune_vlm.evaluate.generate import generate
+        from raytune_vlm.evaluate.generate import Together, generate
         from raytune_vlm.evaluate.scoring import score, write_evaluation
+        from raytune_vlm.prepare.blank import blank_sample
 
         began = time.monotonic()
         rows = self.rows[split]
         mine = rows[self.world.rank :: self.world.size]
+        together = None
+        if self.world.size > 1 and self.backend.is_sharded(self.experiment.train):
+            mine = mine or rows[:1]
+            blank = blank_sample(self.base, self.splits[split])
+            together = Together(lambda count: max(self.world.gather(count)), blank)
         found = generate(
             model,
             self.base,
@@ -175,6 +188,7 @@ class Worker:
                 self.world.size > 1
                 or not self.stopped(job, trial_id=job.trial_id, stage=f"scoring {split}", step=step)
             ),
+            together=together,
         )
         if found is None:
             return None
@@ -209,7 +223,8 @@ class Worker:
             recipe = self.experiment.with_recipe(job.recipe)
             source = self.folder.trial(job.trial_id).checkpoint(job.step)
             verify(source)
-            model = attach(self.base.model, self.base.family, recipe.lora, seed=recipe.seed)
+            with self.backend.whole(self.base) if recipe.lora.reads_weights else nullcontext():
+                model = attach(self.base.model, self.base.family, recipe.lora, seed=recipe.seed)
             try:
                 load_adapter(source, model)
                 scores = self.evaluate(job, model, job.split, job.step)

@@ -30,6 +30,7 @@ from raytune_vlm.models.location import check_model
 from raytune_vlm.models.lora import attach, trainable_by_scope
 from raytune_vlm.models.quantization import quantized_modules
 from raytune_vlm.models.shapes import ShapeRun
+from raytune_vlm.train.backends.fsdp2 import blocks
 from raytune_vlm.train.run import summed_cross_entropy
 
 IMAGE_SIDE = 1024
@@ -99,6 +100,8 @@ def predict(experiment: ExperimentConfig, samples: Sequence[Encoded] | None = No
     adapter = sum(p.nbytes for p in trained)
     tensors = {id(t): t for t in (*adapted.parameters(), *adapted.buffers())}
     weights = sum(t.nbytes for t in tensors.values()) - adapter - saved
+    if experiment.train.backend != "ddp":
+        weights -= _elsewhere(blocks(adapted.get_base_model(), family), experiment)
     activations, obstacle = None, ""
     try:
         peak = _peak_of_passes(adapted, _batch(experiment, samples, processor, family), experiment)
@@ -120,6 +123,16 @@ def predict(experiment: ExperimentConfig, samples: Sequence[Encoded] | None = No
         num_tokens=max(len(sample.input_ids) for sample in samples),
         obstacle=obstacle,
     )
+
+
+def _elsewhere(parts: Sequence[torch.nn.Module], experiment: ExperimentConfig) -> int:
+    """Bytes of a base cut up among workers that one of them does not hold at any time.
+
+    It holds its share of the blocks, and two blocks whole: the one in use and the next.
+    """
+    sizes = [sum(p.nbytes for p in part.parameters() if not p.requires_grad) for part in parts]
+    others = sum(sizes) - sum(sizes) // experiment.train.num_workers
+    return max(0, others - sum(sorted(sizes)[-2:]))
 
 
 def describe(prediction: Prediction, lora: LoraConfig) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +33,7 @@ from raytune_vlm.models.adapter_file import start_tensors
 from raytune_vlm.models.audit import check_merge, check_reload, last_logits
 from raytune_vlm.models.loading import Base
 from raytune_vlm.models.lora import attach, detach, trainable_by_scope
+from raytune_vlm.prepare.blank import blank_sample
 from raytune_vlm.prepare.feed import Arrays, CachedFeed, Collation, Feed, MicroBatch, Part
 from raytune_vlm.prepare.plan import Plan, PlanSpec, plan_spec
 from raytune_vlm.prepare.store import PreparedSplit
@@ -45,6 +47,7 @@ from raytune_vlm.prepare.stream import (
 )
 from raytune_vlm.train import checkpoint
 from raytune_vlm.train.auditor import Auditor
+from raytune_vlm.train.backends import BACKENDS
 from raytune_vlm.train.optimizer import parameter_groups
 from raytune_vlm.train.schedule import learning_rate
 from raytune_vlm.train.world import World
@@ -115,6 +118,7 @@ class Run:
         self.delivered: tuple[int, ...] = ()
         """The rows of the samples that the feed gave this rank in the last step."""
         self._base, self._split, self._world = base, split, world
+        backend = BACKENDS[self.config.backend]
         self._pixels = PixelTable(
             base.processor.image_processor, base.family, world.device, backend=base.image_backend
         )
@@ -127,6 +131,7 @@ class Run:
             world_size=world.size,
             packed=self.config.pack_tokens is not None,
             pad_to=self.config.pad_to_tokens or 0,
+            blank=blank_sample(base, split) if backend.is_sharded(self.config) else None,
         )
         self._skipped = 0
         self._samples_seen = 0
@@ -138,22 +143,29 @@ class Run:
             else self._decoding(spec, data)
         )
         # Last, because from here on the base is wrapped until `close`.
-        self.model = attach(base.model, base.family, experiment.lora, seed=experiment.seed)
+        with self._whole(experiment.lora.reads_weights):
+            self.model = attach(base.model, base.family, experiment.lora, seed=experiment.seed)
         self._is_attached = True
         self.trainable = trainable_by_scope(self.model, base.family)
         self.auditor = Auditor(self.model, self.trainable, experiment.lora)
-        self._parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self._optimizer = torch.optim.AdamW(
+        optimizer = torch.optim.AdamW(
             parameter_groups(self.model, base.family, experiment),
             weight_decay=self.config.weight_decay,
         )
+        self._backend = backend(self.model, optimizer, world, self.config)
+        self._optimizer = self._backend.optimizer
         starts = start_tensors(self.model)
         if starts and world.size > 1:
             # A decomposition of the weights may come out with other signs on another machine.
-            for tensor in (*self._parameters, *starts):
+            trained = (p for p in self.model.parameters() if p.requires_grad)
+            for tensor in (*trained, *starts):
                 torch.distributed.broadcast(tensor.detach(), src=0)
         # Dropout must not depend on how many random numbers the initialisation drew.
         torch.manual_seed(experiment.seed * 1009 + world.rank)
+
+    def _whole(self, needed: bool) -> AbstractContextManager[None]:
+        """The base's weights are whole inside, if putting an adapter on reads them."""
+        return BACKENDS[self.config.backend].whole(self._base) if needed else nullcontext()
 
     def _decoding(self, spec: PlanSpec, data: TrainingData) -> DecodingFeed:
         """The feed of the `encoded` tier."""
@@ -214,7 +226,7 @@ class Run:
             raise TrialInfeasible(
                 f"out of memory at micro_batch_size={self.config.micro_batch_size}: {error}"
             ) from None
-        norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, self.config.max_grad_norm))
+        norm = self._backend.clip()
         # A step without images says nothing of a vision tower; unless all are so, wait for one.
         with_images = rows[self._split.num_images[rows] > 0]
         due = self.auditor.is_due and (len(with_images) > 0 or not self._split.num_images.any())
@@ -222,10 +234,10 @@ class Run:
         if finite:
             if due:
                 self.auditor.before_update()
-            self._optimizer.step()
+            self._backend.step()
         else:
             self._count_skip(loss, norm)
-        self._optimizer.zero_grad(set_to_none=True)
+        self._backend.zero_grad()
         self.steps_done += 1
         self._samples_seen += len(rows)
         if due and finite:
@@ -260,50 +272,26 @@ class Run:
         AuditFailed
             If the checkpoint or the merged adapter answers otherwise than the adapter in memory.
         """
-        found = {}
-        if self._world.rank == 0:
-            batch = self._probe(self.plan.rows(self.steps_done - 1))
-            expected = last_logits(self.model, batch)
-            found["merge"] = check_merge(self.model, batch)
-            self._take_off()
+        batch = self._probe(self.plan.rows(self.steps_done - 1))
+        expected = last_logits(self.model, batch)
+        found = {"merge": check_merge(self.model, batch)}
+        self._take_off()
+        with self._whole(self.experiment.lora.dora):
             found["reload"] = check_reload(self._base.model, folder, batch, expected)
         self.auditor.end(self._world.broadcast(found))
 
     def _backward(self, micro_batches: list[MicroBatch], labelled: int) -> float:
         """Accumulate gradients of the global batch's loss; returns that loss, on every rank."""
         total = torch.zeros((), device=self._world.device)
-        for micro_batch in micro_batches:
+        for number, micro_batch in enumerate(micro_batches, start=1):
             batch, labels = self._on_device(micro_batch.arrays)
             summed = summed_cross_entropy(self.model(**batch).logits, labels) / labelled
-            summed.backward()
+            self._backend.backward(summed, last=number == len(micro_batches))
             total += summed.detach()
         if self._world.size > 1:
             torch.distributed.all_reduce(total)
-            self._add_up_gradients()
+        self._backend.add_up()
         return float(total)
-
-    def _add_up_gradients(self) -> None:
-        """Sum the ranks' gradients, in one message.
-
-        Not `DistributedDataParallel`: a rank whose samples have no images has no gradient in the
-        vision tower, and its buckets would then wait for one or meet another collective. What has
-        a gradient on no rank keeps none, as on a single worker.
-        """
-        parameters = self._parameters
-        present = torch.tensor([float(p.grad is not None) for p in parameters])
-        flat = torch.cat(
-            [
-                (torch.zeros_like(p) if p.grad is None else p.grad).flatten().float()
-                for p in parameters
-            ]
-        )
-        present = present.to(flat.device)
-        torch.distributed.all_reduce(present)
-        torch.distributed.all_reduce(flat)
-        pieces = flat.split([p.numel() for p in parameters])
-        for parameter, piece, count in zip(parameters, pieces, present.tolist(), strict=True):
-            if count:
-                parameter.grad = piece.view_as(parameter).to(parameter.dtype)
 
     def _on_device(self, arrays: Arrays) -> tuple[dict[str, Any], torch.Tensor]:
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
@@ -334,6 +322,7 @@ class Run:
                 samples_seen=self._samples_seen,
             )
             checkpoint.save(folder, self.model, self._optimizer, state, states)
+        self._world.broadcast(None)  # nobody looks for it before it is there
 
     def restore(self, folder: Path) -> None:
         """Continue from a checkpoint.
@@ -360,7 +349,7 @@ class Run:
         try:
             self._feed.close()
         finally:
-            self._optimizer.zero_grad(set_to_none=True)
+            self._backend.zero_grad()
             self._take_off()
 
     def _take_off(self) -> None:

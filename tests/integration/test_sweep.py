@@ -117,7 +117,7 @@ def test_every_tier_and_two_workers_give_the_losses_of_one_cached_worker(write_e
         "pixels": (),
         "encoded": ("data.tier=encoded", "data.decode_threads=2"),
         "streaming": ("data.consumption=streaming",),
-        "two": ("data.consumption=streaming", "train.num_workers=2"),
+        "two": ("data.consumption=streaming", "train.num_workers=2", "train.backend=fsdp2"),
     }
     for name, overrides in ways.items():
         file, folder = write_experiment(

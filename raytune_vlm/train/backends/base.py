@@ -1,0 +1,69 @@
+"""`Backend`: how the workers of an executor share a model, and how gradients become one update.
+
+Every backend leaves the adapter whole on every rank. An adapter is megabytes where its base is
+gigabytes, so there is nothing to gain from cutting it up, and what stands on disk, what is merged
+and what is scored is the same whatever the backend. What is cut up is the frozen base, once for all
+trials of an executor, before the first adapter is put on it: `fully_shard` and ZeRO-3 then know
+nothing of adapters, and taking one off is what it is on a single worker.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+import torch
+
+from raytune_vlm.config.train import TrainConfig
+from raytune_vlm.models.loading import Base
+from raytune_vlm.train.world import World
+
+
+class Backend(Protocol):
+    """One trial's gradients and optimizer; `place` and `whole` are about the base.
+
+    Parameters
+    ----------
+    model
+        The base with its adapter on.
+    optimizer
+        AdamW over all that is trained.
+    """
+
+    optimizer: torch.optim.Optimizer
+    """What its groups say is what the next step does."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        world: World,
+        config: TrainConfig,
+    ) -> None: ...
+
+    @staticmethod
+    def is_sharded(config: TrainConfig) -> bool:
+        """Whether the base is cut up: ranks then wait for each other in every forward pass."""
+
+    @staticmethod
+    def place(base: Base, world: World, config: TrainConfig) -> None:
+        """Spread a freshly loaded base over the workers, in place and for good."""
+
+    @staticmethod
+    def whole(base: Base) -> AbstractContextManager[None]:
+        """The base's weights are whole on every rank inside."""
+
+    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
+        """Accumulate the gradients of a part of the global batch's loss; `last`: of this step."""
+
+    def add_up(self) -> None:
+        """Let every rank have the sum of the ranks' gradients."""
+
+    def clip(self) -> float:
+        """Scale the gradients down to `train.max_grad_norm`; their global norm before that."""
+
+    def step(self) -> None:
+        """One update of all that is trained."""
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""

@@ -1,0 +1,80 @@
+"""`ddp`: every worker holds the whole model; gradients are summed in one message."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from raytune_vlm.config.train import TrainConfig
+from raytune_vlm.models.loading import Base
+from raytune_vlm.train.world import World
+
+
+class Ddp:
+    """See `Backend`. With one worker nothing is communicated: the reference for all others.
+
+    Not `DistributedDataParallel`: a rank whose samples have no images has no gradient in the vision
+    tower, and its buckets would then wait for one or meet another collective.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        world: World,
+        config: TrainConfig,
+    ) -> None:
+        self.optimizer = optimizer
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._world, self._config = world, config
+
+    @staticmethod
+    def is_sharded(config: TrainConfig) -> bool:
+        """See `Backend`."""
+        return False
+
+    @staticmethod
+    def place(base: Base, world: World, config: TrainConfig) -> None:
+        """Every worker has loaded all of it."""
+
+    @staticmethod
+    def whole(base: Base) -> AbstractContextManager[None]:
+        """It always is."""
+        return nullcontext()
+
+    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
+        """See `Backend`."""
+        loss.backward()
+
+    def add_up(self) -> None:
+        """See `Backend`. What has a gradient on no rank keeps none, as on a single worker."""
+        if self._world.size == 1:
+            return
+        parameters = self._parameters
+        present = torch.tensor([float(p.grad is not None) for p in parameters])
+        flat = torch.cat(
+            [
+                (torch.zeros_like(p) if p.grad is None else p.grad).flatten().float()
+                for p in parameters
+            ]
+        )
+        present = present.to(flat.device)
+        torch.distributed.all_reduce(present)
+        torch.distributed.all_reduce(flat)
+        pieces = flat.split([p.numel() for p in parameters])
+        for parameter, piece, count in zip(parameters, pieces, present.tolist(), strict=True):
+            if count:
+                parameter.grad = piece.view_as(parameter).to(parameter.dtype)
+
+    def clip(self) -> float:
+        """See `Backend`."""
+        return float(torch.nn.utils.clip_grad_norm_(self._parameters, self._config.max_grad_norm))
+
+    def step(self) -> None:
+        """See `Backend`."""
+        self.optimizer.step()
+
+    def zero_grad(self) -> None:
+        """See `Backend`."""
+        self.optimizer.zero_grad(set_to_none=True)

@@ -1,0 +1,79 @@
+"""`fsdp2`: the frozen base is cut up by `fully_shard`, adapters are as in `ddp`.
+
+`fully_shard` is called before there is an adapter, so it never learns of one: the base's parameters
+become DTensors that are gathered block by block in forward and backward, the adapter's are plain
+tensors. The weights that a linear layer of PEFT computes with are whole then, because it lies
+inside a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+
+from raytune_vlm.config.train import TrainConfig
+from raytune_vlm.models.families import Family
+from raytune_vlm.models.loading import Base
+from raytune_vlm.models.lora import scope_of
+from raytune_vlm.train.backends.ddp import Ddp
+from raytune_vlm.train.world import World
+
+
+class Fsdp2(Ddp):
+    """See `Backend`."""
+
+    @staticmethod
+    def is_sharded(config: TrainConfig) -> bool:
+        """See `Backend`."""
+        return True
+
+    @staticmethod
+    def place(base: Base, world: World, config: TrainConfig) -> None:
+        """Shard every block of language model and vision tower, then what is left of the model.
+
+        The projector stays whole: it is small, and `lora.modules_to_save` trains copies of it.
+        """
+        model, family = base.model, base.family
+        mesh = init_device_mesh(world.device.partition(":")[0], (world.size,))
+        kept = {p for name, p in model.named_parameters() if scope_of(name, family) == "projector"}
+        for block in blocks(model, family):
+            fully_shard(block, mesh=mesh, ignored_params=kept)
+        fully_shard(model, mesh=mesh, ignored_params=kept)
+        model.to(world.device)
+        # PEFT calls `forward` past the hooks of the module, `generate` encodes images before it.
+        for method in ("forward", "generate"):
+            register_fsdp_forward_method(model, method)
+
+    @staticmethod
+    @contextmanager
+    def whole(base: Base) -> Iterator[None]:
+        """See `Backend`."""
+        modules = [module for module in base.model.modules() if isinstance(module, FSDPModule)]
+        for module in modules:
+            module.unshard()
+        try:
+            yield
+        finally:
+            for module in modules:
+                module.reshard()
+
+
+def blocks(model: torch.nn.Module, family: Family) -> list[torch.nn.Module]:
+    """The layers of language model and vision tower: what stands in their outermost lists."""
+    found: list[torch.nn.Module] = []
+
+    def visit(prefix: str, module: torch.nn.Module, *, listed: bool) -> None:
+        is_list = isinstance(module, torch.nn.ModuleList)
+        if listed and not is_list:
+            if scope_of(f"{prefix}.", family) in ("text", "vision"):
+                found.append(module)
+            return
+        for name, child in module.named_children():
+            visit(f"{prefix}.{name}" if prefix else name, child, listed=is_list)
+
+    visit("", model, listed=False)
+    return found
