@@ -13,8 +13,11 @@ Where there are no pixels, the images are decoded when a sample is asked for: th
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from functools import cached_property, lru_cache
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +28,10 @@ import pyarrow.parquet as pq
 from raytune_vlm.collate.encoded import Encoded
 from raytune_vlm.errors import DataError
 
-ROWS_PER_BATCH = 16
-"""Rows of one Arrow record batch; all but the last of a file are full."""
+BATCH_ROWS = 1024
+BATCH_BYTES = 16 * 2**20
+"""An Arrow record batch is written as soon as it has so many rows or bytes: few enough to hold a
+view of each, small enough to be held in memory while it is filled."""
 
 TENSOR_TYPE = pa.struct(
     [
@@ -144,6 +149,7 @@ class RowWriter:
         self._sink = pa.OSFile(str(file), "wb")
         self._writer = pa.ipc.new_file(self._sink, schema)
         self._pending: list[dict[str, Any]] = []
+        self._pending_bytes = 0
 
     def __enter__(self) -> RowWriter:
         return self
@@ -156,15 +162,42 @@ class RowWriter:
     def add(self, row: dict[str, Any]) -> None:
         """Append a row with the columns of the schema."""
         self._pending.append(row)
+        self._pending_bytes += _num_bytes(row)
         self.num_rows += 1
-        if len(self._pending) == ROWS_PER_BATCH:
+        if len(self._pending) == BATCH_ROWS or self._pending_bytes >= BATCH_BYTES:
             self._flush()
 
     def _flush(self) -> None:
         if self._pending:
             batch = pa.RecordBatch.from_pylist(self._pending, schema=self._schema)
             self._writer.write_batch(batch)
-            self._pending = []
+            self._pending, self._pending_bytes = [], 0
+
+
+def _num_bytes(row: dict[str, Any]) -> int:
+    """What images and tensors of a row weigh; all else is small."""
+    tensors = sum(len(entry["data"]) for entry in row["tensors"])
+    return tensors + sum(map(len, row.get("images", ())))
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The rows of an Arrow file: a view of each record batch, and the row that each begins with."""
+
+    batches: list[Any]
+    starts: list[int]
+
+    @classmethod
+    def of(cls, file: Path) -> _Rows:
+        reader = pa.ipc.open_file(pa.memory_map(str(file)))
+        batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
+        starts = [0, *accumulate(batch.num_rows for batch in batches)]
+        return cls(batches, starts[:-1])
+
+    def at(self, row: int) -> tuple[Any, int]:
+        """The batch that holds a row, and its place there."""
+        number = bisect_right(self.starts, row) - 1
+        return self.batches[number], row - self.starts[number]
 
 
 class PreparedSplit:
@@ -187,7 +220,7 @@ class PreparedSplit:
         self._shards: list[str] = shards.dictionary.to_pylist()
         self._shard_numbers = shards.indices.to_numpy(zero_copy_only=False)
         self._rows = index["row"].to_numpy()
-        self._files: dict[tuple[str, str], Any] = {}
+        self._files: dict[tuple[str, str], _Rows] = {}
         self.split: str = index["split"][0].as_py() if len(index) else ""
         self.lengths = index["length"].to_numpy()
         self.num_labelled = index["num_labelled"].to_numpy()
@@ -272,12 +305,8 @@ class PreparedSplit:
     def _read(self, folder: str, row: int) -> tuple[pa.RecordBatch, int]:
         name = (folder, self.split)
         if name not in self._files:
-            file = self._store / folder / f"{self.split}.arrow"
-            reader = pa.ipc.open_file(pa.memory_map(str(file)))
-            # Neighbours are often asked for together, and a batch is only a view.
-            self._files[name] = lru_cache(maxsize=8)(reader.get_batch)
-        number, place = divmod(row, ROWS_PER_BATCH)
-        return self._files[name](number), place
+            self._files[name] = _Rows.of(self._store / folder / f"{self.split}.arrow")
+        return self._files[name].at(row)
 
 
 def pixel_folder(shard: str) -> str:
