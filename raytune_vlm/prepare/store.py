@@ -3,7 +3,7 @@
 Two folders a shard of the source, each written under a temporary name and renamed when whole:
 
     <key>/           <split>.arrow: token ids, labelled spans, small tensors, the encoded images
-                     index.parquet, summary.json
+                     index.arrow, summary.json
     <key>.pixels/    <split>.arrow: the uint8 pixels of the same rows; only in the `pixels` tier
 
 Both are content-addressed and shared by all trials, workers and sweeps through the page cache.
@@ -23,10 +23,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 
 from raytune_vlm.collate.encoded import Encoded
 from raytune_vlm.errors import DataError
+from raytune_vlm.records import SPLITS
 
 BATCH_ROWS = 1024
 BATCH_BYTES = 16 * 2**20
@@ -89,7 +90,7 @@ SPLIT_COLUMNS = (
     "num_images",
     "num_bytes",
 )
-"""What `PreparedSplit` needs of the index; every worker and reading task holds it in memory."""
+"""What `PreparedSplit` needs of the index."""
 
 PixelDecoder = Callable[[Sequence[bytes]], dict[str, np.ndarray]]
 """Encoded images of a sample -> its pixel tensors (`collate.pixels.PixelMaker.decode`)."""
@@ -189,8 +190,7 @@ class _Rows:
 
     @classmethod
     def of(cls, file: Path) -> _Rows:
-        reader = pa.ipc.open_file(pa.memory_map(str(file)))
-        batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
+        batches = _batches(file)
         starts = [0, *accumulate(batch.num_rows for batch in batches)]
         return cls(batches, starts[:-1])
 
@@ -329,10 +329,30 @@ def open_split(
     """
     if not Path(index_file).exists():
         raise DataError(f"{index_file} is gone: run `raytune-vlm prepare` again")
-    table = pq.read_table(index_file, columns=list(SPLIT_COLUMNS), filters=[("split", "==", split)])
+    # Views of the memory map: what workers have in common, they share.
+    parts = [part for part in _batches(Path(index_file)) if part["split"][0].as_py() == split]
+    table = pa.Table.from_batches(parts, schema=INDEX_SCHEMA).select(SPLIT_COLUMNS)
     return PreparedSplit(Path(store), table, decode)
 
 
 def write_index(file: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write rows of `INDEX_SCHEMA` as Parquet."""
-    pq.write_table(pa.Table.from_pylist(list(rows), schema=INDEX_SCHEMA), file)
+    """Write rows of `INDEX_SCHEMA`."""
+    write_index_table(file, pa.Table.from_pylist(list(rows), schema=INDEX_SCHEMA))
+
+
+def write_index_table(file: Path, index: pa.Table) -> None:
+    """Write a table of `INDEX_SCHEMA`, in one record batch a split."""
+    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, INDEX_SCHEMA) as writer:
+        for split in SPLITS:
+            rows = index.filter(pc.equal(index["split"], split)).combine_chunks()
+            writer.write_table(rows)
+
+
+def read_index(file: Path) -> pa.Table:
+    """An index from its file, split after split."""
+    return pa.Table.from_batches(_batches(file), schema=INDEX_SCHEMA)
+
+
+def _batches(file: Path) -> list[Any]:
+    reader = pa.ipc.open_file(pa.memory_map(str(file)))
+    return [reader.get_batch(number) for number in range(reader.num_record_batches)]
