@@ -141,7 +141,9 @@ def test_the_predicted_memory_is_within_a_tenth_of_the_measured(
     run = Run(base, split, config, World(), TrainingData("d"))
     try:
         run.step()  # the audit, and the optimizer's moments
-        part = max(run._collation.parts(run.plan, split.lengths, 1), key=lambda p: len(p.rows))
+        part = max(
+            run.batches.collation.parts(run.plan, split.lengths, 1), key=lambda p: len(p.rows)
+        )
         predicted = predict(config, [split.encoded(row) for row in part.rows])
         held = [*run.model.parameters(), *run.model.buffers()]
         held += [t for state in run._optimizer.state.values() for t in state.values()]

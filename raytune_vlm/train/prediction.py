@@ -31,7 +31,7 @@ from raytune_vlm.models.lora import attach, trainable_by_scope
 from raytune_vlm.models.quantization import quantized_modules
 from raytune_vlm.models.shapes import ShapeRun
 from raytune_vlm.train.backends.fsdp2 import blocks
-from raytune_vlm.train.run import summed_cross_entropy
+from raytune_vlm.train.losses import summed_cross_entropy
 
 IMAGE_SIDE = 1024
 """Side in pixels of the image of the sample that is made up for a prediction."""
