@@ -27,6 +27,7 @@ from raytune_vlm.config.train import WITHOUT_EFFECT
 from raytune_vlm.errors import (
     CheckpointError,
     InfrastructureError,
+    ModelError,
     TrialDiverged,
     TrialInfeasible,
 )
@@ -40,6 +41,7 @@ from raytune_vlm.train import checkpoint
 from raytune_vlm.train.auditor import Auditor
 from raytune_vlm.train.backends import BACKENDS
 from raytune_vlm.train.batches import Batches, MicroBatchLimit, TrainingData
+from raytune_vlm.train.layers import change_layers
 from raytune_vlm.train.losses import summed_cross_entropy
 from raytune_vlm.train.measure import Measure
 from raytune_vlm.train.optimizer import parameter_groups
@@ -107,6 +109,11 @@ class Run:
         with self._whole(experiment.lora.reads_weights):
             self.model = attach(base.model, base.family, experiment.lora, seed=experiment.seed)
         self._is_attached = True
+        try:
+            self._restore_layers = change_layers(self.model, base.family, self.config)
+        except ModelError:
+            base.model = detach(self.model)
+            raise
         self._measure = Measure(self.model, base.family, split, world)
         self.trainable = trainable_by_scope(self.model, base.family)
         self.auditor = Auditor(self.model, self.trainable, experiment.lora)
@@ -366,6 +373,7 @@ class Run:
     def _take_off(self) -> None:
         if self._is_attached:
             self._measure.close()
+            self._restore_layers()
             self._base.model, self._is_attached = detach(self.model), False
 
 
