@@ -7,7 +7,7 @@ A random Qwen2.5-VL of the real class, LoRA of rank 16 on its language model, th
 samples in the same global batches, AdamW, clipping. The plain loop is what the guides show: the
 model's own loss, one micro-batch after the other; its batches are collated before the clock,
 those of `Run.step` within it. Ways are interleaved, in one process. Also measured: the share of a
-step that waits for data, and a checkpoint as a share of a step. With `--workers 2`, two gloo workers
+step that waits for data, a checkpoint as a share of a step, and with `--workers 2` two gloo workers
 against one at the same global batch. Where `trl` is installed and there is a GPU, its `SFTTrainer`
 takes the plain loop's batches too.
 """

@@ -94,6 +94,7 @@ def test_neither_changes_the_fingerprint():
     assert changed.fingerprint() == plain.fingerprint()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's compiler, by torch
 def test_a_run_with_compiled_layers_has_the_same_losses(tiny_base, tiny_split):
     base, split = tiny_base("idefics3"), tiny_split("idefics3")

@@ -19,6 +19,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from raytune_vlm.config.experiment import ExperimentConfig
+from raytune_vlm.config.search_space import search_space_problems
 from raytune_vlm.errors import ConfigError, DataError, EvaluationError, SweepInterrupted
 from raytune_vlm.models.location import check_model
 from raytune_vlm.models.trust import with_trust
@@ -315,12 +316,16 @@ def with_steps(
     steps = resolved_steps(experiment, _plan(experiment, data))
     monitor.say(f"train: {experiment.train.epochs:g} epochs are {steps} steps")
     try:
-        return experiment.with_recipe({"train.epochs": None, "train.max_steps": steps})
+        resolved = experiment.with_recipe({"train.epochs": None, "train.max_steps": steps})
     except ValidationError as error:
-        reasons = "; ".join(str(entry["msg"]) for entry in error.errors())
+        problems = [str(entry["msg"]) for entry in error.errors()]
+    else:
+        problems = [f"{key}: {why}" for key, why in search_space_problems(resolved)]
+    if problems:
         raise ConfigError(
-            f"train.epochs={experiment.train.epochs:g} are {steps} steps: {reasons}"
-        ) from None
+            f"train.epochs={experiment.train.epochs:g} are {steps} steps: {'; '.join(problems)}"
+        )
+    return resolved
 
 
 def require_splits(data: PreparedData, *names: str) -> None:

@@ -36,6 +36,8 @@ class TrialJob:
         self.best: tuple[float, int] | None = None
         self.notes: list[str] = []
         self.unlogged: list[Any] = []
+        """Metrics of the steps since the last line of metrics.jsonl."""
+        self.tokens_per_second: float | None = None
 
     def run(self) -> None:
         """Train and score until the last rung, a stop, or an error; leaves the base as it was."""
@@ -111,10 +113,12 @@ class TrialJob:
                     stage="training",
                     step=run.steps_done,
                     max_steps=config.max_steps,
+                    tokens_per_second=self.tokens_per_second,
                 ):
                     return False
                 metrics = run.step()
                 self.unlogged.append(metrics)
+                self.tokens_per_second = metrics.tokens_per_second
                 if config.log_samples:
                     ids = self.worker.splits["train"].sample_ids
                     row = {"step": metrics.step, "ids": [ids[row] for row in run.delivered]}
