@@ -36,13 +36,11 @@ def packing() -> None:
         print(f"plan of {count:,} samples, {what}, {seconds:.2f} s")
 
 
-def feed_of(count: int, folder: Path) -> dict[str, float]:
-    """Prepare `count` short chats, then take 400 steps of them; memory and CPU time."""
+def prepared(count: int, folder: Path) -> dict[str, float]:
+    """Prepare `count` short chats, twice, as a driver does; leaves `store.json` for `fed`."""
     import ray
 
     from raytune_vlm.config import ExperimentConfig
-    from raytune_vlm.prepare.feed import CachedFeed, Collation
-    from raytune_vlm.prepare.plan import Plan, PlanSpec
     from raytune_vlm.prepare.prepare import list_shards, prepare
 
     with (folder / "rows.jsonl").open("w") as stream:
@@ -67,7 +65,19 @@ def feed_of(count: int, folder: Path) -> dict[str, float]:
     began = time.perf_counter()
     prepare(config, list_shards(config), lambda *_: None)
     again = time.perf_counter() - began
-    split = data.split("train")
+    ray.shutdown()
+    (folder / "store.json").write_text(json.dumps([data.manifest.store, str(data.index_file)]))
+    return {"prepare_s": first, "prepare_again_s": again, "driver_mb": _own_memory_mb()}
+
+
+def fed(count: int, folder: Path) -> dict[str, float]:
+    """400 steps of 8 of the prepared chats, as a worker takes them; memory and CPU time."""
+    from raytune_vlm.prepare.feed import CachedFeed, Collation
+    from raytune_vlm.prepare.plan import Plan, PlanSpec
+    from raytune_vlm.prepare.store import open_split
+
+    store, index_file = json.loads((folder / "store.json").read_text())
+    split = open_split(store, index_file, "train")
     plan = Plan(split.lengths, split.sources, PlanSpec(8, 0), data_digest="")
     feed = CachedFeed(split, plan, Collation("idefics3", 0, 8))
     feed.step(0)
@@ -75,14 +85,7 @@ def feed_of(count: int, folder: Path) -> dict[str, float]:
     for step in range(1, 401):
         feed.step(step % (count // 8))
     cpu = time.process_time() - cpu
-    ray.shutdown()
-    return {
-        "samples": count,
-        "prepare_s": first,
-        "prepare_again_s": again,
-        "feed_cpu_us_per_sample": 1e6 * cpu / (400 * 8),
-        "memory_mb": _own_memory_mb(),
-    }
+    return {"feed_cpu_us_per_sample": 1e6 * cpu / (400 * 8), "worker_mb": _own_memory_mb()}
 
 
 def _own_memory_mb() -> float:
@@ -93,22 +96,24 @@ def _own_memory_mb() -> float:
 
 
 def growth() -> None:
-    """`feed_of` for 1,000 and 100,000 samples, each in a process of its own."""
+    """`prepared` and `fed` for 1,000 and 100,000 samples, each in a process of its own."""
     found = []
     for count in (1_000, 100_000):
+        entry: dict[str, float] = {"samples": count}
         with tempfile.TemporaryDirectory(prefix="raytune_vlm-plan-") as folder:
-            done = subprocess.run(
-                [sys.executable, __file__, str(count), folder],
-                capture_output=True,
-                text=True,
-                check=True,
-            )
-        found.append(json.loads(done.stdout.splitlines()[-1]))
-        print(found[-1])
+            for step in ("prepared", "fed"):
+                done = subprocess.run(
+                    [sys.executable, __file__, step, str(count), folder],
+                    capture_output=True,
+                    text=True,
+                    check=True,
+                )
+                entry |= json.loads(done.stdout.splitlines()[-1])
+        found.append(entry)
+        print(entry)
     small, large = found
-    print(f"memory, 100 times the data: {large['memory_mb'] / small['memory_mb']:.2f}")
-    cost = large["feed_cpu_us_per_sample"] / small["feed_cpu_us_per_sample"]
-    print(f"feed's cost per sample, 100 times the data: {cost:.2f}")
+    for name in ("driver_mb", "worker_mb", "feed_cpu_us_per_sample"):
+        print(f"{name}, 100 times the data: {large[name] / small[name]:.2f}")
     per_sample = [entry["prepare_s"] / entry["samples"] for entry in found]
     print(f"preparation per sample, 100 times the data: {per_sample[1] / per_sample[0]:.2f}")
     print(f"preparing again / first time: {large['prepare_again_s'] / large['prepare_s']:.4f}")
@@ -116,7 +121,8 @@ def growth() -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        print(json.dumps(feed_of(int(sys.argv[1]), Path(sys.argv[2]))))
+        step = {"prepared": prepared, "fed": fed}[sys.argv[1]]
+        print(json.dumps(step(int(sys.argv[2]), Path(sys.argv[3]))))
     else:
         packing()
         growth()

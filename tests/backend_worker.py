@@ -37,8 +37,7 @@ def carry_out(jobs: dict[str, Any], runs: list[dict[str, Any]], world: World) ->
     maker = PixelMaker(base.processor.image_processor, base.family, None, ImageLimits())
     store = Path(jobs["store"])
     split, prompts = (
-        open_split(store, store / "index.parquet", name, maker.decode)
-        for name in ("train", "report")
+        open_split(store, store / "index.arrow", name, maker.decode) for name in ("train", "report")
     )
     train = experiment(train=runs[0]["train"]).train
     BACKENDS[train.backend].place(base, world, train)

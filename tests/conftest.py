@@ -142,8 +142,8 @@ def _cached_splits(
                         **encoded_to_row(encoded),
                     }
                 )
-        write_index(folder / "index.parquet", index)
-        return open_split(folder, folder / "index.parquet", name, maker.decode)
+        write_index(folder / "index.arrow", index)
+        return open_split(folder, folder / "index.arrow", name, maker.decode)
 
     made: dict[str, PreparedSplit] = {}
 

@@ -148,7 +148,7 @@ def runs(tiny_model, tiny_base, tmp_path_factory):
     index = [
         row for name in ("train", "report") for row in write_split(base, folder / "store", name)
     ]
-    write_index(folder / "store" / "index.parquet", index)
+    write_index(folder / "store" / "index.arrow", index)
     return Runs(tiny_model("idefics3"), folder)
 
 

@@ -7,14 +7,23 @@ import os
 import time
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from made import experiment, picture, write_data
 
+from raytune_vlm.collate.encoded import Encoded
 from raytune_vlm.collate.pixels import PixelMaker
 from raytune_vlm.config.data import SplitConfig
 from raytune_vlm.errors import DataError
 from raytune_vlm.prepare.prepare import list_shards, prepare
 from raytune_vlm.prepare.shard import PixelStep, Preparer, TokenStep, split_of
+from raytune_vlm.prepare.store import (
+    BATCH_BYTES,
+    BATCH_ROWS,
+    PreparedSplit,
+    RowWriter,
+    encoded_to_row,
+)
 from raytune_vlm.sources.containers import json_lines
 
 
@@ -68,6 +77,28 @@ def test_samples_come_back_as_they_were_encoded(project):
     assert (select.text(0, "prompt"), select.text(0, "reference")) == ("read", "tea")
     file = project.folder / "images" / "report-2.png"
     assert data.split("report").images(2) == [file.read_bytes()]
+
+
+def test_rows_are_found_whatever_record_batches_they_came_into(tmp_path):
+    sizes = [0] * (BATCH_ROWS + 5) + [BATCH_BYTES // 2 + 1] * 3 + [7] * 4
+    file = tmp_path / "shard" / "train.arrow"
+    file.parent.mkdir()
+    with RowWriter(file) as writer:
+        for number, size in enumerate(sizes):
+            encoded = Encoded(np.array([number], dtype=np.int32), [(0, 1)], {})
+            names = dict.fromkeys(("sample_id", "group_id", "prompt", "reference"), str(number))
+            writer.add({**names, **encoded_to_row(encoded), "images": [b"i" * size]})
+    batches = pa.ipc.open_file(str(file))
+    counts = [batches.get_batch(n).num_rows for n in range(batches.num_record_batches)]
+    assert counts == [BATCH_ROWS, 7, 5]
+    columns = {"split": "train", "shard": "shard", "source": 0, "sample_id": "", "group_id": ""}
+    columns |= dict.fromkeys(("length", "num_labelled", "num_images", "num_bytes"), 1)
+    split = PreparedSplit(
+        tmp_path, pa.Table.from_pylist([{**columns, "row": row} for row in range(len(sizes))])
+    )
+    for row in (0, BATCH_ROWS - 1, BATCH_ROWS, len(sizes) - 5, len(sizes) - 4, len(sizes) - 1):
+        assert split.text(row, "prompt") == str(row)
+        assert [len(image) for image in split.images(row)] == [sizes[row]]
 
 
 def test_nothing_is_made_twice_and_one_changed_shard_is_made_alone(project):

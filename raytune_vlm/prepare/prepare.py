@@ -21,7 +21,6 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from raytune_vlm.config.experiment import ExperimentConfig, digest_of
 from raytune_vlm.errors import DataError
@@ -34,11 +33,18 @@ from raytune_vlm.prepare.statistics import (
     split_statistics,
     without_duplicates,
 )
-from raytune_vlm.prepare.store import PixelDecoder, PreparedSplit, open_split, pixel_folder
+from raytune_vlm.prepare.store import (
+    PixelDecoder,
+    PreparedSplit,
+    open_split,
+    pixel_folder,
+    read_index,
+    write_index_table,
+)
 from raytune_vlm.records import SPLITS, DataManifest, Quarantined, by_kind, read_json
 from raytune_vlm.sources import SOURCES, Shard
 
-FORMAT = 3
+FORMAT = 4
 """Version of the store's format; a change of it makes every shard anew."""
 
 VERSIONS = ("transformers", "tokenizers", "torch", "pillow", "simplejpeg")
@@ -166,7 +172,7 @@ def prepare(
     tier, reason = _tier(experiment, store, jobs, index)
     if tier == "pixels":
         _run("pixels", experiment, store, jobs, progress)
-    index_file = store / f"{digest}.index.parquet"
+    index_file = store / f"{digest}.index.arrow"
     _write_whole(index_file, index)
     manifest = DataManifest(
         digest=digest,
@@ -289,7 +295,7 @@ def _gather(
         quarantine += [Quarantined(**entry) for entry in summary["quarantined"]]
         for split, count in summary["over_long"].items():
             over_long[split] += count
-        table = pq.read_table(folder / "index.parquet")
+        table = read_index(folder / "index.arrow")
         # The number of a source may change where its shards do not.
         place = table.schema.get_field_index("source")
         numbers = pa.array(np.full(len(table), job.source), type=pa.int32())
@@ -299,7 +305,7 @@ def _gather(
 
 def _write_whole(file: Path, index: pa.Table) -> None:
     temporary = file.with_name(f".{file.name}.{time.time_ns()}")
-    pq.write_table(index, temporary)
+    write_index_table(temporary, index)
     temporary.replace(file)
 
 

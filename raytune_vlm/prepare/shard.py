@@ -167,7 +167,7 @@ class TokenStep:
                     self._refuse(entry.origin, entry.reason, split, outcome)
                 else:
                     self._add(entry, split, job, writers[split], outcome)
-            write_index(folder / "index.parquet", outcome.index)
+            write_index(folder / "index.arrow", outcome.index)
             if images:
                 # Before the rename: a note without its folder only makes the folder be made.
                 noted = {name: list(state) for name, state in images.items()}

@@ -3,7 +3,7 @@
 Two folders a shard of the source, each written under a temporary name and renamed when whole:
 
     <key>/           <split>.arrow: token ids, labelled spans, small tensors, the encoded images
-                     index.parquet, summary.json
+                     index.arrow, summary.json
     <key>.pixels/    <split>.arrow: the uint8 pixels of the same rows; only in the `pixels` tier
 
 Both are content-addressed and shared by all trials, workers and sweeps through the page cache.
@@ -13,20 +13,26 @@ Where there are no pixels, the images are decoded when a sample is asked for: th
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from functools import cached_property, lru_cache
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 
 from raytune_vlm.collate.encoded import Encoded
 from raytune_vlm.errors import DataError
+from raytune_vlm.records import SPLITS
 
-ROWS_PER_BATCH = 16
-"""Rows of one Arrow record batch; all but the last of a file are full."""
+BATCH_ROWS = 1024
+BATCH_BYTES = 16 * 2**20
+"""An Arrow record batch is written as soon as it has so many rows or bytes: few enough to hold a
+view of each, small enough to be held in memory while it is filled."""
 
 TENSOR_TYPE = pa.struct(
     [
@@ -84,7 +90,7 @@ SPLIT_COLUMNS = (
     "num_images",
     "num_bytes",
 )
-"""What `PreparedSplit` needs of the index; every worker and reading task holds it in memory."""
+"""What `PreparedSplit` needs of the index."""
 
 PixelDecoder = Callable[[Sequence[bytes]], dict[str, np.ndarray]]
 """Encoded images of a sample -> its pixel tensors (`collate.pixels.PixelMaker.decode`)."""
@@ -144,6 +150,7 @@ class RowWriter:
         self._sink = pa.OSFile(str(file), "wb")
         self._writer = pa.ipc.new_file(self._sink, schema)
         self._pending: list[dict[str, Any]] = []
+        self._pending_bytes = 0
 
     def __enter__(self) -> RowWriter:
         return self
@@ -156,15 +163,41 @@ class RowWriter:
     def add(self, row: dict[str, Any]) -> None:
         """Append a row with the columns of the schema."""
         self._pending.append(row)
+        self._pending_bytes += _num_bytes(row)
         self.num_rows += 1
-        if len(self._pending) == ROWS_PER_BATCH:
+        if len(self._pending) == BATCH_ROWS or self._pending_bytes >= BATCH_BYTES:
             self._flush()
 
     def _flush(self) -> None:
         if self._pending:
             batch = pa.RecordBatch.from_pylist(self._pending, schema=self._schema)
             self._writer.write_batch(batch)
-            self._pending = []
+            self._pending, self._pending_bytes = [], 0
+
+
+def _num_bytes(row: dict[str, Any]) -> int:
+    """What images and tensors of a row weigh; all else is small."""
+    tensors = sum(len(entry["data"]) for entry in row["tensors"])
+    return tensors + sum(map(len, row.get("images", ())))
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The rows of an Arrow file: a view of each record batch, and the row that each begins with."""
+
+    batches: list[Any]
+    starts: list[int]
+
+    @classmethod
+    def of(cls, file: Path) -> _Rows:
+        batches = _batches(file)
+        starts = [0, *accumulate(batch.num_rows for batch in batches)]
+        return cls(batches, starts[:-1])
+
+    def at(self, row: int) -> tuple[Any, int]:
+        """The batch that holds a row, and its place there."""
+        number = bisect_right(self.starts, row) - 1
+        return self.batches[number], row - self.starts[number]
 
 
 class PreparedSplit:
@@ -187,7 +220,7 @@ class PreparedSplit:
         self._shards: list[str] = shards.dictionary.to_pylist()
         self._shard_numbers = shards.indices.to_numpy(zero_copy_only=False)
         self._rows = index["row"].to_numpy()
-        self._files: dict[tuple[str, str], Any] = {}
+        self._files: dict[tuple[str, str], _Rows] = {}
         self.split: str = index["split"][0].as_py() if len(index) else ""
         self.lengths = index["length"].to_numpy()
         self.num_labelled = index["num_labelled"].to_numpy()
@@ -272,12 +305,8 @@ class PreparedSplit:
     def _read(self, folder: str, row: int) -> tuple[pa.RecordBatch, int]:
         name = (folder, self.split)
         if name not in self._files:
-            file = self._store / folder / f"{self.split}.arrow"
-            reader = pa.ipc.open_file(pa.memory_map(str(file)))
-            # Neighbours are often asked for together, and a batch is only a view.
-            self._files[name] = lru_cache(maxsize=8)(reader.get_batch)
-        number, place = divmod(row, ROWS_PER_BATCH)
-        return self._files[name](number), place
+            self._files[name] = _Rows.of(self._store / folder / f"{self.split}.arrow")
+        return self._files[name].at(row)
 
 
 def pixel_folder(shard: str) -> str:
@@ -300,10 +329,30 @@ def open_split(
     """
     if not Path(index_file).exists():
         raise DataError(f"{index_file} is gone: run `raytune-vlm prepare` again")
-    table = pq.read_table(index_file, columns=list(SPLIT_COLUMNS), filters=[("split", "==", split)])
+    # Views of the memory map: what workers have in common, they share.
+    parts = [part for part in _batches(Path(index_file)) if part["split"][0].as_py() == split]
+    table = pa.Table.from_batches(parts, schema=INDEX_SCHEMA).select(SPLIT_COLUMNS)
     return PreparedSplit(Path(store), table, decode)
 
 
 def write_index(file: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write rows of `INDEX_SCHEMA` as Parquet."""
-    pq.write_table(pa.Table.from_pylist(list(rows), schema=INDEX_SCHEMA), file)
+    """Write rows of `INDEX_SCHEMA`."""
+    write_index_table(file, pa.Table.from_pylist(list(rows), schema=INDEX_SCHEMA))
+
+
+def write_index_table(file: Path, index: pa.Table) -> None:
+    """Write a table of `INDEX_SCHEMA`, in one record batch a split."""
+    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, INDEX_SCHEMA) as writer:
+        for split in SPLITS:
+            rows = index.filter(pc.equal(index["split"], split)).combine_chunks()
+            writer.write_table(rows)
+
+
+def read_index(file: Path) -> pa.Table:
+    """An index from its file, split after split."""
+    return pa.Table.from_batches(_batches(file), schema=INDEX_SCHEMA)
+
+
+def _batches(file: Path) -> list[Any]:
+    reader = pa.ipc.open_file(pa.memory_map(str(file)))
+    return [reader.get_batch(number) for number in range(reader.num_record_batches)]

@@ -30,7 +30,7 @@ def test_a_stream_flows_while_every_cpu_is_held_and_its_errors_are_ours(tiny_bas
     base, split = tiny_base("idefics3"), tiny_split("idefics3")
     spec, collation = PlanSpec(batch_size=8, seed=1), Collation("idefics3", 0, 3)
     plan = Plan(split.lengths, split.sources, spec, data_digest="d")
-    index = split._store / "index.parquet"
+    index = split._store / "index.arrow"
     maker = PixelMaker(base.processor.image_processor, base.family, "pil", ImageLimits())
     source = StreamSource(str(split._store), str(index), spec, "d", collation)
 

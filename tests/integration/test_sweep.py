@@ -181,7 +181,7 @@ def test_every_sample_is_used_once_an_epoch_over_a_kill_and_a_change_of_workers(
     flat = [name for step in sorted(used) for name in used[step]]
     known = open_split(
         read_json(SweepFolder(folder).manifest_file)["store"],
-        next((folder.parent / "prepared").glob("*.index.parquet")),
+        next((folder.parent / "prepared").glob("*.index.arrow")),
         "train",
     ).sample_ids
     assert len(known) == 30
