@@ -21,6 +21,7 @@ from raytune_vlm.errors import ConfigError, DataError, EvaluationError, SweepInt
 from raytune_vlm.models.location import check_model
 from raytune_vlm.models.trust import with_trust
 from raytune_vlm.monitor import Monitor
+from raytune_vlm.prepare.overlap import write_overlaps
 from raytune_vlm.prepare.plan import Plan, plan_spec
 from raytune_vlm.prepare.prepare import (
     PreparedData,
@@ -293,7 +294,11 @@ def prepare_data(
     monitor.say(f"data: tier {data.manifest.tier}: {data.manifest.tier_reason}")
     for pair, count in data.manifest.overlap.items():
         known, asked = pair.split("/")
-        monitor.say(f"data: WARNING: {count} samples of {asked} share group or images with {known}")
+        kinds = ", ".join(
+            f"{kind.replace('_', ' ')} {number}"
+            for kind, number in data.manifest.overlap_kinds[pair].items()
+        )
+        monitor.say(f"data: WARNING: {count} samples of {asked} are like some of {known} ({kinds})")
     return data
 
 
@@ -317,6 +322,7 @@ def write_head(
     write_json(folder.manifest_file, data.manifest)
     write_json(folder.plan_file, _plan(experiment, data))
     write_quarantine(folder.quarantine_file, data.quarantine)
+    write_overlaps(folder.overlap_file, data.overlaps)
     packages = ("ray", "torch", "transformers", "peft", "optuna", "pyarrow", "pillow", "numpy")
     write_json(
         folder.experiment_file,
