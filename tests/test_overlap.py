@@ -102,7 +102,10 @@ def test_each_kind_is_found_listed_and_counted(tmp_path):
         ("select", "report", "s8", "group", "s9"),
     ]
     assert [entry.is_counted for entry in found] == [True, True, True, False, True, True]
-    assert found[2].distance == 2 and (found[2].origin, found[2].other_origin) == ("file:5", "file:0")
+    assert found[2].distance == 2 and (found[2].origin, found[2].other_origin) == (
+        "file:5",
+        "file:0",
+    )
     pairs, kinds = count_overlaps(found)
     assert pairs == {"train/report": 4, "select/report": 1}
     assert kinds["train/report"] == {"group": 1, "image": 1, "near_image": 1, "text": 1}

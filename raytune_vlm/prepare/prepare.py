@@ -28,6 +28,7 @@ from raytune_vlm.models.location import model_fingerprint
 from raytune_vlm.prepare.overlap import count_overlaps, find_overlaps
 from raytune_vlm.prepare.ray_data import quiet_ray_data
 from raytune_vlm.prepare.shard import PixelStep, Preparer, ShardJob, TokenStep, remove_unfinished
+from raytune_vlm.prepare.sizes import note_sizes, store_of
 from raytune_vlm.prepare.statistics import (
     refuse_bad,
     split_statistics,
@@ -76,11 +77,6 @@ class PreparedData:
     def split(self, name: str, decode: PixelDecoder | None = None) -> PreparedSplit:
         """The samples of a split."""
         return open_split(self.manifest.store, self.index_file, name, decode)
-
-
-def store_of(experiment: ExperimentConfig) -> Path:
-    """The folder of the prepared shards."""
-    return (Path(experiment.storage_path) / "prepared").resolve()
 
 
 def list_shards(experiment: ExperimentConfig) -> list[ShardJob]:
@@ -204,6 +200,7 @@ def prepare(
         tier=tier,
         tier_reason=reason,
     )
+    note_sizes(experiment, manifest.splits)
     return PreparedData(manifest, index_file, quarantine, overlaps)
 
 

@@ -8,7 +8,7 @@ import pyarrow.compute as pc
 
 from raytune_vlm.config.experiment import ExperimentConfig
 from raytune_vlm.errors import DataError
-from raytune_vlm.records import SPLITS, Quarantined, SplitStatistics, by_kind
+from raytune_vlm.records import Quarantined, SplitStatistics, by_kind
 
 WORST_REASONS = 10
 """Kinds of reasons that are named when too much is bad."""

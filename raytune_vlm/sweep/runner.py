@@ -30,11 +30,13 @@ from raytune_vlm.prepare.prepare import (
     write_quarantine,
 )
 from raytune_vlm.prepare.shard import ShardJob
-from raytune_vlm.records import BASE_TRIAL, SweepFolder, read_json, write_json
+from raytune_vlm.records import BASE_TRIAL, Scores, SweepFolder, read_json, write_json
 from raytune_vlm.sweep.cluster import ray_session
+from raytune_vlm.sweep.detect import base_scores, detectable_lines
 from raytune_vlm.sweep.jobs import Job
 from raytune_vlm.sweep.lease import Lease
 from raytune_vlm.sweep.ledger import Ledger, TrialState, replay
+from raytune_vlm.sweep.rungs import check_rungs
 from raytune_vlm.train.packages import check_packages
 
 
@@ -102,6 +104,8 @@ def run_sweep(experiment: ExperimentConfig, *, command: str, monitor: Monitor) -
     with ray_session(experiment):
         data = prepare_data(experiment, jobs, monitor)
         require_splits(data, "select", "report")
+        check_rungs(experiment, data.split("select"))
+        say_detectable(experiment, data, monitor)
         write_head(folder, experiment, data, command)
         with Lease(folder.lease_file):
             return _drive(experiment, folder, data, monitor)
@@ -136,6 +140,7 @@ def resume_sweep(root: Path, *, monitor: Monitor, trust: str | None = None) -> S
                 f"the data of {root} changed since the sweep began (was {before}, is "
                 f"{data.manifest.digest}): its trials could not be compared; start a new sweep"
             )
+        say_detectable(experiment, data, monitor, base_scores(folder))
         return _drive(experiment, folder, data, monitor)
 
 
@@ -164,7 +169,9 @@ def prepare_only(experiment: ExperimentConfig, *, monitor: Monitor) -> PreparedD
     experiment = located(experiment)
     jobs = plan_of(experiment)
     with ray_session(experiment):
-        return prepare_data(experiment, jobs, monitor)
+        data = prepare_data(experiment, jobs, monitor)
+        say_detectable(experiment, data, monitor)
+        return data
 
 
 def _drive(
@@ -247,6 +254,9 @@ class Scoring:
 def evaluate(running: Session, scorings: list[Scoring]) -> None:
     """Score checkpoints, all executors at once, and wait; what was scored is left as it is.
 
+    Every scoring on `report` is a `touched` event of the ledger, also one whose event was lost when
+    an earlier life of the sweep ended in between.
+
     Raises
     ------
     EvaluationError
@@ -254,17 +264,21 @@ def evaluate(running: Session, scorings: list[Scoring]) -> None:
     """
     import ray
 
-    jobs = [
-        scoring.job() for scoring in scorings if not scoring.scores_file(running.folder).exists()
-    ]
-    for job in jobs:
-        ray.get(running.board.submit.remote(job))
-    for job in jobs:
-        report: dict[str, Any] = ray.get(running.board.next_report.remote(job.job_id))
-        if "failed" in report:
-            raise EvaluationError(
-                f"scoring {job.trial_id} on {job.split} failed: {report['message']}"
-            )
+    folder = running.folder
+    jobs = [None if s.scores_file(folder).exists() else s.job() for s in scorings]
+    for new in filter(None, jobs):
+        ray.get(running.board.submit.remote(new))
+    known = {(row["trial_id"], row["step"]) for row in folder.report_touches()}
+    for scoring, job in zip(scorings, jobs, strict=True):
+        if job is not None:
+            report: dict[str, Any] = ray.get(running.board.next_report.remote(job.job_id))
+            if "failed" in report:
+                raise EvaluationError(
+                    f"scoring {job.trial_id} on {job.split} failed: {report['message']}"
+                )
+        touch = (scoring.trial_id, scoring.step)
+        if scoring.split == "report" and (job is not None or touch not in known):
+            running.ledger.append("touched", trial_id=touch[0], step=touch[1])
 
 
 def score_base(running: Session) -> None:
@@ -300,6 +314,18 @@ def prepare_data(
         )
         monitor.say(f"data: WARNING: {count} samples of {asked} are like some of {known} ({kinds})")
     return data
+
+
+def say_detectable(
+    experiment: ExperimentConfig,
+    data: PreparedData,
+    monitor: Monitor,
+    pilot: Scores | None = None,
+) -> None:
+    """Say which differences the splits can tell, before anything is trained."""
+    sizes = {name: (e.num_used, e.num_groups) for name, e in data.manifest.splits.items()}
+    for line in detectable_lines(experiment, sizes, pilot):
+        monitor.say(f"data: {line}")
 
 
 def require_splits(data: PreparedData, *names: str) -> None:
