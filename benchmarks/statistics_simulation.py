@@ -1,10 +1,10 @@
 """How good the intervals, tests and corrections of `evaluate/statistics` are, by simulation.
 
-python benchmarks/statistics_simulation.py [--share 0.2]
+python benchmarks/statistics_simulation.py [--share 3]
 
 Everything is drawn anew from known truths: the coverage of the intervals, the size of the tests,
-the bias of the winner's score, the power at the detectable difference. `--share` takes a part of
-the repetitions. Prints Markdown tables; those of docs/statistics.md are from here.
+the bias of the winner's score, the power at the detectable difference. `--share` takes a part or a
+multiple of the repetitions. Prints Markdown tables; those of docs/statistics.md are from here.
 """
 
 from __future__ import annotations
@@ -172,33 +172,33 @@ def main() -> None:
         for kind in SIZES:
             for p in (0.02, 0.1, 0.5, 0.9, 0.98):
                 icc = 0.0 if kind == "single" else 0.3
-                held, width = coverage(kind, num_groups, p, icc, times(1000))
+                held, width = coverage(kind, num_groups, p, icc, times(300))
                 print(f"| {num_groups} | {kind} | {p} | {icc} | {held:.3f} | {width:.3f} |")
     print("\n| graded scores: samples | share of ones | coverage of 95 % |\n|---:|---:|---:|")
     for number, right in ((50, 0.95), (100, 0.9), (100, 0.5), (300, 0.98)):
-        print(f"| {number} | {right} | {graded_coverage(number, right, times(1000)):.3f} |")
+        print(f"| {number} | {right} | {graded_coverage(number, right, times(500)):.3f} |")
     print("\n| equal systems: samples | p | exchange | bootstrap interval | McNemar |")
     print("|---:|---:|---:|---:|---:|")
     for number, p in ((20, 0.5), (50, 0.1), (100, 0.6), (300, 0.95)):
-        sizes = paired_sizes(number, p, times(2000))
+        sizes = paired_sizes(number, p, times(1000))
         print(f"| {number} | {p} | " + " | ".join(f"{rate:.3f}" for rate in sizes.values()) + " |")
     print(
         "\n| trials equal to the base | any rejected | any rejected after Holm |\n|---:|---:|---:|"
     )
     for trials in (4, 16, 64):
-        plain, adjusted = family_errors(trials, 100, times(2000))
+        plain, adjusted = family_errors(trials, 100, times(1000))
         print(f"| {trials} | {plain:.3f} | {adjusted:.3f} |")
     print("\n| trials x documents | spread of true scores | naive bias | corrected bias ", end="")
     print("| 95 % interval holds | best missing from the list |\n|---|---:|---:|---:|---:|---:|")
     for spread in (0.0, 0.02, 0.05, 0.1):
-        naive, corrected, held, lost = winner_bias(64, 100, spread, times(300))
+        naive, corrected, held, lost = winner_bias(64, 100, spread, times(100))
         print(
             f"| 64 x 100 | {spread} | {naive:+.4f} | {corrected:+.4f} | {held:.3f} | {lost:.3f} |"
         )
     print("\n| samples | p of the base | detectable difference | power: test | power: interval |")
     print("|---:|---:|---:|---:|---:|")
     for number, p in ((50, 0.5), (100, 0.3), (100, 0.05), (400, 0.8)):
-        difference, tested, apart = power(number, p, times(1000))
+        difference, tested, apart = power(number, p, times(400))
         print(f"| {number} | {p} | {difference:.3f} | {tested:.3f} | {apart:.3f} |")
     print(f"\n{time.monotonic() - began:.0f} s")
 
