@@ -58,6 +58,8 @@ def validate(
     """Check an experiment, its model and its data paths; predict parameters and memory."""
     from raytune_vlm.config.loader import render
     from raytune_vlm.models.location import check_model
+    from raytune_vlm.prepare.sizes import noted_sizes
+    from raytune_vlm.sweep.detect import detectable_lines
     from raytune_vlm.train.packages import check_packages
 
     resolved = _load(experiment, overrides, trust)
@@ -77,6 +79,8 @@ def validate(
         f"({family.model_type}), {resolved.sweep.num_trials} trials of up to "
         f"{length}, {resolved.metric} scored at steps {scored}"
     )
+    for line in detectable_lines(resolved, noted_sizes(resolved)):
+        click.echo(f"as last prepared, {line}")
     if not quick:
         _predict(resolved)
 
@@ -229,6 +233,17 @@ def evaluate(folder: Path, trust: str | None, trial_id: str, split: str) -> None
         scores = evaluate_one(folder, trial_id, split, monitor=monitor, trust=trust)
         for name, entry in scores.metrics.items():
             click.echo(f"{name} {entry.value:.4f} [{entry.lower:.4f}, {entry.upper:.4f}]")
+            if scores.clean is not None and name in scores.clean.metrics:
+                clean, number = scores.clean.metrics[name], scores.clean.num_samples
+                click.echo(
+                    f"{name} {clean.value:.4f} [{clean.lower:.4f}, {clean.upper:.4f}] on the "
+                    f"{number} samples that overlap no training sample"
+                )
+        if split == "report":
+            from raytune_vlm.records import SweepFolder
+
+            touches = len(SweepFolder(folder).report_touches())
+            click.echo(f"report was touched {touches} times in the life of this folder")
 
 
 @cli.command()
@@ -265,6 +280,18 @@ def report(folder: Path) -> None:
     from raytune_vlm.report import build_report
 
     click.echo(str(build_report(folder)))
+
+
+@cli.command()
+@_FOLDER
+@click.option("--metrics", help="Variants, by commas; by default those that are stored.")
+def rescore(folder: Path, metrics: str | None) -> None:
+    """Score every stored answer of a sweep folder again; needs no GPU, no torch and no Ray."""
+    from raytune_vlm.sweep.rescoring import rescore_folder
+
+    wanted = tuple(metrics.split(",")) if metrics is not None else None
+    for line in rescore_folder(folder, wanted):
+        click.echo(line)
 
 
 @cli.command()

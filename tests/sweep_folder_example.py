@@ -22,6 +22,7 @@ from raytune_vlm.config import ExperimentConfig
 from raytune_vlm.json_tokens import json2token
 from raytune_vlm.records import (
     BASE_TRIAL,
+    CleanScores,
     DataManifest,
     MetricEstimate,
     PairedTest,
@@ -160,7 +161,11 @@ def _write_data(example: Example, folder: SweepFolder) -> None:
             "report": _statistics(NUM_REPORT, NUM_REPORT, 820),
         },
         quarantine_reasons={reason: sum(r.reason == reason for r in rows) for reason in reasons},
-        overlap={"select/report": 2},
+        overlap={"train/report": 6, "select/report": 2},
+        overlap_kinds={
+            "train/report": {"image": 1, "near_image": 5},
+            "select/report": {"group": 2},
+        },
         seconds=94.2,
         tier_reason=f"<u>{reason}</u>" if example.hostile else reason,
     )
@@ -318,6 +323,9 @@ def _write_scores(
         empty_rate=0.0,
         truncation_rate=0.025 if trial_id == BASE_TRIAL else 0.0,
         seconds=20.5,
+        clean=CleanScores(34, 31, {example.metric: _estimate(better - 0.016, width * 1.1)})
+        if split == "report"
+        else None,
     )
     write_json(folder.trial(trial_id).evaluation(split, step) / "scores.json", scores)
 
@@ -342,6 +350,9 @@ def _write_result(
     winner, quality = max(finished, key=lambda pair: pair[1])
     near = [r for r, q in trials if r.status != "failed" and q > quality - 0.06]
     near.sort(key=lambda record: record.trainable_parameters)
+    second = max(
+        (r for r, _ in finished if r is not winner), key=lambda r: r.seconds, default=winner
+    )
     step = winner.step
     naive = folder.trial(winner.trial_id).scores("select")[-1].metrics[example.metric].value
     on_report = {"base": 0.351, "default": trials[0][1] - 0.02, "winner": quality - 0.025}
@@ -356,7 +367,16 @@ def _write_result(
     def paired(first: str, second: str, difference: float, width: float, p: float) -> PairedTest:
         low, high = sorted((sign * difference - width, sign * difference + width))
         return PairedTest(
-            example.metric, first, second, sign * difference, low, high, p, NUM_REPORT
+            example.metric,
+            first,
+            second,
+            sign * difference,
+            low,
+            high,
+            p,
+            NUM_REPORT,
+            adjusted_p=min(1.0, 3 * p),
+            num_tests=3,
         )
 
     gain = on_report["winner"] - on_report["base"]
@@ -375,11 +395,42 @@ def _write_result(
             paired(winner.trial_id, BASE_TRIAL, gain, 0.06, 0.0004 if clear else 0.41),
             paired(winner.trial_id, ids["default"], lead, 0.031, 0.038),
             paired(winner.trial_id, near[0].trial_id, 0.008, 0.019, 0.38),
+            replace(
+                paired(winner.trial_id, BASE_TRIAL, sign * 0.15, 0.12, 0.03),
+                metric=example.other_metric,
+                only_first=9,
+                only_second=3,
+                mcnemar_p=0.146,
+            ),
         ],
         indistinguishable=[record.trial_id for record in near],
         num_report_touches=3,
         seconds=2 * 3600 + 5 * 60 + 12.0,
-        replicates=[Replicate(1, naive - 0.02), Replicate(2, None, "diverged: not finite")],
+        replicates=[
+            Replicate(1, naive - 0.02 * sign, trial_id=winner.trial_id),
+            Replicate(2, None, "diverged: not finite", winner.trial_id),
+            Replicate(3, naive - 0.035 * sign, trial_id=winner.trial_id),
+            Replicate(1, naive - 0.009 * sign, trial_id=second.trial_id),
+            Replicate(2, naive - 0.011 * sign, trial_id=second.trial_id),
+            Replicate(3, naive - 0.004 * sign, trial_id=second.trial_id),
+        ],
+        replicated={winner.trial_id: naive, second.trial_id: naive - 0.006 * sign},
+        against_base=[
+            replace(
+                paired(record.trial_id, BASE_TRIAL, trial_quality - 0.34, 0.07, 0.0005),
+                adjusted_p=0.007 if trial_quality > 0.45 else 0.31,
+                num_tests=len(trials),
+                num_samples=100,
+            )
+            for record, trial_quality in trials
+            if record.status != "failed"
+        ],
+        detectable={"select": 0.071, "report": 0.104},
+        clean={
+            "base": _estimate(0.348 if sign > 0 else 0.652, 0.06),
+            "winner": _estimate(quality - 0.041 if sign > 0 else 1.041 - quality, 0.06),
+        },
+        num_clean=34,
     )
     write_json(folder.result_file, result)
     write_text(folder.best / "README.md", "placeholder\n")

@@ -386,6 +386,18 @@ def test_tree_marks_wrong_missing_and_extra_fields() -> None:
     assert [line.depth for line in tree_of({"a": {"b": ["x", "y"]}})] == [0, 1, 1]
 
 
+def test_what_the_statistics_found_is_told(examples: Copy) -> None:
+    text = page_of(examples()).text
+    assert "With other seeds 0.861 ± 0.011" in text
+    assert "NOT the best by the mean: trial_007 has 0.881" in text
+    assert "Without overlap 0.851 winner on the 34 report samples" in text
+    assert "Detectable difference 0.104" in text and "on select 0.071" in text
+    assert "p = 0.001 after Holm for 3 tests" in text
+    assert "McNemar p = 0.146" in text and "9 : 3" in text
+    assert "Every trial against the base model on select (14 tests)" in text
+    assert "trial_007 best mean" in text
+
+
 def test_data_and_audit_are_told(examples: Copy) -> None:
     folder = examples()
     page = page_of(folder)
@@ -397,7 +409,8 @@ def test_data_and_audit_are_told(examples: Copy) -> None:
     assert "(3.41 GB of pixels, within 212 GB of free disk)" in page.text
     assert "Images pixels prepared as the model takes them" in page.text
     assert "Samples cached read from the memory-mapped store" in page.text
-    assert "report train none report select 2 of 40 (5 %)" in page.text
+    assert "report train 6 of 40 (15 %): same image 1, nearly the same image 5" in page.text
+    assert "report select 2 of 40 (5 %): same group 2" in page.text
     assert "image is truncated cord-v2/train-00000.parquet:7 3 " in page.text
     assert page.text.count("cord-v2/train-00000.parquet:7 ") == 2
     assert "59 checks passed, 1 failed." in page.text

@@ -270,3 +270,21 @@ def test_a_metric_that_fits_no_sample_is_told() -> None:
         EvaluationError, match=r"medical_open@llava_med_f1 has no score for any of 1"
     ):
         run(rows, metrics=["medical_open@llava_med_f1"])
+
+
+def test_samples_that_overlap_the_training_data_are_left_out_beside_the_whole(
+    tmp_path: Path,
+) -> None:
+    names = ["exact_match@strip", "bleu4@coco"]
+    scores, table = run(PREDICTIONS, metrics=names, overlapping=["s0", "elsewhere"])
+    rest, _ = run(PREDICTIONS[1:], metrics=names)
+    assert scores.clean is not None
+    assert (scores.clean.num_samples, scores.clean.num_groups) == (3, 2)
+    assert scores.clean.metrics == rest.metrics
+    assert scores.metrics["exact_match@strip"].value == 0.25
+    assert run(PREDICTIONS, metrics=names)[0].clean is None
+    nothing, _ = run(PREDICTIONS, metrics=names, overlapping=["s0", "s1", "s2", "s3"])
+    assert nothing.clean is not None and nothing.clean.metrics == {}
+    write_evaluation(tmp_path, scores, table)
+    assert Scores.from_json(read_json(tmp_path / "scores.json")) == scores
+    assert rescore(tmp_path, **INTERVAL) == scores

@@ -14,10 +14,14 @@ from numpy.typing import NDArray
 from raytune_vlm.errors import EvaluationError
 from raytune_vlm.evaluate.statistics import (
     corrected_winner,
+    detectable_difference,
     estimate,
+    holm,
     indistinguishable,
+    mcnemar,
     paired_test,
 )
+from raytune_vlm.evaluate.statistics.intervals import wilson
 
 SETTINGS: dict[str, Any] = {"confidence": 0.95, "num_bootstrap": 500, "seed": 0}
 NAMES: dict[str, Any] = {"metric": "m", "first": "a", "second": "b"}
@@ -76,6 +80,32 @@ def test_unanimous_groups_keep_some_doubt() -> None:
     assert (right.lower, right.upper) == (pytest.approx(0.05 ** (1 / 20)), 1)
     wrong = estimate(np.zeros(20), np.ones(20), own_groups(20), **SETTINGS)
     assert (wrong.lower, wrong.upper) == (0, pytest.approx(1 - 0.05 ** (1 / 20)))
+
+
+def test_a_share_near_an_end_takes_the_score_interval() -> None:
+    """Which rule when: fewer than ten effective successes or failures take Wilson's interval."""
+    values = np.array([1.0] * 97 + [0.0] * 3)
+    near = estimate(values, np.ones(100), own_groups(100), **SETTINGS)
+    assert (near.lower, near.upper) == pytest.approx(wilson(0.97, 100, 0.95), abs=1e-3)
+    # Newcombe 1998 (Statistics in Medicine 17, table I) gives these for 15 of 148.
+    assert wilson(15 / 148, 148, 0.95) == pytest.approx((0.0624, 0.1605), abs=1e-4)
+    middle = np.array([1.0] * 60 + [0.0] * 40)
+    found = estimate(middle, np.ones(100), own_groups(100), **SETTINGS)
+    assert (found.lower, found.upper) != pytest.approx(wilson(0.6, 100, 0.95), abs=1e-3)
+    rate = estimate(values * 5, np.ones(100), own_groups(100), **SETTINGS)
+    assert rate.upper > 1  # an error rate above 1 is no share
+
+
+def test_a_share_near_an_end_pays_for_its_groups() -> None:
+    values = np.array([1.0] * 95 + [0.0] * 5)
+    alone = estimate(values, np.ones(100), own_groups(100), **SETTINGS)
+    together = estimate(
+        values, np.ones(100), [f"g{number // 5}" for number in range(100)], **SETTINGS
+    )
+    assert together.upper - together.lower > 1.5 * (alone.upper - alone.lower)
+    uneven = ["big"] * 80 + [f"g{number}" for number in range(20)]
+    unanimous = estimate(np.ones(100), np.ones(100), uneven, **SETTINGS)
+    assert unanimous.lower < 0.2  # one document is most of it
 
 
 def test_weights_of_zero_count_equally() -> None:
@@ -206,6 +236,51 @@ def test_p_values_are_calibrated() -> None:
         )
         rejected += found.p_value <= 0.05
     assert 2 <= rejected <= 22
+
+
+# McNemar, Holm, the detectable difference
+
+
+def test_mcnemar_is_the_binomial_test_of_the_discordant() -> None:
+    assert mcnemar(0, 0) == 1
+    assert mcnemar(5, 5) == 1
+    assert mcnemar(6, 0) == pytest.approx(2 / 2**6)
+    assert mcnemar(1, 9) == mcnemar(9, 1) == pytest.approx(2 * 11 / 2**10)
+    assert 0 < mcnemar(20_000, 19_000) < 1e-5
+
+
+def test_a_paired_test_counts_the_discordant() -> None:
+    values = np.array([[1, 1, 1, 0, 1, 1.0], [0, 0, 1, 1, 1, float("nan")]])
+    found = paired_test(values, np.ones((2, 6)), own_groups(6), **NAMES, **SETTINGS)
+    assert (found.only_first, found.only_second) == (2, 1)
+    assert found.mcnemar_p == 1
+    grouped = paired_test(values, np.ones((2, 6)), list("aabbcc"), **NAMES, **SETTINGS)
+    assert (grouped.only_first, grouped.mcnemar_p) == (2, None)
+    graded = paired_test(values * 0.5, np.ones((2, 6)), own_groups(6), **NAMES, **SETTINGS)
+    assert graded.only_first is graded.mcnemar_p is None
+
+
+def test_holm_steps_down() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.5, 0.9]) == [1, 1]
+    assert holm([0.02]) == [0.02] and holm([]) == []
+
+
+def test_detectable_difference_shrinks_with_groups_and_knows_the_pilot() -> None:
+    worst = [detectable_difference(number, confidence=0.95) for number in (25, 100, 400)]
+    assert worst == sorted(worst, reverse=True)
+    assert worst[1] == pytest.approx(2.8016 * 0.5**0.5 / 10 + 0.01, abs=1e-3)
+    pilot: Any = {"value": 0.0, "standard_error": 0.0, "pilot_groups": 50}
+    nothing_right = detectable_difference(100, confidence=0.95, **pilot)
+    assert 0.05 < nothing_right < worst[1]
+    pilot = {"value": 0.95, "standard_error": 0.02, "pilot_groups": 100}
+    down = detectable_difference(100, confidence=0.95, mode="min", **pilot)
+    assert down > detectable_difference(100, confidence=0.95, **pilot)
+    rate = {"value": 1.4, "standard_error": 0.1, "pilot_groups": 100}
+    assert detectable_difference(100, confidence=0.95, is_share=False, **rate) == pytest.approx(
+        2.8016 * 2**0.5 * 0.1, abs=1e-4
+    )
+    assert detectable_difference(1, confidence=0.95) == 1
 
 
 # corrected_winner

@@ -53,6 +53,10 @@ class DataConfig(Section):
     deduplicate: bool = False
     """Train on one copy of samples that are exactly the same (in `select` and `report` later
     copies are always quarantined)."""
+    near_image_distance: int | None = Field(default=2, ge=0, le=16)
+    """Pictures of two splits whose 64-bit perceptual hashes differ in at most so many bits count as
+    the same (`data/overlap.jsonl`). 2 finds most recompressed copies and kept receipts of one
+    layout apart; 4 to 6 suit photographs. None: only equal files count."""
     max_select_samples: int | None = Field(default=None, ge=1)
     """Score at most so many samples of `select` (a fixed choice by hash)."""
     max_report_samples: int | None = Field(default=None, ge=1)

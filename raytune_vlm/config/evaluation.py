@@ -1,6 +1,6 @@
 """`evaluation`: how checkpoints are scored by what they generate."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -51,6 +51,12 @@ Kept here, free of heavy imports, so that a typo fails before anything starts; t
 """
 
 
+NO_SHARES = frozenset(
+    ["cer@micro", "wer@micro", "cider@coco", *(f"bleu{n}@coco" for n in (1, 2, 3, 4))]
+)
+"""The variants that are no mean of values between 0 and 1."""
+
+
 class EvaluationConfig(Section):
     """Greedy generation, answer parsing, metrics, intervals."""
 
@@ -64,10 +70,27 @@ class EvaluationConfig(Section):
     """Prompts generated at once on one worker."""
     every: int | None = Field(default=None, ge=1)
     """Score `select` every so many steps, besides the rungs of the scheduler and the end."""
+    rung_samples: float | tuple[float, ...] | None = None
+    """Score the rungs before the last on this share of `select`: one share for all of them, or one
+    for each, none smaller than the one before. The shares are nested and go by the seed and the
+    sample's id, so that samples that are added later change nothing for the others. Trials are only
+    compared on equal shares; whoever has not been scored on all of `select` cannot win as long as
+    one has."""
     confidence: float = Field(default=0.95, gt=0, lt=1)
     """Level of the intervals."""
     num_bootstrap: int = Field(default=2000, ge=100)
     """Bootstrap resamples (of groups) behind intervals and tests."""
+
+    @field_validator("rung_samples")
+    @classmethod
+    def _nested_shares(cls, value: float | tuple[float, ...] | None) -> Any:
+        shares = value if isinstance(value, tuple) else () if value is None else (value,)
+        if not all(0 < share <= 1 for share in shares) or list(shares) != sorted(shares):
+            raise ValueError(
+                f"rung_samples must be shares above 0 and at most 1, none smaller than the one "
+                f"before, got {list(shares)}"
+            )
+        return value
 
     @field_validator("metrics")
     @classmethod

@@ -165,6 +165,37 @@ class ExperimentConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _rung_samples_fit(self) -> "ExperimentConfig":
+        shares, rungs = self.evaluation.rung_samples, self.rungs
+        if shares is None:
+            return self
+        shown = list(shares) if isinstance(shares, tuple) else shares
+        if len(rungs) == 1:
+            raise ValueError(
+                f"evaluation.rung_samples={shown} has no effect: the only rung is the last, at "
+                f"step {rungs[0]}"
+            )
+        if isinstance(shares, tuple) and len(shares) != len(rungs) - 1:
+            raise ValueError(
+                f"evaluation.rung_samples={shown} must have a share for each rung before the last "
+                f"({len(rungs) - 1}: steps {', '.join(map(str, rungs[:-1]))})"
+            )
+        for key in self.sweep.search_space:
+            if key == "train.max_steps" or key.startswith(("evaluation.", "sweep.", "data.")):
+                raise ValueError(
+                    f"evaluation.rung_samples={shown} and sweep.search_space.{key} exclude each "
+                    "other: trials must be scored on the same samples at the same steps"
+                )
+        return self
+
+    def select_share(self, step: int) -> float:
+        """The share of `select` that is scored at a step: below 1 only at rungs before the last."""
+        shares, rungs = self.evaluation.rung_samples, self.rungs
+        if shares is None or step not in rungs[:-1]:
+            return 1.0
+        return shares[rungs.index(step)] if isinstance(shares, tuple) else shares
+
     @property
     def metric(self) -> str:
         """The metric variant that decides."""

@@ -168,6 +168,9 @@ class SweepConfig(Section):
     num_replicates: int = Field(default=0, ge=0)
     """Train the winner's recipe again with so many other seeds, to show how much of its score is
     the luck of the seed; replicates cannot win."""
+    replicate_top: int = Field(default=1, ge=1)
+    """Do so with the best so many recipes, not the winner's alone, to see whether the winner is
+    still the best of them by the mean over seeds."""
     max_failures: int = Field(default=2, ge=0)
     """How often a trial is started again after a worker died, before the sweep gives up."""
     search_space: dict[str, Distribution] = Field(default_factory=dict)
@@ -197,6 +200,19 @@ class SweepConfig(Section):
             raise ValueError(
                 f"num_trials={self.num_trials} is less than the grid's {combinations} combinations "
                 f"({' x '.join(map(str, sizes))}){own}; raise num_trials or shorten the lists"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _replicates_are_made(self) -> "SweepConfig":
+        if self.replicate_top > 1 and self.num_replicates == 0:
+            raise ValueError(
+                f"replicate_top={self.replicate_top} has no effect: num_replicates=0 trains no "
+                "recipe again"
+            )
+        if self.replicate_top > self.num_trials:
+            raise ValueError(
+                f"replicate_top={self.replicate_top} is more than num_trials={self.num_trials}"
             )
         return self
 

@@ -8,7 +8,7 @@ import json
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +23,13 @@ from raytune_vlm.evaluate.categories import category_scores, statistics_of
 from raytune_vlm.evaluate.metrics import METRICS, Metric, SampleScore
 from raytune_vlm.evaluate.statistics import estimate
 from raytune_vlm.json_tokens import is_parsable
-from raytune_vlm.records import PREDICTION_COLUMNS, Scores, write_json
+from raytune_vlm.records import (
+    PREDICTION_COLUMNS,
+    CleanScores,
+    MetricEstimate,
+    Scores,
+    write_json,
+)
 from raytune_vlm.references import read_reference
 
 Answer = Literal["text", "json_tags"]
@@ -67,8 +73,15 @@ def score(
     num_bootstrap: int,
     seed: int,
     seconds: float,
+    overlapping: Collection[str] = (),
 ) -> tuple[Scores, pa.Table]:
     """Score predictions with every metric.
+
+    Parameters
+    ----------
+    overlapping
+        Samples that are much like one of `train`: where some are here, `Scores.clean` tells the
+        scores without them.
 
     Returns
     -------
@@ -92,22 +105,25 @@ def score(
     references = [read_reference(prediction.reference) for prediction in predictions]
     categories = [reference.category for reference in references]
     texts = [prediction.text for prediction in predictions]
-    estimates, by_category = {}, {}
+    estimates, by_category, clean = {}, {}, {}
+    dirty = set(overlapping)
+    clean_rows = np.array([row.sample_id not in dirty for row in predictions])
     for name, metric in chosen.items():
         results = metric.score_all(texts, references)
         columns |= _metric_columns(name, results)
         values, weights = statistics_of(metric, results)
         if np.isnan(values).all():
             raise EvaluationError(f"{name} has no score for any of {len(results)} samples")
-        estimates[name] = estimate(
-            values,
-            weights,
-            groups,
-            confidence=confidence,
-            num_bootstrap=num_bootstrap,
-            seed=seed,
-            combine=metric.combine,
-        )
+        options: dict[str, Any] = {
+            "confidence": confidence,
+            "num_bootstrap": num_bootstrap,
+            "seed": seed,
+            "combine": metric.combine,
+        }
+        estimates[name] = estimate(values, weights, groups, **options)
+        if not clean_rows.all() and not np.isnan(values[clean_rows]).all():
+            kept = [group for group, is_clean in zip(groups, clean_rows, strict=True) if is_clean]
+            clean[name] = estimate(values[clean_rows], weights[clean_rows], kept, **options)
         if any(categories):
             by_category[name] = category_scores(metric, values, weights, categories)
     scores = Scores(
@@ -122,10 +138,24 @@ def score(
         empty_rate=sum(not row.text.strip() for row in predictions) / len(predictions),
         truncation_rate=sum(row.truncated for row in predictions) / len(predictions),
         seconds=seconds,
+        clean=None if clean_rows.all() else _clean_scores(predictions, clean_rows, clean),
     )
     origin = {"trial_id": trial_id, "step": step, "split": split, "answer": answer}
-    metadata = {_METADATA_KEY: json.dumps(origin | {"seconds": seconds}).encode()}
+    here = [
+        row.sample_id for row, is_clean in zip(predictions, clean_rows, strict=True) if not is_clean
+    ]
+    origin |= {"seconds": seconds, "overlapping": here}
+    metadata = {_METADATA_KEY: json.dumps(origin).encode()}
     return scores, pa.table(columns).replace_schema_metadata(metadata)
+
+
+def _clean_scores(
+    predictions: Sequence[Prediction],
+    clean_rows: NDArray[np.bool_],
+    estimates: dict[str, MetricEstimate],
+) -> CleanScores:
+    kept = [row for row, is_clean in zip(predictions, clean_rows, strict=True) if is_clean]
+    return CleanScores(len(kept), len({row.group_id for row in kept}), estimates)
 
 
 def write_evaluation(folder: Path, scores: Scores, table: pa.Table) -> None:
@@ -171,7 +201,7 @@ def rescore(
     if origin is None or missing:
         what = f"the columns {', '.join(missing)}" if missing else "its trial, step and split"
         raise EvaluationError(f"{file} does not hold {what}: evaluate the checkpoint again")
-    stored = [name.removesuffix(_WEIGHT) for name in table.column_names if name.endswith(_WEIGHT)]
+    stored = _stored(table.column_names)
     predictions = [
         Prediction(
             sample_id=row["sample_id"],
@@ -194,6 +224,25 @@ def rescore(
     )
     write_evaluation(folder, scores, table)
     return scores
+
+
+def stored_metrics(folder: Path) -> list[str]:
+    """The metric variants that the stored predictions of an evaluation hold.
+
+    Raises
+    ------
+    EvaluationError
+        `folder` has no readable predictions.
+    """
+    try:
+        return _stored(pq.read_schema(folder / PREDICTIONS_FILE).names)
+    except (OSError, pa.ArrowInvalid) as error:
+        file = folder / PREDICTIONS_FILE
+        raise EvaluationError(f"cannot read the predictions {file}: {error}") from error
+
+
+def _stored(names: Sequence[str]) -> list[str]:
+    return [name.removesuffix(_WEIGHT) for name in names if name.endswith(_WEIGHT)]
 
 
 def read_matrix(
@@ -294,8 +343,7 @@ def _read_metric(file: Path, metric: str) -> pa.Table:
     wanted = ["sample_id", "group_id", metric, metric + _WEIGHT]
     table = _read(file, [*wanted, metric + _SUMS])
     if missing := [name for name in wanted if name not in table.column_names]:
-        names = pq.read_schema(file).names
-        known = [name.removesuffix(_WEIGHT) for name in names if name.endswith(_WEIGHT)]
+        known = _stored(pq.read_schema(file).names)
         hint = did_you_mean(metric, known) if missing[0] == metric else ""
         raise EvaluationError(f"{file} has no column {missing[0]!r}{hint}")
     return table

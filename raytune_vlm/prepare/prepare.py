@@ -25,10 +25,11 @@ import pyarrow.compute as pc
 from raytune_vlm.config.experiment import ExperimentConfig, digest_of
 from raytune_vlm.errors import DataError
 from raytune_vlm.models.location import model_fingerprint
+from raytune_vlm.prepare.overlap import count_overlaps, find_overlaps
 from raytune_vlm.prepare.ray_data import quiet_ray_data
 from raytune_vlm.prepare.shard import PixelStep, Preparer, ShardJob, TokenStep, remove_unfinished
+from raytune_vlm.prepare.sizes import note_sizes, store_of
 from raytune_vlm.prepare.statistics import (
-    overlaps,
     refuse_bad,
     split_statistics,
     without_duplicates,
@@ -41,10 +42,17 @@ from raytune_vlm.prepare.store import (
     read_index,
     write_index_table,
 )
-from raytune_vlm.records import SPLITS, DataManifest, Quarantined, by_kind, read_json
+from raytune_vlm.records import (
+    SPLITS,
+    DataManifest,
+    Overlap,
+    Quarantined,
+    by_kind,
+    read_json,
+)
 from raytune_vlm.sources import SOURCES, Shard
 
-FORMAT = 4
+FORMAT = 5
 """Version of the store's format; a change of it makes every shard anew."""
 
 VERSIONS = ("transformers", "tokenizers", "torch", "pillow", "simplejpeg")
@@ -64,15 +72,11 @@ class PreparedData:
     manifest: DataManifest
     index_file: Path
     quarantine: list[Quarantined]
+    overlaps: list[Overlap]
 
     def split(self, name: str, decode: PixelDecoder | None = None) -> PreparedSplit:
         """The samples of a split."""
         return open_split(self.manifest.store, self.index_file, name, decode)
-
-
-def store_of(experiment: ExperimentConfig) -> Path:
-    """The folder of the prepared shards."""
-    return (Path(experiment.storage_path) / "prepared").resolve()
 
 
 def list_shards(experiment: ExperimentConfig) -> list[ShardJob]:
@@ -174,6 +178,8 @@ def prepare(
         _run("pixels", experiment, store, jobs, progress)
     index_file = store / f"{digest}.index.arrow"
     _write_whole(index_file, index)
+    overlaps = find_overlaps(index, experiment.data.near_image_distance)
+    overlap, overlap_kinds = count_overlaps(overlaps)
     manifest = DataManifest(
         digest=digest,
         store=str(store),
@@ -188,12 +194,14 @@ def prepare(
             for name in SPLITS
         },
         quarantine_reasons={first.reason: count for first, count in by_kind(quarantine)},
-        overlap=overlaps(index),
+        overlap=overlap,
+        overlap_kinds=overlap_kinds,
         seconds=time.monotonic() - began,
         tier=tier,
         tier_reason=reason,
     )
-    return PreparedData(manifest, index_file, quarantine)
+    note_sizes(experiment, manifest.splits)
+    return PreparedData(manifest, index_file, quarantine, overlaps)
 
 
 def _check_weights(experiment: ExperimentConfig, index: pa.Table) -> None:

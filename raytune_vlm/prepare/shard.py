@@ -33,6 +33,7 @@ from raytune_vlm.models.families import FAMILIES, Family
 from raytune_vlm.models.image_backends import image_backend
 from raytune_vlm.models.loading import load_processor
 from raytune_vlm.models.location import check_model
+from raytune_vlm.prepare.likeness import picture_hash, words_id
 from raytune_vlm.prepare.store import (
     PIXEL_SCHEMA,
     ROW_SCHEMA,
@@ -132,6 +133,7 @@ class _Cut:
 
     encoded: Encoded
     truncated: bool
+    picture_hashes: list[int]
 
 
 class TokenStep:
@@ -211,14 +213,15 @@ class TokenStep:
             self._refuse(sample.origin, reason, split, outcome)
             return None
         length = len(encoded.input_ids)
+        hashes = [found for image in images if (found := picture_hash(image)) is not None]
         if length <= data.max_length:
-            return _Cut(encoded, truncated=False)
+            return _Cut(encoded, truncated=False, picture_hashes=hashes)
         shorter = self._too_long(sample, length, data) and split == "train"
         cut = self._encoder.truncated(encoded, data.max_length) if shorter else None
         if cut is None:
             outcome.over_long[split] += 1
             return None
-        return _Cut(cut, truncated=True)
+        return _Cut(cut, truncated=True, picture_hashes=hashes)
 
     def _add(
         self, sample: Sample, split: Split, job: ShardJob, writer: RowWriter, outcome: _Outcome
@@ -240,6 +243,8 @@ class TokenStep:
                 "sample_id": sample.sample_id,
                 "group_id": sample.group_id,
                 "images_id": _images_id(sample),
+                "picture_hashes": found.picture_hashes,
+                "words_id": words_id(_prompt_text(sample), sample.answer),
                 "origin": sample.origin,
                 "length": len(encoded.input_ids),
                 "num_labelled": encoded.num_labelled,

@@ -1,4 +1,4 @@
-"""What the index says of the whole data: duplicates, overlaps, lengths, and what was refused."""
+"""What the index says of the whole data: duplicates, lengths, and what was refused."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pyarrow.compute as pc
 
 from raytune_vlm.config.experiment import ExperimentConfig
 from raytune_vlm.errors import DataError
-from raytune_vlm.records import SPLITS, Quarantined, SplitStatistics, by_kind
+from raytune_vlm.records import Quarantined, SplitStatistics, by_kind
 
 WORST_REASONS = 10
 """Kinds of reasons that are named when too much is bad."""
@@ -107,25 +107,3 @@ def split_statistics(
         length_counts=counts.tolist() if len(rows) else [],
         length_edges=[round(float(edge), 1) for edge in edges] if len(rows) else [],
     )
-
-
-def overlaps(index: pa.Table) -> dict[str, int]:
-    """Samples of the second split whose group or images stand in the first, by pair of splits.
-
-    Pairs without any are left out.
-    """
-    found = {}
-    names = index.select(["group_id", "images_id"])
-    parts = {name: names.filter(pc.equal(index["split"], name)) for name in SPLITS}
-    for place, first in enumerate(SPLITS):
-        for second in SPLITS[place + 1 :]:
-            known, asked = parts[first], parts[second]
-            images = pc.and_(
-                pc.is_in(asked["images_id"], value_set=known["images_id"].unique()),
-                pc.not_equal(asked["images_id"], ""),
-            )
-            groups = pc.is_in(asked["group_id"], value_set=known["group_id"].unique())
-            count = int(pc.sum(pc.or_(images, groups)).as_py() or 0)
-            if count:
-                found[f"{first}/{second}"] = count
-    return found

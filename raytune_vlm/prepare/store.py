@@ -68,6 +68,8 @@ INDEX_SCHEMA = pa.schema(
         ("sample_id", pa.string()),
         ("group_id", pa.string()),
         ("images_id", pa.string()),
+        ("picture_hashes", pa.list_(pa.uint64())),
+        ("words_id", pa.string()),
         ("origin", pa.string()),
         ("length", pa.int32()),
         ("num_labelled", pa.int32()),

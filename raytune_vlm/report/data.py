@@ -35,6 +35,12 @@ CONSUMPTION = {
     "cached": "read from the memory-mapped store",
     "streaming": "Ray Data ships the encoded images from where the store is",
 }
+KINDS = {
+    "group": "same group",
+    "image": "same image",
+    "near_image": "nearly the same image",
+    "text": "same words",
+}
 OVER_LONG = {
     "drop": "a longer sample is dropped",
     "truncate": "a longer training sample is cut at its end, where that leaves something to learn",
@@ -165,6 +171,10 @@ def _overlaps(manifest: DataManifest) -> list[Overlap]:
     for first, second in combinations(used, 2):
         number = manifest.overlap.get(f"{first}/{second}", 0)
         text = f"{count(number)} of {count(used[second])} ({percent(number / used[second])})"
+        kinds = manifest.overlap_kinds.get(f"{first}/{second}", {})
+        if kinds:
+            listed = (f"{KINDS.get(kind, kind)} {count(n)}" for kind, n in kinds.items())
+            text += f": {', '.join(listed)}"
         found.append(Overlap(second, first, number, text))
     return found
 

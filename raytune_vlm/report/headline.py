@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections import Counter
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -100,7 +99,8 @@ def _verdict(view: SweepView) -> tuple[Tone, str, str]:
     numbers = (
         f"Paired difference in {test.metric} on {test.num_samples} samples of the untouched report "
         f"split: {formatting.signed(test.difference)} ({confidence} interval "
-        f"{interval(test.lower, test.upper, 'signed')}, {formatting.p_value(test.p_value)})"
+        f"{interval(test.lower, test.upper, 'signed')}, {formatting.p_value(test.p_value)}"
+        f"{_adjusted(test)})"
     )
     if tone == "good":
         detail = f"{numbers}. {_against_default(view)}".rstrip()
@@ -109,6 +109,12 @@ def _verdict(view: SweepView) -> tuple[Tone, str, str]:
         return tone, f"{result.winner} is worse than the base model.", f"{numbers}. Do not use it."
     detail = f"{numbers}. The interval includes 0: this may be chance. Do not rely on the winner."
     return tone, f"{result.winner} is NOT clearly better than the base model.", detail
+
+
+def _adjusted(test: PairedTest) -> str:
+    if test.adjusted_p is None or test.num_tests < 2:
+        return ""
+    return f"; {formatting.p_value(test.adjusted_p)} after Holm for {test.num_tests} tests"
 
 
 def _against_default(view: SweepView) -> str:
@@ -175,7 +181,7 @@ def _facts(view: SweepView) -> list[tuple[str, str, str]]:
         return [*_best_so_far(view), time, _last_event(view)]
     result = view.result
     corrected = result.corrected
-    touches = result.num_report_touches
+    touches = view.num_report_touches
     facts = [
         (
             "Naive select score",
@@ -190,24 +196,68 @@ def _facts(view: SweepView) -> list[tuple[str, str, str]]:
         facts.append(("Bias-corrected", formatting.score(corrected.value), text))
     facts += _other_seeds(view)
     times = "once" if touches == 1 else f"{touches} times"
-    touched = ("Report split touched", times, "every scoring on it is counted")
-    return [*facts, *_ties(view), touched, trials, time]
+    touched = ("Report split touched", times, "every scoring of a checkpoint on it is counted")
+    return [
+        *facts,
+        *_without_overlap(view),
+        *_detectable(view),
+        *_ties(view),
+        touched,
+        trials,
+        time,
+    ]
 
 
 def _other_seeds(view: SweepView) -> list[tuple[str, str, str]]:
-    """What the winner's recipe scored with other seeds, beside its own score."""
-    if view.result is None or not view.result.replicates:
+    """What the winner's recipe scored with other seeds, and whether it is still the best."""
+    seeds = view.result.seeds() if view.result else []
+    if view.result is None or not seeds:
         return []
-    found = [entry.value for entry in view.result.replicates]
-    values = [value for value in found if value is not None]
-    shown = ", ".join(formatting.score(value) for value in values) or "none ended"
-    failed = f"; {len(found) - len(values)} failed" if len(found) > len(values) else ""
-    spread = statistics.stdev([view.result.naive, *values]) if values else math.nan
+    own = seeds[0]
+    shown = ", ".join(formatting.score(value) for value in own.values) or "none ended"
+    if len(own.values) > 1 and own.mean is not None:
+        shown = f"{formatting.score(own.mean)} ± {formatting.score(own.spread)}"
+    number = f"{len(own.values)} other seed{'s' if len(own.values) != 1 else ''}"
+    failed = f"; {own.num_failed} failed" if own.num_failed else ""
     text = (
-        f"the winner's recipe again, on select at step {view.result.winner_step:,}{failed}; "
-        f"standard deviation over {1 + len(values)} seeds {formatting.score(spread)}"
+        f"the winner's recipe again with {number}, on select{failed}; picked with {own.picked:.3f}"
     )
+    best = view.result.best_by_seeds()
+    if best is not None:
+        means = {entry.trial_id: entry.mean for entry in seeds}
+        text += (
+            f". Still the best of {len(seeds)} recipes by the mean"
+            if best == view.result.winner
+            else f". NOT the best by the mean: {best} has {formatting.score(means[best])}"
+        )
     return [("With other seeds", shown, text)]
+
+
+def _without_overlap(view: SweepView) -> list[tuple[str, str, str]]:
+    """The winner's score on the samples of `report` that are like no training sample."""
+    result = view.result
+    if result is None or result.num_clean is None:
+        return []
+    if "winner" not in result.clean:
+        return [("Without overlap", formatting.MISSING, "every report sample is like one of train")]
+    found = result.clean["winner"]
+    base = result.clean.get(BASE_TRIAL)
+    against = f"; base {formatting.score(base.value)}" if base else ""
+    text = (
+        f"winner on the {formatting.count(result.num_clean)} report samples that are like no "
+        f"training sample, {interval(found.lower, found.upper)}{against}"
+    )
+    return [("Without overlap", formatting.score(found.value), text)]
+
+
+def _detectable(view: SweepView) -> list[tuple[str, str, str]]:
+    """The smallest difference that the splits would likely have told."""
+    found = view.result.detectable if view.result else {}
+    if "report" not in found:
+        return []
+    select = f"; on select {formatting.score(found['select'])}" if "select" in found else ""
+    text = f"the smallest on report that a paired test finds in 80 % of sweeps{select}"
+    return [("Detectable difference", formatting.score(found["report"]), text)]
 
 
 def _rivals(view: SweepView) -> list[TrialView]:

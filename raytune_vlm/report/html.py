@@ -62,6 +62,8 @@ def render(view: SweepView) -> str:
         rows=leaderboard(view),
         paired=_paired(view),
         metric_table=_metric_table(view),
+        against_base=_against_base(view),
+        seeds=view.result.seeds() if view.result else [],
         curves=learning_curves(view),
         wide_plots=wide,
         panels=panels,
@@ -89,6 +91,20 @@ def _paired(view: SweepView) -> list[dict[str, Any]]:
         }
         for test in view.result.paired
     ]
+
+
+def _against_base(view: SweepView) -> list[dict[str, Any]]:
+    """Every trial against the base model on `select`, the smallest adjusted p-value first."""
+    tests = view.result.against_base if view.result else []
+    words = {"good": "better", "bad": "worse", "unclear": "cannot tell"}
+    level = 1 - view.confidence
+    found = []
+    for test in sorted(tests, key=lambda test: (test.adjusted_p or 0.0, test.first)):
+        told = test.adjusted_p is not None and test.adjusted_p <= level
+        found.append(
+            {"test": test, "says": words[clearly(test, view.mode)] if told else words["unclear"]}
+        )
+    return found
 
 
 def _metric_table(view: SweepView) -> list[dict[str, Any]]:

@@ -37,6 +37,8 @@ class Row:
     recipe: dict[str, Any]
     """Every varied key; None where the recipe has none (a conditional key)."""
     cells: dict[str, Cell]
+    num_samples: int
+    """Of `select`, that the best rung was scored on."""
 
     @property
     def outcome(self) -> str:
@@ -54,17 +56,19 @@ class Row:
 def leaderboard(view: SweepView) -> list[Row]:
     """Rows best first by the best rung in the deciding metric; without a score, then failed, last.
 
-    Ties go to the winner, then to the trial that was proposed first.
+    Trials that were scored on fewer samples of `select` come after those with more. Ties go to the
+    winner, then to the trial that was proposed first.
     """
     trials = [*view.trials, *([view.base] if view.base else [])]
     sign = -1.0 if view.mode == "max" else 1.0
     winner = view.result.winner if view.result else None
 
-    def key(trial: TrialView) -> tuple[bool, bool, float, bool, int]:
+    def key(trial: TrialView) -> tuple[bool, bool, int, float, bool, int]:
         best = view.best(trial)
         return (
             trial.record.status == "failed",
             best is None,
+            -trial.num_select,
             sign * best[1].value if best else 0.0,
             trial.trial_id != winner,
             trial.record.number,
@@ -94,7 +98,8 @@ def _row(view: SweepView, trial: TrialView, rank: int | None) -> Row:
         if best is not None:
             last_step, last = trial.estimates(metric)[-1]
             cells[metric] = Cell(metric, last_step, last, *best)
-    return Row(rank, trial.trial_id, tuple(roles), trial.record, _recipe(view, trial), cells)
+    recipe = _recipe(view, trial)
+    return Row(rank, trial.trial_id, tuple(roles), trial.record, recipe, cells, trial.num_select)
 
 
 def _recipe(view: SweepView, trial: TrialView) -> dict[str, Any]:
@@ -116,7 +121,13 @@ def columns(view: SweepView) -> list[str]:
         for part in _PARTS
     ]
     first = ["rank", "trial_id", "roles", "status", "failure", "step", "max_steps"]
-    last = ["trainable_parameters", "seconds", "train_seconds", "evaluate_seconds"]
+    last = [
+        "num_select_samples",
+        "trainable_parameters",
+        "seconds",
+        "train_seconds",
+        "evaluate_seconds",
+    ]
     return [*first, *view.varied_keys, *metrics, *last]
 
 
@@ -134,6 +145,7 @@ def flat_rows(view: SweepView, rows: list[Row]) -> list[dict[str, Any]]:
             "step": record.step,
             "max_steps": record.max_steps,
             **row.recipe,
+            "num_select_samples": row.num_samples,
             "trainable_parameters": record.trainable_parameters,
             "seconds": record.seconds,
             "train_seconds": record.train_seconds,

@@ -50,6 +50,11 @@ class TrialView:
         found = [(s.step, s.metrics[metric]) for s in self.select if metric in s.metrics]
         return [(step, estimate) for step, estimate in found if math.isfinite(estimate.value)]
 
+    @property
+    def num_select(self) -> int:
+        """The most samples of `select` that this trial was scored on at once."""
+        return max((scores.num_samples for scores in self.select), default=0)
+
 
 @dataclass(frozen=True)
 class SweepView:
@@ -109,6 +114,12 @@ class SweepView:
         return next((trial for trial in self.trials if trial.trial_id == trial_id), None)
 
     @property
+    def num_report_touches(self) -> int:
+        """How often a checkpoint was scored on `report` in the life of the folder."""
+        touched = sum(event.get("event") == "touched" for event in self.ledger)
+        return max(touched, self.result.num_report_touches if self.result else 0)
+
+    @property
     def winner(self) -> TrialView | None:
         return self.trial(self.result.winner) if self.result else None
 
@@ -119,10 +130,14 @@ class SweepView:
     def best(
         self, trial: TrialView, metric: str | None = None
     ) -> tuple[int, MetricEstimate] | None:
-        """The best rung of a trial on `select`: (step, estimate)."""
+        """The best rung of a trial on `select`: (step, estimate).
+
+        Rungs that were scored on fewer samples than others of the trial do not compare.
+        """
         name = metric or self.metric
         sign = -1.0 if self.mode_of(name) == "max" else 1.0
-        found = trial.estimates(name)
+        whole = {scores.step for scores in trial.select if scores.num_samples == trial.num_select}
+        found = [pair for pair in trial.estimates(name) if pair[0] in whole]
         return min(found, key=lambda pair: sign * pair[1].value) if found else None
 
     def mode_of(self, metric: str) -> str:

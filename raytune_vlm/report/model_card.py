@@ -258,7 +258,7 @@ def _limits(view: SweepView) -> str:
         if others
         else "One seed per recipe: the spread between seeds was not measured."
     )
-    lines.append(f"- The report split was touched {result.num_report_touches} times. {spread}")
+    lines.append(f"- The report split was touched {view.num_report_touches} times. {spread}")
     return "\n".join(lines)
 
 

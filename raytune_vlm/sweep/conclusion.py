@@ -9,6 +9,9 @@ from raytune_vlm.report.headline import headline
 from raytune_vlm.report.leaderboard import leaderboard
 from raytune_vlm.report.loading import SweepView, load_view
 
+TOLD = ("With other seeds", "Without overlap", "Detectable difference", "Report split touched")
+"""The facts of the report page that the console tells as well."""
+
 
 def conclude(folder: SweepFolder, monitor: Monitor) -> None:
     """Print the leaderboard, the verdict, the report's path and the next command."""
@@ -23,8 +26,8 @@ def conclude(folder: SweepFolder, monitor: Monitor) -> None:
             f"[{low}, {high}], {station.num_samples} samples"
         )
     for label, value, explanation in found.facts:
-        if label == "With other seeds":
-            monitor.say(f"with other seeds: {value} ({explanation})")
+        if label in TOLD:
+            monitor.say(f"{label.lower()}: {value} ({explanation})")
     monitor.say(found.verdict)
     monitor.say(found.detail)
     monitor.say(f"winner's adapter: {folder.best}")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import shutil
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -19,7 +18,10 @@ from raytune_vlm.config.loader import render
 from raytune_vlm.errors import EvaluationError
 from raytune_vlm.evaluate.metrics import METRICS
 from raytune_vlm.evaluate.scoring import read_matrix
-from raytune_vlm.evaluate.statistics import corrected_winner, indistinguishable, paired_test
+from raytune_vlm.evaluate.statistics import (
+    corrected_winner,
+    indistinguishable,
+)
 from raytune_vlm.images import thumbnail
 from raytune_vlm.models.export import write_adapter
 from raytune_vlm.records import (
@@ -32,6 +34,15 @@ from raytune_vlm.records import (
     write_text,
 )
 from raytune_vlm.report.model_card import model_card
+from raytune_vlm.sweep.comparisons import (
+    Candidate,
+    adjusted,
+    against_base,
+    clean_scores,
+    detectable_by_split,
+    scored,
+    test_pair,
+)
 from raytune_vlm.sweep.export import own_experiment
 from raytune_vlm.sweep.jobs import Job
 from raytune_vlm.sweep.ledger import TrialState
@@ -42,15 +53,6 @@ THUMBNAIL_SIDE = 320
 
 GALLERY_SIZE = 256
 """Pictures of `report` samples kept beside the report."""
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A trial at a rung, with its score on `select`."""
-
-    trial: TrialState
-    step: int
-    value: float
 
 
 def decide(running: Session) -> SweepResult:
@@ -71,7 +73,9 @@ def decide(running: Session) -> SweepResult:
         "base, default and winner"
     )
     roles, paired = _report(running, candidates, winner)
-    replicates = _replicates(running, winner)
+    tops = _tops(candidates, winner, experiment.mode, folder)[: experiment.sweep.replicate_top]
+    replicates = _replicates(running, tops)
+    clean, num_clean = clean_scores(running, roles, winner)
     result = SweepResult(
         metric=experiment.metric,
         mode="max" if experiment.mode == "max" else "min",
@@ -83,10 +87,20 @@ def decide(running: Session) -> SweepResult:
         report=roles,
         paired=paired,
         indistinguishable=statistics["indistinguishable"],
-        num_report_touches=len(set(roles.values())),
+        num_report_touches=len(folder.report_touches()),
         seconds=_seconds(folder),
         replicates=replicates,
+        replicated={entry.trial.trial_id: entry.value for entry in tops if replicates},
+        against_base=against_base(running),
+        detectable=detectable_by_split(running),
+        clean=clean,
+        num_clean=num_clean,
     )
+    if result.best_by_seeds() not in (None, result.winner):
+        running.monitor.say(
+            f"over other seeds {result.best_by_seeds()} is better on the mean than the winner "
+            f"{result.winner}: its lead may be the luck of the seed"
+        )
     _write_gallery(running)
     _write_best(running, winner)
     write_json(folder.result_file, result)
@@ -96,17 +110,22 @@ def decide(running: Session) -> SweepResult:
 
 
 def _candidates(running: Session) -> list[Candidate]:
-    metric = running.experiment.metric
-    found = [
-        Candidate(state, step, scores[metric])
-        for state in running.states.values()
-        if state.ended != "failed"
-        for step, scores in sorted(state.scored.items())
-    ]
+    """Who can win: all scores that were made on the same samples, the largest part of `select`.
+
+    With `evaluation.rung_samples` early rungs see less of `select`; their scores do not compare
+    with those of the last rung, and are left out unless no trial came so far.
+    """
+    found, experiment = scored(running), running.experiment
     if not found:
         reasons = sorted({str(state.message) for state in running.states.values()})
         raise EvaluationError(f"no trial was scored: {'; '.join(reasons)}")
-    return found
+    shares = {entry.step: experiment.select_share(entry.step) for entry in found}
+    most = max(shares.values())
+    if most < 1:
+        running.monitor.say(
+            f"no trial was scored on all of select: comparing scores on a share of {most:g}"
+        )
+    return [entry for entry in found if shares[entry.step] == most]
 
 
 def _sign(mode: str) -> int:
@@ -176,13 +195,27 @@ def _best_rows(candidates: list[Candidate], mode: str, winner: Candidate) -> lis
     return sorted(best.values())
 
 
+def _tops(
+    candidates: list[Candidate], winner: Candidate, mode: str, folder: SweepFolder
+) -> list[Candidate]:
+    """The best candidate of each trial, the best trial first, which is the winner."""
+    best = [candidates[row] for row in _best_rows(candidates, mode, winner)]
+    ordered = []
+    while best:
+        ordered.append(_best(best, mode, folder))
+        best.remove(ordered[-1])
+    return ordered
+
+
 def _report(
     running: Session, candidates: list[Candidate], winner: Candidate
 ) -> tuple[dict[str, str], list[PairedTest]]:
     experiment, folder = running.experiment, running.folder
     chosen: dict[str, tuple[TrialState | None, int]] = {"base": (None, 0)}
     if experiment.sweep.include_default:
+        # Stopped early, it has only been scored on a part of `select`: then that must do.
         own = [entry for entry in candidates if entry.trial.number == 0]
+        own = own or [entry for entry in scored(running) if entry.trial.number == 0][-1:]
         if own:
             default = _best(own, experiment.mode, folder)
             chosen["default"] = (default.trial, default.step)
@@ -193,54 +226,38 @@ def _report(
         role: scoring.scores_file(folder).with_name("predictions.parquet")
         for role, scoring in scorings.items()
     }
-    paired = []
-    for role in ("base", "default"):
-        if role in files and files[role] != files["winner"]:
-            for metric in experiment.evaluation.metrics:
-                values, weights, groups, _ = read_matrix([files["winner"], files[role]], metric)
-                paired.append(
-                    paired_test(
-                        values,
-                        weights,
-                        groups,
-                        metric=metric,
-                        first="winner",
-                        second=role,
-                        confidence=experiment.evaluation.confidence,
-                        num_bootstrap=experiment.evaluation.num_bootstrap,
-                        seed=experiment.seed,
-                        combine=METRICS[metric].combine,
-                    )
-                )
-    return {role: scoring.trial_id for role, scoring in scorings.items()}, paired
+    paired = [
+        test_pair(running, (files["winner"], files[role]), ("winner", role), metric)
+        for role in ("base", "default")
+        if role in files and files[role] != files["winner"]
+        for metric in experiment.evaluation.metrics
+    ]
+    return {role: scoring.trial_id for role, scoring in scorings.items()}, adjusted(paired)
 
 
-def _replicates(running: Session, winner: Candidate) -> list[Replicate]:
-    """Train the winner's recipe with other seeds, all executors at once."""
+def _replicates(running: Session, tops: list[Candidate]) -> list[Replicate]:
+    """Train the best recipes with other seeds, all executors at once."""
     experiment = running.experiment
     seeds = [experiment.seed + 1 + number for number in range(experiment.sweep.num_replicates)]
-    jobs = {
-        seed: Job(
-            job_id=f"{winner.trial.trial_id}/seed-{seed}",
-            kind="trial",
-            trial_id=f"{winner.trial.trial_id}/seed-{seed}",
-            recipe={**winner.trial.recipe, "seed": seed},
-        )
-        for seed in seeds
-    }
+    pairs = [(entry, seed) for entry in tops for seed in seeds]
+    jobs = []
+    for entry, seed in pairs:
+        name = f"{entry.trial.trial_id}/seed-{seed}"
+        jobs.append(Job(name, "trial", name, {**entry.trial.recipe, "seed": seed}))
     if jobs:
-        running.monitor.say(f"training the winner's recipe again with the seeds {seeds}")
-    for job in jobs.values():
+        names = ", ".join(entry.trial.trial_id for entry in tops)
+        running.monitor.say(f"training again with the seeds {seeds}: {names}")
+    for job in jobs:
         ray.get(running.board.submit.remote(job))
     found = []
-    for seed, job in jobs.items():
+    for (entry, seed), job in zip(pairs, jobs, strict=True):
         value, failure, done = None, None, False
         while not done:
             report = ray.get(running.board.next_report.remote(job.job_id))
             done, failure = bool(report["done"]), report.get("message")
-            if report.get("step") == winner.step:
+            if report.get("step") == entry.step:
                 value = float(report[experiment.metric])
-        found.append(Replicate(seed, value, failure))
+        found.append(Replicate(seed, value, failure, entry.trial.trial_id))
     return found
 
 

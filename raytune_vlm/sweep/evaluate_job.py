@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from raytune_vlm.records import BASE_TRIAL, Scores
 from raytune_vlm.sweep.jobs import Job
+from raytune_vlm.sweep.rungs import rows_to_score
 
 if TYPE_CHECKING:
     from raytune_vlm.sweep.worker import Worker
@@ -23,7 +24,7 @@ def evaluate(worker: Worker, job: Job, model: Any, split: str, step: int) -> Sco
     from raytune_vlm.prepare.blank import blank_sample
 
     began = time.monotonic()
-    rows = worker.rows[split]
+    rows = rows_to_score(worker.experiment, worker.splits[split], worker.rows[split], step)
     mine = rows[worker.world.rank :: worker.world.size]
     together = None
     if worker.world.size > 1 and worker.backend.is_sharded(worker.experiment.train):
@@ -59,6 +60,7 @@ def evaluate(worker: Worker, job: Job, model: Any, split: str, step: int) -> Sco
         num_bootstrap=evaluation.num_bootstrap,
         seed=worker.experiment.seed,
         seconds=time.monotonic() - began,
+        overlapping=worker.folder.overlapping(split),
     )
     if worker.world.rank == 0:
         folder = worker.folder.trial(job.trial_id).evaluation(split, step)

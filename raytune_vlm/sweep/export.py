@@ -142,10 +142,12 @@ def chosen(
 def _best(folder: SweepFolder, experiment: ExperimentConfig, trial_id: str) -> int | None:
     """The step with the best score on `select`, of those whose checkpoint is there."""
     trial, sign = folder.trial(trial_id), 1 if experiment.mode == "max" else -1
+    found = trial.scores("select")
+    most = max((scores.num_samples for scores in found), default=0)
     values = {
         scores.step: sign * scores.metrics[experiment.metric].value
-        for scores in trial.scores("select")
-        if trial.checkpoint(scores.step).exists()
+        for scores in found
+        if scores.num_samples == most and trial.checkpoint(scores.step).exists()
     }
     finite = {step: value for step, value in values.items() if math.isfinite(value)}
     return max(finite, key=lambda step: (finite[step], -step)) if finite else None

@@ -26,6 +26,7 @@ EVENTS = (
     "failed",
     "finished",
     "resumed",
+    "touched",
     "decided",
 )
 Ending = Literal["finished", "stopped", "failed"]

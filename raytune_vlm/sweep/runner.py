@@ -24,6 +24,7 @@ from raytune_vlm.errors import ConfigError, DataError, EvaluationError, SweepInt
 from raytune_vlm.models.location import check_model
 from raytune_vlm.models.trust import with_trust
 from raytune_vlm.monitor import Monitor
+from raytune_vlm.prepare.overlap import write_overlaps
 from raytune_vlm.prepare.plan import Plan, plan_spec, resolved_steps
 from raytune_vlm.prepare.prepare import (
     PreparedData,
@@ -32,11 +33,13 @@ from raytune_vlm.prepare.prepare import (
     write_quarantine,
 )
 from raytune_vlm.prepare.shard import ShardJob
-from raytune_vlm.records import BASE_TRIAL, SweepFolder, read_json, write_json
+from raytune_vlm.records import BASE_TRIAL, Scores, SweepFolder, read_json, write_json
 from raytune_vlm.sweep.cluster import ray_session
+from raytune_vlm.sweep.detect import base_scores, detectable_lines
 from raytune_vlm.sweep.jobs import Job
 from raytune_vlm.sweep.lease import Lease
 from raytune_vlm.sweep.ledger import Ledger, TrialState, replay
+from raytune_vlm.sweep.rungs import check_rungs
 from raytune_vlm.train.packages import check_packages
 
 
@@ -105,6 +108,8 @@ def run_sweep(experiment: ExperimentConfig, *, command: str, monitor: Monitor) -
         data = prepare_data(experiment, jobs, monitor)
         require_splits(data, "select", "report")
         resolved = with_steps(experiment, data, monitor)
+        check_rungs(resolved, data.split("select"))
+        say_detectable(resolved, data, monitor)
         write_head(folder, experiment, data, command)
         with Lease(folder.lease_file):
             return _drive(resolved, folder, data, monitor)
@@ -139,7 +144,9 @@ def resume_sweep(root: Path, *, monitor: Monitor, trust: str | None = None) -> S
                 f"the data of {root} changed since the sweep began (was {before}, is "
                 f"{data.manifest.digest}): its trials could not be compared; start a new sweep"
             )
-        return _drive(with_steps(experiment, data, monitor), folder, data, monitor)
+        resolved = with_steps(experiment, data, monitor)
+        say_detectable(resolved, data, monitor, base_scores(folder))
+        return _drive(resolved, folder, data, monitor)
 
 
 def recorded_experiment(folder: SweepFolder, trust: str | None) -> ExperimentConfig:
@@ -167,7 +174,9 @@ def prepare_only(experiment: ExperimentConfig, *, monitor: Monitor) -> PreparedD
     experiment = located(experiment)
     jobs = plan_of(experiment)
     with ray_session(experiment):
-        return prepare_data(experiment, jobs, monitor)
+        data = prepare_data(experiment, jobs, monitor)
+        say_detectable(experiment, data, monitor)
+        return data
 
 
 def _drive(
@@ -250,6 +259,9 @@ class Scoring:
 def evaluate(running: Session, scorings: list[Scoring]) -> None:
     """Score checkpoints, all executors at once, and wait; what was scored is left as it is.
 
+    Every scoring on `report` is a `touched` event of the ledger, also one whose event was lost when
+    an earlier life of the sweep ended in between.
+
     Raises
     ------
     EvaluationError
@@ -257,17 +269,21 @@ def evaluate(running: Session, scorings: list[Scoring]) -> None:
     """
     import ray
 
-    jobs = [
-        scoring.job() for scoring in scorings if not scoring.scores_file(running.folder).exists()
-    ]
-    for job in jobs:
-        ray.get(running.board.submit.remote(job))
-    for job in jobs:
-        report: dict[str, Any] = ray.get(running.board.next_report.remote(job.job_id))
-        if "failed" in report:
-            raise EvaluationError(
-                f"scoring {job.trial_id} on {job.split} failed: {report['message']}"
-            )
+    folder = running.folder
+    jobs = [None if s.scores_file(folder).exists() else s.job() for s in scorings]
+    for new in filter(None, jobs):
+        ray.get(running.board.submit.remote(new))
+    known = {(row["trial_id"], row["step"]) for row in folder.report_touches()}
+    for scoring, job in zip(scorings, jobs, strict=True):
+        if job is not None:
+            report: dict[str, Any] = ray.get(running.board.next_report.remote(job.job_id))
+            if "failed" in report:
+                raise EvaluationError(
+                    f"scoring {job.trial_id} on {job.split} failed: {report['message']}"
+                )
+        touch = (scoring.trial_id, scoring.step)
+        if scoring.split == "report" and (job is not None or touch not in known):
+            running.ledger.append("touched", trial_id=touch[0], step=touch[1])
 
 
 def score_base(running: Session) -> None:
@@ -297,7 +313,11 @@ def prepare_data(
     monitor.say(f"data: tier {data.manifest.tier}: {data.manifest.tier_reason}")
     for pair, count in data.manifest.overlap.items():
         known, asked = pair.split("/")
-        monitor.say(f"data: WARNING: {count} samples of {asked} share group or images with {known}")
+        kinds = ", ".join(
+            f"{kind.replace('_', ' ')} {number}"
+            for kind, number in data.manifest.overlap_kinds[pair].items()
+        )
+        monitor.say(f"data: WARNING: {count} samples of {asked} are like some of {known} ({kinds})")
     return data
 
 
@@ -328,6 +348,18 @@ def with_steps(
     return resolved
 
 
+def say_detectable(
+    experiment: ExperimentConfig,
+    data: PreparedData,
+    monitor: Monitor,
+    pilot: Scores | None = None,
+) -> None:
+    """Say which differences the splits can tell, before anything is trained."""
+    sizes = {name: (e.num_used, e.num_groups) for name, e in data.manifest.splits.items()}
+    for line in detectable_lines(experiment, sizes, pilot):
+        monitor.say(f"data: {line}")
+
+
 def require_splits(data: PreparedData, *names: str) -> None:
     """Raise DataError for a split without samples."""
     for name in names:
@@ -348,6 +380,7 @@ def write_head(
     write_json(folder.manifest_file, data.manifest)
     write_json(folder.plan_file, _plan_record(experiment, data))
     write_quarantine(folder.quarantine_file, data.quarantine)
+    write_overlaps(folder.overlap_file, data.overlaps)
     packages = ("ray", "torch", "transformers", "peft", "optuna", "pyarrow", "pillow", "numpy")
     write_json(
         folder.experiment_file,

@@ -17,6 +17,7 @@ from raytune_vlm.sweep.jobs import Job
 from raytune_vlm.sweep.lease import Lease
 from raytune_vlm.sweep.ledger import TrialState, replay
 from raytune_vlm.sweep.progress import Watcher
+from raytune_vlm.sweep.rungs import check_rungs
 from raytune_vlm.train.checkpoint import newest
 
 TRAINED = "t0000"
@@ -47,6 +48,7 @@ def train_one(experiment: ExperimentConfig, *, command: str, monitor: Monitor) -
         data = runner.prepare_data(single, jobs, monitor)
         runner.require_splits(data, "select")
         resolved = runner.with_steps(single, data, monitor)
+        check_rungs(resolved, data.split("select"))
         runner.write_head(folder, single, data, command)
         with Lease(folder.lease_file), runner.session(resolved, folder, data, monitor) as running:
             states = running.states or {TRAINED: TrialState(TRAINED, 0, {})}

@@ -33,7 +33,7 @@ class TrialJob:
         self.folder: TrialFolder = worker.folder.trial(job.trial_id)
         self.began = time.monotonic()
         self.train_seconds = self.evaluate_seconds = 0.0
-        self.best: tuple[float, int] | None = None
+        self.best: tuple[tuple[float, float], int] | None = None
         self.notes: list[str] = []
         self.unlogged: list[Any] = []
         """Metrics of the steps since the last line of metrics.jsonl."""
@@ -151,8 +151,10 @@ class TrialJob:
 
     def _note_best(self, value: float, rung: int) -> None:
         sign = 1 if self.experiment.mode == "max" else -1
-        if self.best is None or sign * value > self.best[0]:
-            self.best = (sign * value, rung)
+        # Scores on a larger part of `select` come first: only equal parts can be compared.
+        found = (self.experiment.select_share(rung), sign * value)
+        if self.best is None or found > self.best[0]:
+            self.best = (found, rung)
 
     def _retain(self) -> None:
         from raytune_vlm.train.checkpoint import retain

@@ -9,10 +9,11 @@ a copied folder can be read without Ray and without torch:
       lease.json             who drives this sweep
       study.db               Optuna storage
       result.json            the decision (`SweepResult`), written last
-      data/                  manifest.json, plan.json, quarantine.jsonl, gallery/<sample_id>.jpg
+      data/                  manifest.json, plan.json, quarantine.jsonl, overlap.jsonl,
+                             gallery/<sample_id>.jpg
       trials/<trial_id>/     trial.json, metrics.jsonl, samples/, checkpoints/step_000200/,
                              evaluations/<split>/step_000200/{predictions.parquet,scores.json},
-                             seed-<n>/ (the winner only: its recipe with another seed)
+                             seed-<n>/ (the best only: the recipe with another seed)
       report/                index.html, leaderboard.csv, leaderboard.json
       best/                  the winner's PEFT adapter, processor, model card, experiment.yaml
 
@@ -30,6 +31,37 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
+
+from raytune_vlm.records.estimate import MetricEstimate
+from raytune_vlm.records.overlap import CleanScores, Overlap
+from raytune_vlm.records.result import PairedTest, Replicate, SweepResult
+
+__all__ = [
+    "BASE_TRIAL",
+    "PREDICTION_COLUMNS",
+    "SPLITS",
+    "CategoryScore",
+    "CleanScores",
+    "DataManifest",
+    "MetricEstimate",
+    "Overlap",
+    "PairedTest",
+    "Quarantined",
+    "Replicate",
+    "Sample",
+    "Scores",
+    "Split",
+    "SplitStatistics",
+    "SweepFolder",
+    "SweepResult",
+    "TrialFolder",
+    "TrialRecord",
+    "by_kind",
+    "read_json",
+    "read_json_lines",
+    "write_json",
+    "write_text",
+]
 
 Split = Literal["train", "select", "report"]
 SPLITS: tuple[Split, ...] = ("train", "select", "report")
@@ -131,11 +163,13 @@ class DataManifest:
     quarantine_reasons: dict[str, int]
     """The reason of the first sample of each kind -> how many were refused for one like it."""
     overlap: dict[str, int]
-    """`"train/report"` -> samples of the second split whose group or images stand in the first."""
+    """`"train/report"` -> samples of the second split with a like one in the first."""
     seconds: float = 0.0
     tier: Literal["pixels", "encoded"] = "pixels"
     """What the store holds of the images."""
     tier_reason: str = ""
+    overlap_kinds: dict[str, dict[str, int]] = field(default_factory=dict)
+    """`overlap` by kind of likeness; one sample may count in several."""
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> DataManifest:
@@ -143,16 +177,6 @@ class DataManifest:
         known = {entry.name for entry in fields(cls)}
         given = {name: entry for name, entry in value.items() if name in known}
         return cls(**{**given, "splits": splits})
-
-
-@dataclass(frozen=True)
-class MetricEstimate:
-    """A metric on n samples with its interval (clustered by group when groups repeat)."""
-
-    value: float
-    lower: float
-    upper: float
-    standard_error: float
 
 
 @dataclass(frozen=True)
@@ -180,6 +204,8 @@ class Scores:
     seconds: float = 0.0
     by_category: dict[str, dict[str, CategoryScore]] = field(default_factory=dict)
     """Metric variant -> category or group of categories -> score, where references have any."""
+    clean: CleanScores | None = None
+    """On the samples that do not overlap `train`; None where none does."""
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Scores:
@@ -188,7 +214,8 @@ class Scores:
             metric: {name: CategoryScore(**entry) for name, entry in scores.items()}
             for metric, scores in value.get("by_category", {}).items()
         }
-        return cls(**{**value, "metrics": metrics, "by_category": by_category})
+        clean = CleanScores.from_json(value["clean"]) if value.get("clean") else None
+        return cls(**{**value, "metrics": metrics, "by_category": by_category, "clean": clean})
 
 
 PREDICTION_COLUMNS = (
@@ -231,66 +258,6 @@ class TrialRecord:
     micro_batch: dict[str, Any] | None = None
     """`size` and `tokens` that stand in for the recipe's `train.micro_batch_size` and
     `train.micro_batch_tokens`, if memory did not suffice for those."""
-
-
-@dataclass(frozen=True)
-class PairedTest:
-    """A paired comparison of two systems on the same samples (`first` minus `second`)."""
-
-    metric: str
-    first: str
-    second: str
-    difference: float
-    lower: float
-    upper: float
-    p_value: float
-    num_samples: int
-
-
-@dataclass(frozen=True)
-class Replicate:
-    """The winner's recipe trained with another seed, scored on `select` at the winner's step."""
-
-    seed: int
-    value: float | None
-    """None if it failed; `failure` says why."""
-    failure: str | None = None
-
-
-@dataclass(frozen=True)
-class SweepResult:
-    """`result.json`: the decision of a sweep, written once at its end."""
-
-    metric: str
-    mode: Literal["max", "min"]
-    winner: str
-    winner_step: int
-    default: str | None
-    """The trial that ran the experiment's own recipe, if the sweep included it."""
-    naive: float
-    """The winner's score on `select`: inflated by having been picked."""
-    corrected: MetricEstimate | None
-    """The same with the selection bias removed (bootstrap over trials x samples)."""
-    report: dict[str, str]
-    """Role (`base`, `default`, `winner`) -> trial id scored on the `report` split."""
-    paired: list[PairedTest]
-    indistinguishable: list[str]
-    """Trials whose `select` score cannot be told from the winner's, cheapest first."""
-    num_report_touches: int
-    seconds: float
-    replicates: list[Replicate] = field(default_factory=list)
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> SweepResult:
-        corrected = value["corrected"]
-        return cls(
-            **{
-                **value,
-                "corrected": MetricEstimate(**corrected) if corrected else None,
-                "paired": [PairedTest(**entry) for entry in value["paired"]],
-                "replicates": [Replicate(**entry) for entry in value.get("replicates", [])],
-            }
-        )
 
 
 class TrialFolder:
@@ -337,6 +304,8 @@ class SweepFolder:
         self.plan_file = self.data / "plan.json"
         """Digest and settings of the plan of the experiment's own recipe; checkpoints name it."""
         self.quarantine_file = self.data / "quarantine.jsonl"
+        self.overlap_file = self.data / "overlap.jsonl"
+        """Samples that are much like one of another split (`Overlap`), a pair a line."""
         self.gallery = self.data / "gallery"
         self.report = self.root / "report"
         self.best = self.root / "best"
@@ -348,6 +317,21 @@ class SweepFolder:
         """All trials that have a record, by number; without the pseudo-trial `base`."""
         found = (file.parent.name for file in (self.root / "trials").glob("*/trial.json"))
         return sorted(trial_id for trial_id in found if trial_id != BASE_TRIAL)
+
+    def overlapping(self, split: str) -> list[str]:
+        """The ids of the samples of a split that are much like one of `train`."""
+        rows = read_json_lines(self.overlap_file)
+        found = (
+            row["sample_id"]
+            for row in rows
+            if row["split"] == split and row["with_split"] == "train" and row["is_counted"]
+        )
+        return list(dict.fromkeys(found))
+
+    def report_touches(self) -> list[dict[str, Any]]:
+        """The events of the ledger that scored a checkpoint on `report`, over the folder's life."""
+        rows = read_json_lines(self.ledger_file)
+        return [row for row in rows if row.get("event") == "touched"]
 
     def result(self) -> SweepResult | None:
         """The decision, or None while the sweep has not ended."""
