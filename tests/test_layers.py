@@ -106,6 +106,7 @@ def test_a_run_with_compiled_layers_has_the_same_losses(tiny_base, tiny_split):
     assert state_of(base.model) == before
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's compiler, by torch
 def test_layers_are_compiled_until_they_are_restored(tiny_base):
     base = tiny_base("idefics3")
     config = TrainConfig(compile=True, activation_checkpointing=ActivationCheckpointing(text=True))

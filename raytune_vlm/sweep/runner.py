@@ -338,7 +338,7 @@ def with_steps(
     try:
         resolved = experiment.with_recipe({"train.epochs": None, "train.max_steps": steps})
     except ValidationError as error:
-        problems = [str(entry["msg"]) for entry in error.errors()]
+        problems = [str(entry["msg"]).removeprefix("Value error, ") for entry in error.errors()]
     else:
         problems = [f"{key}: {why}" for key, why in search_space_problems(resolved)]
     if problems:
