@@ -180,6 +180,8 @@ class Scores:
     seconds: float = 0.0
     by_category: dict[str, dict[str, CategoryScore]] = field(default_factory=dict)
     """Metric variant -> category or group of categories -> score, where references have any."""
+    extraction_failures: dict[str, int] = field(default_factory=dict)
+    """Metric with a judge -> samples that it got no answer for: they have no score."""
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Scores:
@@ -228,6 +230,8 @@ class TrialRecord:
     trainable_parameters: int = 0
     trainable_by_scope: dict[str, int] = field(default_factory=dict)
     audit: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    """What its scores are to be read with: no better than with blank images."""
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ from raytune_vlm.prepare.store import PixelDecoder, PreparedSplit, open_split, p
 from raytune_vlm.records import SPLITS, DataManifest, Quarantined, by_kind, read_json
 from raytune_vlm.sources import SOURCES, Shard
 
-FORMAT = 3
+FORMAT = 4
 """Version of the store's format; a change of it makes every shard anew."""
 
 VERSIONS = ("transformers", "tokenizers", "torch", "pillow", "simplejpeg")

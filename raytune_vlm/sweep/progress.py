@@ -53,6 +53,10 @@ class Watcher:
     def _line(self, entry: dict[str, Any]) -> str:
         step, most = entry.get("step"), entry.get("max_steps")
         place = f" {step}/{most}" if most else f" step {step}"
+        if entry.get("asked"):
+            place += f", {entry['answered']}/{entry['asked']} prompts"
+            if entry.get("seconds_left") is not None:
+                place += f", {duration(entry['seconds_left'])} left"
         return f"{entry.get('trial_id')} {entry.get('stage')}{place}"
 
     def _steps(self, status: dict[str, dict[str, Any]]) -> int:

@@ -264,6 +264,9 @@ def evaluate(running: Session, scorings: list[Scoring]) -> None:
             raise EvaluationError(
                 f"scoring {job.trial_id} on {job.split} failed: {report['message']}"
             )
+        for note in report.get("notes", ()):
+            running.ledger.append("noted", trial_id=job.trial_id, message=note)
+            running.monitor.say(note)
 
 
 def score_base(running: Session) -> None:
