@@ -1,11 +1,10 @@
 """Several adapters of one base in one process, their prompts side by side in a batch.
 
-PEFT answers each row of a batch with an adapter of its own (`adapter_names`, in its file
-`tuners/lora/layer.py`,
-`_mixed_batch_forward`); the base's layers run once for all rows. A row has to be a sample there, so
-this holds for the language model alone: the vision tower and the projector see images and patches.
-PEFT refuses DoRA, and a module trained in full is one for all rows. Such adapters are answered one
-by one, and named.
+PEFT answers each row of a batch with an adapter of its own (`adapter_names`; `_mixed_batch_forward`
+in `peft/tuners/lora/layer.py`); the base's layers run once for all rows. A row has to be a sample
+there, so this holds for the language model alone: the vision tower and the projector see images and
+patches. PEFT refuses DoRA, and a module trained in full is one for all rows. Such adapters are
+answered one by one, and named.
 """
 
 from __future__ import annotations
