@@ -172,6 +172,16 @@ def test_every_point_of_the_curve_is_scored(scored):
     assert last["seconds_left"] > 0
 
 
+def test_a_curve_that_is_asked_for_later_asks_nothing_again(scored):
+    folder = scored.evaluate("report")
+    before = result(folder)
+    (folder / "scores.json").unlink()
+    told = len(scored.told)
+    scored.evaluate("report")
+    assert result(folder) == before
+    assert len(scored.told) == told
+
+
 def test_select_makes_no_controls_unless_asked_to(scored):
     folder = scored.evaluate("select")
     assert (folder / "scores.json").exists()

@@ -88,6 +88,15 @@ class RobustnessConfig(Section):
         }
 
 
+USUAL_CURVE = RobustnessConfig(
+    jpeg_quality=(90, 50, 20),
+    blur_sigma=(1, 2, 4),
+    rotation_degrees=(-5, 5),
+    scale=(0.75, 0.5),
+)
+"""The curve that is made where one is asked for without saying which."""
+
+
 class JudgeConfig(Section):
     """An OpenAI-compatible server that extracts answers for the metrics `...@judge`."""
 
