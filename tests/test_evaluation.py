@@ -20,11 +20,13 @@ from made import cli_environment, picture
 from raytune_vlm.comparisons import Comparisons
 from raytune_vlm.config.data import ImageLimits
 from raytune_vlm.config.evaluation import EvaluationConfig
-from raytune_vlm.evaluate.altered import AlteredPrompts, own_pictures, partners
+from raytune_vlm.evaluate.altered import ALTERATIONS, AlteredPrompts, own_pictures, partners
 from raytune_vlm.evaluate.answers import AnswerStore
 from raytune_vlm.evaluate.generate import deal, generate
 from raytune_vlm.evaluate.scoring import Prediction
 from raytune_vlm.records import TrialRecord, read_json, write_json
+from raytune_vlm.sweep.comparing import note_on
+from raytune_vlm.sweep.progress import where
 
 BOTH = ["blank_image", "gold"]
 
@@ -172,6 +174,17 @@ def test_every_point_of_the_curve_is_scored(scored):
     assert last["seconds_left"] > 0
 
 
+def test_the_console_says_how_far_an_evaluation_is():
+    told = {"trial_id": "t0001", "stage": "scoring report", "step": 200, "asked": 400}
+    assert where({**told, "answered": 0, "seconds_left": None}) == (
+        "t0001 scoring report step 200, 0/400 prompts"
+    )
+    line = where({**told, "answered": 120, "seconds_left": 95.0})
+    assert line == "t0001 scoring report step 200, 120/400 prompts, 1\u00a0min\u00a035\u00a0s left"
+    training = {"trial_id": "t0001", "stage": "training", "step": 3, "max_steps": 12}
+    assert where(training) == "t0001 training 3/12"
+
+
 def test_a_curve_that_is_asked_for_later_asks_nothing_again(scored):
     folder = scored.evaluate("report")
     before = result(folder)
@@ -190,8 +203,6 @@ def test_select_makes_no_controls_unless_asked_to(scored):
 
 
 def test_a_trial_that_does_not_look_has_a_note_in_its_record(scored):
-    from raytune_vlm.sweep.comparing import note_on
-
     trial = scored.folder.trial("t0000")
     write_json(trial.record_file, TrialRecord("t0000", 0, {}, "finished"))
     note_on(trial, "report", ["blind on report"])
@@ -244,8 +255,6 @@ def test_what_has_no_effect_or_no_sense_is_refused(section, line):
 
 
 def test_alterations_are_deterministic_and_change_what_they_say():
-    from raytune_vlm.evaluate.altered import ALTERATIONS
-
     image, limits = picture(1), ImageLimits()
     for kind, strength in {"jpeg_quality": 20, "blur_sigma": 2.0, "rotation_degrees": 30}.items():
         first, second = (ALTERATIONS[kind](image, strength, limits) for _ in range(2))
