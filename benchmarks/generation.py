@@ -66,6 +66,7 @@ MID = {
     },
 }
 """What makes an Idefics3 of about 30 M parameters of the tiny one."""
+MODELS: dict[str, dict[str, dict[str, int]]] = {"tiny": {}, "mid": MID}
 RANKS = (2, 4, 8, 16)
 
 
@@ -209,11 +210,12 @@ def measure(sizes: dict[str, Any], samples: int, repetitions: int, new_tokens: i
 @click.option("--samples", default=64, show_default=True)
 @click.option("--repetitions", default=3, show_default=True)
 @click.option("--new-tokens", default=16, show_default=True)
-def main(samples: int, repetitions: int, new_tokens: int) -> None:
-    """Measure both models; print rates, ratios, and whether the answers agree."""
+@click.option("--model", "models", type=click.Choice(list(MODELS)), multiple=True)
+def main(samples: int, repetitions: int, new_tokens: int, models: tuple[str, ...]) -> None:
+    """Measure the models (both, if none is named); print rates, ratios, whether answers agree."""
     torch.set_num_threads(1)
-    for name, sizes in (("tiny", {}), ("mid", MID)):
-        found = measure(sizes, samples, repetitions, new_tokens)
+    for name in models or MODELS:
+        found = measure(MODELS[name], samples, repetitions, new_tokens)
         print(json.dumps({name: found}, indent=1), flush=True)
 
 
