@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Callable
@@ -138,6 +139,7 @@ def _cached_splits(
                         "group_id": f"g{number}",
                         "prompt": "",
                         "reference": "",
+                        "conversation": json.dumps({"messages": conversation[:1], "tools": []}),
                         "images": [encode_png(image)],
                         **encoded_to_row(encoded),
                     }

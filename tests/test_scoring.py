@@ -28,6 +28,7 @@ from raytune_vlm.records import PREDICTION_COLUMNS, CategoryScore, Scores, read_
 from raytune_vlm.references import Reference
 
 TEA = "<s_menu><s_nm>TEA</s_nm></s_menu>"
+PLAIN = [name for name, metric in METRICS.items() if not metric.needs_extraction]
 INTERVAL: dict[str, Any] = {"confidence": 0.9, "num_bootstrap": 100, "seed": 3}
 
 
@@ -49,7 +50,7 @@ def run(predictions: list[Prediction], **changes: Any) -> tuple[Scores, pa.Table
         "trial_id": "t000",
         "step": 20,
         "split": "select",
-        "metrics": list(METRICS),
+        "metrics": PLAIN,
         "answer": "json_tags",
         "seconds": 1.5,
         **INTERVAL,
@@ -83,7 +84,7 @@ def test_plain_text_is_parsed_when_it_is_not_empty() -> None:
 def test_table_has_the_promised_columns_and_gives_the_aggregates() -> None:
     scores, table = run(PREDICTIONS)
     expected = [*PREDICTION_COLUMNS]
-    for name in METRICS:
+    for name in PLAIN:
         expected += [name, f"{name}/weight"] + [f"{name}/sums"] * bool(METRICS[name].combine)
     assert table.column_names == expected
     for name, found in scores.metrics.items():

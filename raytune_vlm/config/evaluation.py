@@ -1,8 +1,9 @@
 """`evaluation`: how checkpoints are scored by what they generate."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from raytune_vlm.config.section import Section
 from raytune_vlm.errors import did_you_mean
@@ -31,6 +32,7 @@ METRIC_MODES: dict[str, Literal["max", "min"]] = {
     "realworldqa@lmms_eval": "max",
     "mmmu@official": "max",
     "mathvista@rules": "max",
+    "mathvista@judge": "max",
     "medical_open@llava_med_recall": "max",
     "medical_open@llava_med_f1": "max",
     "medical_closed@llava_med": "max",
@@ -55,6 +57,75 @@ NO_SHARES = frozenset(
     ["cer@micro", "wer@micro", "cider@coco", *(f"bleu{n}@coco" for n in (1, 2, 3, 4))]
 )
 """The variants that are no mean of values between 0 and 1."""
+JUDGED_METRICS = ("mathvista@judge",)
+"""Metrics whose answers a language model extracts: they need `evaluation.judge`."""
+
+Control = Literal["blank_image", "shuffled_image", "text_only", "gold"]
+CONTROLS: tuple[Control, ...] = ("blank_image", "shuffled_image", "text_only", "gold")
+
+
+class RobustnessConfig(Section):
+    """Strengths at which the images of `report` are altered before the processor sees them."""
+
+    jpeg_quality: tuple[Annotated[int, Field(ge=1, le=95)], ...] = ()
+    """Qualities of a JPEG file that the image is written to and read from again."""
+    blur_sigma: tuple[Annotated[float, Field(gt=0, le=100)], ...] = ()
+    """Standard deviations of a Gaussian blur, in pixels of the image as it comes."""
+    rotation_degrees: tuple[Annotated[float, Field(ge=-180, le=180)], ...] = ()
+    """Angles, counter-clockwise; the size stays and grey fills the corners."""
+    scale: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = ()
+    """Factors that width and height are shrunk by."""
+
+    @model_validator(mode="after")
+    def _distinct(self) -> "RobustnessConfig":
+        for kind, strengths in self.strengths().items():
+            if len(set(strengths)) != len(strengths):
+                raise ValueError(f"{kind}: strengths must be distinct, got {list(strengths)}")
+        return self
+
+    def strengths(self) -> dict[str, tuple[float, ...]]:
+        """Kind of alteration -> its strengths; those without any left out."""
+        return {
+            name: tuple(getattr(self, name))
+            for name in type(self).model_fields
+            if getattr(self, name)
+        }
+
+
+USUAL_CURVE = RobustnessConfig(
+    jpeg_quality=(90, 50, 20),
+    blur_sigma=(1, 2, 4),
+    rotation_degrees=(-5, 5),
+    scale=(0.75, 0.5),
+)
+"""The curve that is made where one is asked for without saying which."""
+
+
+class JudgeConfig(Section):
+    """An OpenAI-compatible server that extracts answers for the metrics `...@judge`."""
+
+    base_url: str
+    """Where it is, with the version: `http://localhost:8000/v1`."""
+    model: str = Field(min_length=1)
+    """The model to ask, as the server names it."""
+    api_key_env: str | None = Field(default=None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
+    """Name of the environment variable that holds the key; the key itself is in no file."""
+    timeout_s: float = Field(default=60.0, gt=0)
+    """The longest that one request may take."""
+    max_retries: int = Field(default=4, ge=0)
+    """Tries after the first, with growing pauses, where the server is busy or out of reach."""
+    parallel: int = Field(default=4, ge=1, le=64)
+    """Requests at once."""
+
+    @field_validator("base_url")
+    @classmethod
+    def _is_address(cls, value: str) -> str:
+        parts = urlsplit(value)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"{value!r} is no address: http://HOST:PORT/v1 is wanted")
+        if parts.username or parts.password or parts.query or parts.fragment:
+            raise ValueError("an address without user, password and query is wanted")
+        return value.rstrip("/")
 
 
 class EvaluationConfig(Section):
@@ -80,6 +151,18 @@ class EvaluationConfig(Section):
     """Level of the intervals."""
     num_bootstrap: int = Field(default=2000, ge=100)
     """Bootstrap resamples (of groups) behind intervals and tests."""
+    controls: tuple[Control, ...] = CONTROLS
+    """What a score is compared with: the same prompts with grey images, with images of other
+    samples, without images, and the reference given as the answer."""
+    controls_on: tuple[Literal["select", "report"], ...] = Field(default=("report",), min_length=1)
+    """Splits whose evaluations make the controls; on `select` they cost as much at every rung."""
+    controls_samples: int | None = Field(default=256, ge=1)
+    """Most samples that each control, and each point of the robustness curve, is made on; null:
+    all."""
+    robustness: RobustnessConfig = RobustnessConfig()
+    """Alterations of the images of `report`, each scored beside the unaltered ones."""
+    judge: JudgeConfig | None = None
+    """Who extracts the answers for `mathvista@judge`."""
 
     @field_validator("rung_samples")
     @classmethod
@@ -101,3 +184,38 @@ class EvaluationConfig(Section):
         if len(set(value)) != len(value) or not value:
             raise ValueError(f"metrics must be distinct and at least one, got {list(value)}")
         return value
+
+    @field_validator("controls", "controls_on")
+    @classmethod
+    def _distinct(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(value)) != len(value):
+            raise ValueError(f"entries must be distinct, got {list(value)}")
+        return value
+
+    @model_validator(mode="after")
+    def _judge_is_used(self) -> "EvaluationConfig":
+        judged = [name for name in self.metrics if name in JUDGED_METRICS]
+        if judged and self.judge is None:
+            raise ValueError(f"metrics: {judged[0]!r} needs evaluation.judge: who extracts answers")
+        if self.judge is not None and not judged:
+            raise ValueError(
+                f"judge has no effect: none of {list(JUDGED_METRICS)} is among evaluation.metrics"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _controls_are_made(self) -> "EvaluationConfig":
+        fields = type(self).model_fields
+        if self.controls:
+            return self
+        if self.controls_on != fields["controls_on"].default:
+            raise ValueError(
+                f"controls_on={list(self.controls_on)} has no effect: evaluation.controls is empty"
+            )
+        limit = self.controls_samples
+        if limit != fields["controls_samples"].default and not self.robustness.strengths():
+            raise ValueError(
+                f"controls_samples={limit} has no effect: evaluation.controls and "
+                "evaluation.robustness are empty"
+            )
+        return self

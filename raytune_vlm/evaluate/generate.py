@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from raytune_vlm.collate.batch import PixelTable, collate
@@ -16,7 +18,6 @@ from raytune_vlm.config.evaluation import EvaluationConfig
 from raytune_vlm.evaluate.scoring import Prediction
 from raytune_vlm.models.families import Family
 from raytune_vlm.models.loading import Base
-from raytune_vlm.prepare.store import PreparedSplit
 
 
 @dataclass(frozen=True)
@@ -30,16 +31,53 @@ class Together:
     every prompt has."""
 
 
-@torch.no_grad()
+class Prompts(Protocol):
+    """What is asked, by row number: a `PreparedSplit`, or one with other images (`altered`)."""
+
+    lengths: np.ndarray
+    num_images: np.ndarray
+
+    @property
+    def sample_ids(self) -> list[str]:
+        """The id of each row."""
+
+    @property
+    def group_ids(self) -> list[str]:
+        """The group of each row."""
+
+    def encoded(self, number: int) -> Encoded:
+        """The encoded prompt of a row."""
+
+    def text(self, number: int, column: str) -> str:
+        """`prompt` or `reference` of a row."""
+
+
+def deal(lengths: np.ndarray, rows: Sequence[int], num_workers: int, extra: int) -> list[list[int]]:
+    """Rows for each of some workers, about as much work for each.
+
+    The longest prompt first, each to the worker that has least so far (Graham 1969, LPT): a row
+    counts its own tokens and `extra` for the answer. Every row is dealt once; the same input gives
+    the same hands on every worker.
+    """
+    hands: list[list[int]] = [[] for _ in range(num_workers)]
+    loads = [(0, worker) for worker in range(num_workers)]
+    for row in sorted(rows, key=lambda row: (-int(lengths[row]), row)):
+        load, worker = heapq.heappop(loads)
+        hands[worker].append(row)
+        heapq.heappush(loads, (load + int(lengths[row]) + extra, worker))
+    return [sorted(hand) for hand in hands]
+
+
 def generate(
     model: Any,
     base: Base,
-    split: PreparedSplit,
+    split: Prompts,
     rows: Sequence[int],
     config: EvaluationConfig,
     *,
     device: str = "cpu",
-    keep_going: Callable[[], bool] = lambda: True,
+    keep_going: Callable[[int], bool] = lambda done: True,
+    keep: Callable[[Sequence[Prediction]], None] = lambda answers: None,
     together: Together | None = None,
 ) -> list[Prediction] | None:
     """The model's answers to the prompts of some rows, in the order of the rows.
@@ -50,6 +88,10 @@ def generate(
 
     Parameters
     ----------
+    keep_going
+        Asked between two batches, with the number of rows that are answered.
+    keep
+        Given the answers of each batch as it ends.
     together
         Where the model is cut up over workers, how to stay in step with them; every worker then
         needs a row at least.
@@ -57,59 +99,77 @@ def generate(
     Returns
     -------
     list of Prediction, or None
-        None if `keep_going` said no between two batches.
+        None if `keep_going` said no.
     """
-    pixels = PixelTable(
-        base.processor.image_processor, base.family, device, backend=base.image_backend
-    )
-    tokenizer = base.processor.tokenizer
-    ends = _end_tokens(model, tokenizer)
+    answering = Answering(model, base, split, config, device)
     found: dict[int, Prediction] = {}
     model.eval()
-    chunks = list(_chunks(split, rows, base.family, config.batch_size))
+    chunks = list(_chunks(split.lengths, rows, base.family, config.batch_size))
     if together is not None:
         chunks += [chunks[-1]] * (together.most(len(chunks)) - len(chunks))
     for chunk in chunks:
-        if not keep_going():
+        if not keep_going(len(found)):
             return None
-        samples = [split.encoded(row) for row in chunk]
-        if (
-            together is not None
-            and together.blank is not None
-            and not split.num_images[chunk].any()
-        ):
-            samples.append(together.blank)
+        blank = together.blank if together and not split.num_images[chunk].any() else None
+        answers = answering.answer(chunk, blank=blank, synced_gpus=together is not None)
+        new = [entry for row, entry in zip(chunk, answers, strict=True) if row not in found]
+        found |= dict(zip(chunk, answers, strict=True))
+        keep(new)
+    return [found[row] for row in rows]
+
+
+class Answering:
+    """Batches of prompts to a model, answers back."""
+
+    def __init__(
+        self, model: Any, base: Base, split: Prompts, config: EvaluationConfig, device: str
+    ) -> None:
+        self._model, self._base, self._split = model, base, split
+        self._device, self._config = device, config
+        self._pixels = PixelTable(
+            base.processor.image_processor, base.family, device, backend=base.image_backend
+        )
+        self._ends = _end_tokens(model, base.processor.tokenizer)
+
+    @torch.no_grad()
+    def answer(
+        self, rows: Sequence[int], *, blank: Encoded | None = None, **options: Any
+    ) -> list[Prediction]:
+        """The answers to some rows, as one batch; `options` go to the model's `generate`."""
+        samples = [self._split.encoded(row) for row in rows]
+        tokenizer = self._base.processor.tokenizer
         batch = collate(
-            samples,
-            base.family,
+            samples if blank is None else [*samples, blank],
+            self._base.family,
             pad_token_id=tokenizer.pad_token_id,
             padding_side="left",
         )
         del batch["labels"]
-        batch = pixels({name: tensor.to(device) for name, tensor in batch.items()})
-        output = model.generate(
+        batch = self._pixels({name: entry.to(self._device) for name, entry in batch.items()})
+        output = self._model.generate(
             **batch,
             do_sample=False,
             num_beams=1,
-            max_new_tokens=config.max_new_tokens,
+            max_new_tokens=self._config.max_new_tokens,
             pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=ends,
-            synced_gpus=together is not None,
+            eos_token_id=self._ends,
+            **options,
         )
         # What is generated follows the decoder's tokens, also where an encoder reads the prompt.
         ids = "decoder_input_ids" if "decoder_input_ids" in batch else "input_ids"
-        asked = batch[ids].shape[1]
-        for row, tokens in zip(chunk, output[: len(chunk), asked:].tolist(), strict=True):
-            found[row] = _prediction(split, row, tokens, ends, base)
-    return [found[row] for row in rows]
+        tokens = output[: len(rows), batch[ids].shape[1] :].tolist()
+        return [
+            _prediction(self._split, row, own, self._ends, self._base)
+            for row, own in zip(rows, tokens, strict=True)
+        ]
 
 
 def _chunks(
-    split: PreparedSplit, rows: Sequence[int], family: Family, size: int
+    lengths: np.ndarray, rows: Sequence[int], family: Family, size: int
 ) -> Iterator[list[int]]:
     """Rows of about the same length together, at most `size`."""
-    order = sorted(rows, key=lambda row: int(split.lengths[row]))
-    by_length = groupby(order, key=lambda row: 0 if family.left_padding else split.lengths[row])
+    order = sorted(rows, key=lambda row: int(lengths[row]))
+    by_length = groupby(order, key=lambda row: 0 if family.left_padding else lengths[row])
     for _, group in by_length:
         equal = list(group)
         yield from (equal[start : start + size] for start in range(0, len(equal), size))
@@ -122,7 +182,7 @@ def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
 
 
 def _prediction(
-    split: PreparedSplit, row: int, tokens: list[int], ends: list[int], base: Base
+    split: Prompts, row: int, tokens: list[int], ends: list[int], base: Base
 ) -> Prediction:
     stop = next((place for place, token in enumerate(tokens) if token in ends), None)
     structure = structural_tokens(base.processor.tokenizer, base.family)

@@ -8,7 +8,7 @@ import json
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from raytune_vlm.errors import EvaluationError, did_you_mean
 from raytune_vlm.evaluate.categories import category_scores, statistics_of
+from raytune_vlm.evaluate.extraction import extracted_answers, score_extracted
 from raytune_vlm.evaluate.metrics import METRICS, Metric, SampleScore
 from raytune_vlm.evaluate.statistics import estimate
 from raytune_vlm.json_tokens import is_parsable
@@ -33,6 +34,7 @@ from raytune_vlm.records import (
 from raytune_vlm.references import read_reference
 
 Answer = Literal["text", "json_tags"]
+Floats = NDArray[np.float64]
 
 PREDICTIONS_FILE = "predictions.parquet"
 SCORES_FILE = "scores.json"
@@ -45,6 +47,7 @@ _TYPES = dict.fromkeys(PREDICTION_COLUMNS, pa.string()) | {
 _METADATA_KEY = b"raytune_vlm"
 _WEIGHT = "/weight"
 _SUMS = "/sums"
+_EXTRACTED = "/extracted"
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,7 @@ def score(
     seed: int,
     seconds: float,
     overlapping: Collection[str] = (),
+    extracted: Mapping[str, Sequence[str | None]] | None = None,
 ) -> tuple[Scores, pa.Table]:
     """Score predictions with every metric.
 
@@ -82,11 +86,15 @@ def score(
     overlapping
         Samples that are much like one of `train`: where some are here, `Scores.clean` tells the
         scores without them.
+    extracted
+        Metric -> what was extracted of each prediction, for metrics with a judge; None where
+        nothing could be: the sample then has no score and counts as a failure.
 
     Returns
     -------
     The scores, and a table of one row a prediction: `records.PREDICTION_COLUMNS`, then for every
-    metric its value and `<metric>/weight`, and `<metric>/sums` where it has any. The table's
+    metric its value and `<metric>/weight`, `<metric>/sums` where it has any, and
+    `<metric>/extracted` of a metric with a judge. The table's
     metadata says which trial, step and split it is of, so that `rescore` needs nothing else.
     Characters that UTF-8 cannot hold (lone surrogates) are scored as they are and stored as `?`.
 
@@ -106,10 +114,17 @@ def score(
     categories = [reference.category for reference in references]
     texts = [prediction.text for prediction in predictions]
     estimates, by_category, clean = {}, {}, {}
+    failures: dict[str, int] = {}
     dirty = set(overlapping)
     clean_rows = np.array([row.sample_id not in dirty for row in predictions])
     for name, metric in chosen.items():
-        results = metric.score_all(texts, references)
+        if metric.needs_extraction:
+            answers = extracted_answers(name, extracted)
+            failures[name] = answers.count(None)
+            results = score_extracted(metric, answers, references)
+            columns[name + _EXTRACTED] = pa.array(answers, pa.string())
+        else:
+            results = metric.score_all(texts, references)
         columns |= _metric_columns(name, results)
         values, weights = statistics_of(metric, results)
         if np.isnan(values).all():
@@ -139,6 +154,7 @@ def score(
         truncation_rate=sum(row.truncated for row in predictions) / len(predictions),
         seconds=seconds,
         clean=None if clean_rows.all() else _clean_scores(predictions, clean_rows, clean),
+        extraction_failures=failures,
     )
     origin = {"trial_id": trial_id, "step": step, "split": split, "answer": answer}
     here = [
@@ -194,6 +210,40 @@ def rescore(
     EvaluationError
         `folder` has no readable predictions of ours, or a metric is unknown.
     """
+    table, origin = _stored(folder)
+    stored = _metrics_in(table.column_names)
+    predictions = _predictions(table)
+    extracted = {
+        name.removesuffix(_EXTRACTED): table[name].to_pylist()
+        for name in table.column_names
+        if name.endswith(_EXTRACTED)
+    }
+    scores, table = score(
+        predictions,
+        **origin,
+        metrics=stored if metrics is None else metrics,
+        confidence=confidence,
+        num_bootstrap=num_bootstrap,
+        seed=seed,
+        extracted=extracted,
+    )
+    write_evaluation(folder, scores, table)
+    return scores
+
+
+def read_predictions(folder: Path) -> list[Prediction]:
+    """The predictions that an evaluation folder holds.
+
+    Raises
+    ------
+    EvaluationError
+        `folder` has no readable predictions of ours.
+    """
+    return _predictions(_stored(folder)[0])
+
+
+def _stored(folder: Path) -> tuple[pa.Table, dict[str, Any]]:
+    """The table of an evaluation folder, and of which trial, step and split it is."""
     file = folder / PREDICTIONS_FILE
     table = _read(file)
     origin = json.loads((table.schema.metadata or {}).get(_METADATA_KEY, b"null"))
@@ -201,8 +251,11 @@ def rescore(
     if origin is None or missing:
         what = f"the columns {', '.join(missing)}" if missing else "its trial, step and split"
         raise EvaluationError(f"{file} does not hold {what}: evaluate the checkpoint again")
-    stored = _stored(table.column_names)
-    predictions = [
+    return table, origin
+
+
+def _predictions(table: pa.Table) -> list[Prediction]:
+    return [
         Prediction(
             sample_id=row["sample_id"],
             group_id=row["group_id"],
@@ -214,16 +267,6 @@ def rescore(
         )
         for row in table.select(list(PREDICTION_COLUMNS)).to_pylist()
     ]
-    scores, table = score(
-        predictions,
-        **origin,
-        metrics=stored if metrics is None else metrics,
-        confidence=confidence,
-        num_bootstrap=num_bootstrap,
-        seed=seed,
-    )
-    write_evaluation(folder, scores, table)
-    return scores
 
 
 def stored_metrics(folder: Path) -> list[str]:
@@ -235,13 +278,13 @@ def stored_metrics(folder: Path) -> list[str]:
         `folder` has no readable predictions.
     """
     try:
-        return _stored(pq.read_schema(folder / PREDICTIONS_FILE).names)
+        return _metrics_in(pq.read_schema(folder / PREDICTIONS_FILE).names)
     except (OSError, pa.ArrowInvalid) as error:
         file = folder / PREDICTIONS_FILE
         raise EvaluationError(f"cannot read the predictions {file}: {error}") from error
 
 
-def _stored(names: Sequence[str]) -> list[str]:
+def _metrics_in(names: Sequence[str]) -> list[str]:
     return [name.removesuffix(_WEIGHT) for name in names if name.endswith(_WEIGHT)]
 
 
@@ -317,6 +360,14 @@ def _read(file: Path, columns: list[str] | None = None) -> pa.Table:
             return parquet.read(columns=columns)
     except (OSError, pa.ArrowInvalid) as error:
         raise EvaluationError(f"cannot read the predictions {file}: {error}") from error
+
+
+def paired_values(tables: Sequence[pa.Table], metric: str) -> tuple[Floats, Floats]:
+    """Values [T, S] (or sums [T, S, K]) and weights [T, S] of tables of the same samples."""
+    return (
+        np.stack([_values(table, metric) for table in tables]),
+        np.stack([table[metric + _WEIGHT].to_numpy() for table in tables]),
+    )
 
 
 def _metric_columns(name: str, results: Sequence[SampleScore]) -> dict[str, pa.Array]:

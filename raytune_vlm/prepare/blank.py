@@ -6,14 +6,21 @@ tower.
 
 from __future__ import annotations
 
+from typing import Protocol
+
+import numpy as np
+
 from raytune_vlm.collate.encode import Encoder
 from raytune_vlm.collate.encoded import Encoded
 from raytune_vlm.errors import ModelError
 from raytune_vlm.models.loading import Base
-from raytune_vlm.prepare.store import PreparedSplit
 
 
-def blank_sample(base: Base, split: PreparedSplit) -> Encoded | None:
+class _CountsImages(Protocol):
+    num_images: np.ndarray
+
+
+def blank_sample(base: Base, split: _CountsImages) -> Encoded | None:
     """A sample of one image without labels; None where every sample of the split has an image.
 
     Raises

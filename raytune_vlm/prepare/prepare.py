@@ -52,7 +52,7 @@ from raytune_vlm.records import (
 )
 from raytune_vlm.sources import SOURCES, Shard
 
-FORMAT = 5
+FORMAT = 6
 """Version of the store's format; a change of it makes every shard anew."""
 
 VERSIONS = ("transformers", "tokenizers", "torch", "pillow", "simplejpeg")

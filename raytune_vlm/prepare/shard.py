@@ -11,6 +11,7 @@ under a temporary name and renamed when it is whole; one that is there is never 
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import shutil
 import time
@@ -261,6 +262,7 @@ class TokenStep:
                 "group_id": sample.group_id,
                 "prompt": _prompt_text(sample),
                 "reference": sample.answer,
+                "conversation": None if split == "train" else _conversation(sample),
                 "images": sample.images,
                 **encoded_to_row(encoded),
             }
@@ -330,6 +332,11 @@ def _images_id(sample: Sample) -> str:
     for image in sample.images:
         digest.update(hashlib.sha256(image).digest())
     return digest.hexdigest()[:16]
+
+
+def _conversation(sample: Sample) -> str:
+    """What a prompt is encoded from, beside its images, as JSON that ASCII holds."""
+    return json.dumps({"messages": sample.messages[:-1], "tools": sample.tools})
 
 
 def _prompt_text(sample: Sample) -> str:

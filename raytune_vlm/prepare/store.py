@@ -13,6 +13,7 @@ Where there are no pixels, the images are decoded when a sample is asked for: th
 from __future__ import annotations
 
 import hashlib
+import json
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -55,9 +56,12 @@ ROW_SCHEMA = pa.schema(
         ("group_id", pa.string()),
         ("prompt", pa.string()),
         ("reference", pa.string()),
+        ("conversation", pa.string()),
         *SAMPLE_FIELDS,
     ]
 )
+"""`conversation`, of prompts only: their messages and tools as JSON, to be encoded again with other
+images."""
 PIXEL_SCHEMA = pa.schema([("tensors", pa.list_(TENSOR_TYPE))])
 INDEX_SCHEMA = pa.schema(
     [
@@ -278,6 +282,21 @@ class PreparedSplit:
         batch, place = self._locate(number)
         value: str = batch.column(column)[place].as_py()
         return value
+
+    def conversation(self, number: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """Messages and tools of a prompt.
+
+        Raises
+        ------
+        DataError
+            If the store does not hold them: training samples have none.
+        """
+        batch, place = self._locate(number)
+        held = "conversation" in batch.schema.names and batch.column("conversation")[place].as_py()
+        if not held:
+            raise DataError(f"{self._store}: the messages of {self.split} are not stored")
+        value = json.loads(held)
+        return value["messages"], value["tools"]
 
     def images(self, number: int) -> list[bytes]:
         """The encoded images of a row."""

@@ -206,6 +206,8 @@ class Scores:
     """Metric variant -> category or group of categories -> score, where references have any."""
     clean: CleanScores | None = None
     """On the samples that do not overlap `train`; None where none does."""
+    extraction_failures: dict[str, int] = field(default_factory=dict)
+    """Metric with a judge -> samples that it got no answer for: they have no score."""
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Scores:
@@ -258,6 +260,8 @@ class TrialRecord:
     micro_batch: dict[str, Any] | None = None
     """`size` and `tokens` that stand in for the recipe's `train.micro_batch_size` and
     `train.micro_batch_tokens`, if memory did not suffice for those."""
+    notes: list[str] = field(default_factory=list)
+    """What its scores are to be read with: no better than with blank images."""
 
 
 class TrialFolder:

@@ -13,6 +13,7 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from raytune_vlm.records import TrialRecord, write_text
+from raytune_vlm.report.controls import controls_section
 from raytune_vlm.report.data import data_section
 from raytune_vlm.report.formatting import FILTERS
 from raytune_vlm.report.gallery import NUM_OPENING, gallery
@@ -64,6 +65,7 @@ def render(view: SweepView) -> str:
         metric_table=_metric_table(view),
         against_base=_against_base(view),
         seeds=view.result.seeds() if view.result else [],
+        controls=controls_section(view),
         curves=learning_curves(view),
         wide_plots=wide,
         panels=panels,

@@ -1,6 +1,8 @@
-"""Scoring on a worker: prompts of a split are answered, scored and stored.
+"""Scoring on a worker: prompts of a split are answered, scored, compared and stored.
 
-The ranks of an executor share the prompts; rank 0 scores and writes.
+The ranks of an executor share the prompts; rank 0 scores and writes. Answers are kept as they come
+(`evaluate/answers.py`): an evaluation that was killed asks only for what is missing. Its own
+`scores.json` is written last, after its controls, and says that all of it is there.
 """
 
 from __future__ import annotations
@@ -9,9 +11,11 @@ import time
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
-from raytune_vlm.records import BASE_TRIAL, Scores
+from raytune_vlm.comparisons import CONTROLS_FILE, ROBUSTNESS_FILE
+from raytune_vlm.records import BASE_TRIAL, Scores, read_json, write_json
+from raytune_vlm.sweep.comparing import Comparing, note_on
+from raytune_vlm.sweep.evaluation import Evaluation, EvaluationStopped
 from raytune_vlm.sweep.jobs import Job
-from raytune_vlm.sweep.rungs import rows_to_score
 
 if TYPE_CHECKING:
     from raytune_vlm.sweep.worker import Worker
@@ -19,52 +23,30 @@ if TYPE_CHECKING:
 
 def evaluate(worker: Worker, job: Job, model: Any, split: str, step: int) -> Scores | None:
     """Generate, score and store one checkpoint on one split; None if stopped half-way."""
-    from raytune_vlm.evaluate.generate import Together, generate
-    from raytune_vlm.evaluate.scoring import score, write_evaluation
-    from raytune_vlm.prepare.blank import blank_sample
+    from raytune_vlm.evaluate.answers import AnswerStore
+    from raytune_vlm.evaluate.scoring import write_evaluation
 
     began = time.monotonic()
-    rows = rows_to_score(worker.experiment, worker.splits[split], worker.rows[split], step)
-    mine = rows[worker.world.rank :: worker.world.size]
-    together = None
-    if worker.world.size > 1 and worker.backend.is_sharded(worker.experiment.train):
-        mine = mine or rows[:1]
-        blank = blank_sample(worker.base, worker.splits[split])
-        together = Together(lambda count: max(worker.world.gather(count)), blank)
-    found = generate(
-        model,
-        worker.base,
-        worker.splits[split],
-        mine,
-        worker.experiment.evaluation,
-        device=worker.world.device,
-        keep_going=lambda: (
-            worker.world.size > 1
-            or not worker.stopped(job, trial_id=job.trial_id, stage=f"scoring {split}", step=step)
-        ),
-        together=together,
-    )
-    if found is None:
+    own = Evaluation(worker, job, model, split, step)
+    try:
+        plain = own.answers(own.prompts, own.rows, own.folder, {}, f"scoring {split}")
+        scores, table = own.score(plain, own.folder, time.monotonic() - began)
+        limit = worker.experiment.evaluation.controls_samples
+        chosen = set(own.prompts.fixed_choice(limit))
+        rows = [row for row in own.rows if row in chosen]
+        comparing = Comparing(own, {entry.sample_id: entry for entry in plain}, rows)
+        controls, robustness = comparing.controls(), comparing.robustness()
+    except EvaluationStopped:
         return None
-    by_id = {entry.sample_id: entry for part in worker.world.gather(found) for entry in part}
-    gathered = [by_id[worker.splits[split].sample_ids[row]] for row in rows]
-    evaluation = worker.experiment.evaluation
-    scores, table = score(
-        gathered,
-        trial_id=job.trial_id,
-        step=step,
-        split=split,
-        metrics=evaluation.metrics,
-        answer=evaluation.answer,
-        confidence=evaluation.confidence,
-        num_bootstrap=evaluation.num_bootstrap,
-        seed=worker.experiment.seed,
-        seconds=time.monotonic() - began,
-        overlapping=worker.folder.overlapping(split),
-    )
     if worker.world.rank == 0:
-        folder = worker.folder.trial(job.trial_id).evaluation(split, step)
-        write_evaluation(folder, scores, table)
+        for name, found in ((CONTROLS_FILE, controls), (ROBUSTNESS_FILE, robustness)):
+            (own.folder / name).unlink(missing_ok=True)
+            if found is not None:
+                write_json(own.folder / name, found)
+        note_on(own.trial, split, controls.notes if controls else ())
+        write_evaluation(own.folder, scores, table)
+        for folder in (own.folder, *own.folder.glob("*/*/")):
+            AnswerStore(folder).clear()
     return scores
 
 
@@ -89,4 +71,6 @@ def run_evaluate(worker: Worker, job: Job) -> None:
             worker.base.model = detach(model)
     if scores is not None:
         values = {name: entry.value for name, entry in scores.metrics.items()}
-        worker.report(job, {"step": job.step, **values, "done": True})
+        file = worker.folder.trial(job.trial_id).evaluation(job.split, scores.step) / CONTROLS_FILE
+        notes = read_json(file)["notes"] if worker.world.rank == 0 and file.exists() else []
+        worker.report(job, {"step": job.step, **values, "notes": notes, "done": True})

@@ -46,16 +46,9 @@ class Watcher:
         while not self._stop.wait(POLL_S):
             status = ray.get(self._board.status.remote())
             ended = sum(state.ended is not None for state in self._states.values())
-            now = "; ".join(self._line(entry) for _, entry in sorted(status.items()))
+            now = "; ".join(where(entry) for _, entry in sorted(status.items()))
             left = self._time_left(status, ended)
             self._monitor.progress("trials", ended, self._num_trials, f"{left} {now}".strip())
-
-    def _line(self, entry: dict[str, Any]) -> str:
-        step, most = entry.get("step"), entry.get("max_steps")
-        place = f" {step}/{most}" if most else f" step {step}"
-        speed = entry.get("tokens_per_second")
-        rate = f" {speed:,.0f} tokens/s" if speed else ""
-        return f"{entry.get('trial_id')} {entry.get('stage')}{place}{rate}"
 
     def _steps(self, status: dict[str, dict[str, Any]]) -> int:
         """Steps accounted for: an ended trial counts whole, since it needs no more time."""
@@ -70,3 +63,16 @@ class Watcher:
             return ""
         elapsed = time.monotonic() - self._began
         return f"about {duration(elapsed * (total - done) / done)} left"
+
+
+def where(entry: dict[str, Any]) -> str:
+    """What one executor does now, as it told the board."""
+    step, most = entry.get("step"), entry.get("max_steps")
+    place = f" {step}/{most}" if most else f" step {step}"
+    if entry.get("asked"):
+        place += f", {entry['answered']}/{entry['asked']} prompts"
+        if entry.get("seconds_left") is not None:
+            place += f", {duration(entry['seconds_left'])} left"
+    if entry.get("tokens_per_second"):
+        place += f" {entry['tokens_per_second']:,.0f} tokens/s"
+    return f"{entry.get('trial_id')} {entry.get('stage')}{place}"

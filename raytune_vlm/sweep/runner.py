@@ -281,6 +281,9 @@ def evaluate(running: Session, scorings: list[Scoring]) -> None:
                 raise EvaluationError(
                     f"scoring {job.trial_id} on {job.split} failed: {report['message']}"
                 )
+            for note in report.get("notes", ()):
+                running.ledger.append("noted", trial_id=job.trial_id, message=note)
+                running.monitor.say(note)
         touch = (scoring.trial_id, scoring.step)
         if scoring.split == "report" and (job is not None or touch not in known):
             running.ledger.append("touched", trial_id=touch[0], step=touch[1])

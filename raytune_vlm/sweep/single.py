@@ -7,6 +7,7 @@ from typing import Any
 
 import ray
 
+from raytune_vlm.config.evaluation import RobustnessConfig
 from raytune_vlm.config.experiment import ExperimentConfig
 from raytune_vlm.errors import ConfigError, RaytuneVlmError, did_you_mean
 from raytune_vlm.monitor import Monitor
@@ -84,15 +85,27 @@ def _follow(running: runner.Session, state: TrialState) -> None:
 
 
 def evaluate_one(
-    root: Path, trial_id: str, split: str, *, monitor: Monitor, trust: str | None = None
+    root: Path,
+    trial_id: str,
+    split: str,
+    *,
+    monitor: Monitor,
+    trust: str | None = None,
+    robustness: RobustnessConfig | None = None,
 ) -> Scores:
     """Score the newest checkpoint of a trial (or the base model) of a sweep folder on a split.
+
+    With `robustness` that curve is made too, also where the scores are there already: their answers
+    are not asked for again.
 
     Raises
     ------
     ConfigError
-        If the folder holds no sweep or no such trial, or `trust` (MODEL@REVISION) does not fit.
+        If the folder holds no sweep or no such trial, `trust` (MODEL@REVISION) does not fit, or
+        `robustness` is asked of another split than `report`.
     """
+    if robustness is not None and split != "report":
+        raise ConfigError(f"robustness is measured on `report`, not on {split!r}")
     folder = SweepFolder(root.resolve())
     if not folder.experiment_file.exists():
         raise ConfigError(f"{root} is not a sweep folder: it has no experiment.json")
@@ -101,6 +114,9 @@ def evaluate_one(
         near = did_you_mean(trial_id, [*known, BASE_TRIAL])
         raise ConfigError(f"{root} has no trial {trial_id!r}{near}")
     experiment = runner.recorded_experiment(folder, trust)
+    if robustness is not None:
+        curve = experiment.evaluation.model_copy(update={"robustness": robustness})
+        experiment = experiment.model_copy(update={"evaluation": curve})
     trial = known.get(trial_id)
     step = 0
     if trial is not None:
@@ -113,5 +129,7 @@ def evaluate_one(
         data = runner.prepare_data(experiment, jobs, monitor)
         with runner.session(experiment, folder, data, monitor) as running:
             scoring = runner.Scoring(trial, split, step)
+            if robustness is not None:
+                scoring.scores_file(folder).unlink(missing_ok=True)
             runner.evaluate(running, [scoring])
             return Scores.from_json(read_json(scoring.scores_file(folder)))

@@ -191,7 +191,8 @@ class TrialJob:
         )
         if self.folder.record_file.exists():
             # An earlier life of the trial made the audit of the first step.
-            record = replace(record, audit=self.folder.record().audit | record.audit)
+            before = self.folder.record()
+            record = replace(record, audit=before.audit | record.audit, notes=before.notes)
         write_json(self.folder.record_file, record)
 
 

@@ -49,6 +49,7 @@ _ALL = (
     Metric("realworldqa@lmms_eval", "max", judge=choice.realworldqa),
     Metric("mmmu@official", "max", judge=mmmu.mmmu, groups=mmmu.GROUPS),
     Metric("mathvista@rules", "max", judge=mathvista.mathvista),
+    Metric("mathvista@judge", "max", judge=mathvista.judged, needs_extraction=True),
     Metric("medical_open@llava_med_recall", "max", judge=medical.open_recall),
     Metric("medical_open@llava_med_f1", "max", judge=medical.open_f1),
     Metric("medical_closed@llava_med", "max", judge=medical.closed_contains),

@@ -48,6 +48,8 @@ class Metric:
     """All predictions and references: the score of a sample depends on the others."""
     combine: Combine | None = None
     """From the total of `SampleScore.sums` to the score; None where the score is a ratio."""
+    needs_extraction: bool = False
+    """Whether predictions are what `evaluation.judge` extracted of the model's texts."""
     groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """Group -> the categories that are scored together, besides each by itself."""
 

@@ -1,9 +1,9 @@
-"""MathVista without a judge: `mathvista@rules`.
+"""MathVista without a judge, `mathvista@rules`, and with one, `mathvista@judge`.
 
 Lu et al. 2024, "MathVista"; lupantech/MathVista, `evaluation/extract_answer.py` and
 `evaluation/calculate_score.py`. Officially a language model extracts the answer where the short
-cuts find none. Here rules do, and what they do not find is wrong: scores are a little below those
-with a good judge, and the same every time.
+cuts find none (`evaluate/judge.py`). `@rules` does it by rules, and what they do not find is wrong:
+scores are a little below those with a good judge, and the same every time.
 """
 
 import re
@@ -41,6 +41,30 @@ def mathvista(prediction: str, reference: Reference) -> SampleScore:
     found = _extract(prediction, reference)
     given = None if found is None else _normalise(found, reference)
     return SampleScore(float(given is not None and given in _golds(reference)))
+
+
+def judged(prediction: str, reference: Reference) -> SampleScore:
+    """`mathvista@judge`: 1 if an extracted answer, normalised officially, equals an answer.
+
+    `prediction` is what `short_cut` or the judge made of the model's text.
+    """
+    given = _normalise(prediction.strip(), reference)
+    return SampleScore(float(given is not None and given in _golds(reference)))
+
+
+def short_cut(text: str, reference: Reference) -> str | None:
+    """The answer where no judge is needed: the text is a choice, or a number of the asked type.
+
+    An empty text is an empty answer, as officially.
+    """
+    if not text or (reference.choices and text in reference.choices):
+        return text
+    readers: dict[str, Callable[[str], object]] = {"integer": int, "float": float}
+    try:
+        reader = readers.get(reference.type.lower())
+        return None if reader is None else str(reader(text))
+    except ValueError:
+        return None
 
 
 def _golds(reference: Reference) -> tuple[str, ...]:

@@ -1,0 +1,194 @@
+"""One checkpoint's answers to prompts, on every rank of an executor, kept as they come."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+from raytune_vlm.config.experiment import digest_of
+from raytune_vlm.config.model import ModelConfig
+from raytune_vlm.records import BASE_TRIAL, Scores
+from raytune_vlm.sweep.jobs import Job
+from raytune_vlm.sweep.rungs import rows_to_score
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from raytune_vlm.evaluate.generate import Prompts, Together
+    from raytune_vlm.evaluate.scoring import Prediction
+    from raytune_vlm.sweep.worker import Worker
+
+PUSH_EVERY_S = 0.25
+"""How often rank 0 of several tells the board where it is."""
+
+
+class EvaluationStopped(Exception):
+    """The job was asked to stop in the middle."""
+
+
+class Evaluation:
+    """One checkpoint on one split: asks the model, and scores what it answers."""
+
+    def __init__(self, worker: Worker, job: Job, model: Any, split: str, step: int) -> None:
+        self.worker, self.job, self.split, self.step = worker, job, split, step
+        self._model = model
+        self._pushed = 0.0
+        self.prompts = worker.splits[split]
+        self.rows = rows_to_score(worker.experiment, self.prompts, worker.rows[split], step)
+        self.trial = worker.folder.trial(job.trial_id)
+        self.folder = self.trial.evaluation(split, step)
+        # Only rank 0 opens the stores, and only it need see the checkpoint.
+        self._identity = self._made_with() if worker.world.rank == 0 else {}
+
+    def _made_with(self) -> dict[str, Any]:
+        """What the answers depend on, whatever the prompts."""
+        from raytune_vlm.models.location import model_fingerprint
+
+        worker, experiment = self.worker, self.worker.experiment
+        checkpoint = "none: the base model"
+        if self.job.trial_id != BASE_TRIAL:
+            manifest = self.trial.checkpoint(self.step) / "manifest.json"
+            checkpoint = hashlib.sha256(manifest.read_bytes()).hexdigest()
+        ids = [self.prompts.sample_ids[row] for row in self.rows]
+        return {
+            "base": model_fingerprint(experiment.model) | _weights(experiment.model),
+            "model": experiment.model.model_dump(mode="json"),
+            "checkpoint": checkpoint,
+            "data": worker.setup.data.digest,
+            "split": self.split,
+            "samples": digest_of(ids),
+            "max_new_tokens": experiment.evaluation.max_new_tokens,
+        }
+
+    def answers(
+        self, prompts: Prompts, rows: Sequence[int], folder: Path, made: dict[str, Any], stage: str
+    ) -> list[Prediction]:
+        """The answers to some rows, in their order, on every rank; those that are there are kept.
+
+        Raises
+        ------
+        EvaluationStopped
+            If the job shall stop.
+        """
+        from raytune_vlm.evaluate.answers import AnswerStore
+        from raytune_vlm.evaluate.generate import deal, generate
+
+        world, config = self.worker.world, self.worker.experiment.evaluation
+        store = AnswerStore(folder)
+        known = store.open(self._identity | made) if world.rank == 0 else None
+        known = world.broadcast(known)
+        left = [row for row in rows if prompts.sample_ids[row] not in known]
+        found: list[Prediction] | None = []
+        if left:
+            mine = deal(prompts.lengths, left, world.size, config.max_new_tokens)[world.rank]
+            together = self.together(prompts)
+            if together is not None:
+                mine = mine or left[:1]
+            found = generate(
+                self._model,
+                self.worker.base,
+                prompts,
+                mine,
+                config,
+                device=world.device,
+                keep_going=self._progress(stage, len(rows) - len(left), len(mine)),
+                keep=store.writer(world.rank).add,
+                together=together,
+            )
+            if found is None:
+                raise EvaluationStopped
+        by_id = known | {entry.sample_id: entry for part in world.gather(found) for entry in part}
+        return [by_id[prompts.sample_ids[row]] for row in rows]
+
+    def together(self, prompts: Prompts) -> Together | None:
+        """How ranks that hold parts of the model stay in step."""
+        from raytune_vlm.evaluate.generate import Together
+        from raytune_vlm.prepare.blank import blank_sample
+
+        worker = self.worker
+        if worker.world.size == 1 or not worker.backend.is_sharded(worker.experiment.train):
+            return None
+        blank = blank_sample(worker.base, prompts)
+        return Together(lambda count: max(worker.world.gather(count)), blank)
+
+    def _progress(self, stage: str, before: int, mine: int) -> Callable[[int], bool]:
+        """Tells the board how far this is, on one worker also whether to go on.
+
+        Several ranks have different numbers of batches and cannot ask together: there rank 0 tells
+        how far its own share is, and the job is stopped at the next step of training.
+        """
+        worker, began = self.worker, time.monotonic()
+        size = worker.world.size
+
+        def keep_going(done: int) -> bool:
+            pace = (time.monotonic() - began) / done if done else None
+            where = {
+                "trial_id": self.job.trial_id,
+                "stage": stage,
+                "step": self.step,
+                "answered": before + done * size,
+                "asked": before + mine * size,
+                "seconds_left": None if pace is None else pace * (mine - done),
+            }
+            if size == 1:
+                return not worker.stopped(self.job, **where)
+            if worker.world.rank == 0 and time.monotonic() - self._pushed >= PUSH_EVERY_S:
+                self._pushed = time.monotonic()
+                ray.get(worker.setup.board.push.remote(worker.setup.name, self.job.job_id, where))
+            return True
+
+        return keep_going
+
+    def score(
+        self,
+        predictions: Sequence[Prediction],
+        folder: Path,
+        seconds: float,
+        extracted: dict[str, list[str | None]] | None = None,
+    ) -> tuple[Scores, pa.Table]:
+        """The scores and their table, on every rank; a judge is asked for what is not given."""
+        from raytune_vlm.evaluate.scoring import score
+
+        experiment = self.worker.experiment
+        config = experiment.evaluation
+        return score(
+            predictions,
+            trial_id=self.job.trial_id,
+            step=self.step,
+            split=self.split,
+            metrics=config.metrics,
+            answer=config.answer,
+            confidence=config.confidence,
+            num_bootstrap=config.num_bootstrap,
+            seed=experiment.seed,
+            seconds=seconds,
+            overlapping=self.worker.folder.overlapping(self.split),
+            extracted=extracted or self._extracted(predictions, folder),
+        )
+
+    def _extracted(
+        self, predictions: Sequence[Prediction], folder: Path
+    ) -> dict[str, list[str | None]]:
+        """What the judge extracts, by metric; rank 0 asks."""
+        from raytune_vlm.config.evaluation import JUDGED_METRICS
+        from raytune_vlm.evaluate.judge import Judge
+
+        world, config = self.worker.world, self.worker.experiment.evaluation
+        if config.judge is None:
+            return {}
+        found = Judge(config.judge, folder).extract(predictions) if world.rank == 0 else None
+        return dict.fromkeys(JUDGED_METRICS, world.broadcast(found))
+
+
+def _weights(config: ModelConfig) -> dict[str, Any]:
+    """Sizes and times of the weight files of a model in a local folder."""
+    from raytune_vlm.models.location import model_path
+
+    folder = Path(model_path(config))
+    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    return {"weights": [[x.name, x.stat().st_size, x.stat().st_mtime_ns] for x in files]}
