@@ -12,24 +12,29 @@ a copied folder can be read without Ray and without torch:
       data/                  manifest.json, plan.json, quarantine.jsonl, gallery/<sample_id>.jpg
       trials/<trial_id>/     trial.json, metrics.jsonl, samples/, checkpoints/step_000200/,
                              evaluations/<split>/step_000200/{predictions.parquet,scores.json},
+                             evaluations/<benchmark>/step_000200/ the same, benchmark.json and
+                             submission.json; evaluations/card.{md,json}
                              seed-<n>/ (the winner only: its recipe with another seed)
       report/                index.html, leaderboard.csv, leaderboard.json
       best/                  the winner's PEFT adapter, processor, model card, experiment.yaml
 
-The untouched base model is the pseudo-trial `base` at step 0.
+The untouched base model is the pseudo-trial `base` at step 0. A model that no sweep trained has its
+benchmarks in `<storage_path>/evaluations/<model>/`, which is laid out like a sweep folder.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import uuid
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
+
+from raytune_vlm.json_files import read_json as read_json
+from raytune_vlm.json_files import read_json_lines as read_json_lines
+from raytune_vlm.json_files import write_json as write_json
+from raytune_vlm.json_files import write_text as write_text
 
 Split = Literal["train", "select", "report"]
 SPLITS: tuple[Split, ...] = ("train", "select", "report")
@@ -180,6 +185,8 @@ class Scores:
     seconds: float = 0.0
     by_category: dict[str, dict[str, CategoryScore]] = field(default_factory=dict)
     """Metric variant -> category or group of categories -> score, where references have any."""
+    benchmark: dict[str, Any] = field(default_factory=dict)
+    """Of a benchmark: what it was (`sweep.benchmarks.facts_of`), and what of it was left out."""
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Scores:
@@ -255,6 +262,33 @@ class Replicate:
 
 
 @dataclass(frozen=True)
+class GuardScore:
+    """One metric of one benchmark of `evaluation.guard`, for one role."""
+
+    benchmark: str
+    metric: str
+    role: str
+    trial_id: str
+    estimate: MetricEstimate
+    num_samples: int
+    left_out: int
+    """Rows that could not be asked."""
+    against_base: PairedTest | None = None
+    """This role minus the base model, on the same questions."""
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> GuardScore:
+        test = value["against_base"]
+        return cls(
+            **{
+                **value,
+                "estimate": MetricEstimate(**value["estimate"]),
+                "against_base": PairedTest(**test) if test else None,
+            }
+        )
+
+
+@dataclass(frozen=True)
 class SweepResult:
     """`result.json`: the decision of a sweep, written once at its end."""
 
@@ -276,6 +310,8 @@ class SweepResult:
     num_report_touches: int
     seconds: float
     replicates: list[Replicate] = field(default_factory=list)
+    guard: list[GuardScore] = field(default_factory=list)
+    """What the benchmarks of `evaluation.guard` say of base, default and winner."""
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> SweepResult:
@@ -286,6 +322,7 @@ class SweepResult:
                 "corrected": MetricEstimate(**corrected) if corrected else None,
                 "paired": [PairedTest(**entry) for entry in value["paired"]],
                 "replicates": [Replicate(**entry) for entry in value.get("replicates", [])],
+                "guard": [GuardScore.from_json(entry) for entry in value.get("guard", [])],
             }
         )
 
@@ -301,6 +338,8 @@ class TrialFolder:
         self.samples = root / "samples"
         """`rank_<r>.jsonl`: step and the ids of the samples that the rank was given in it."""
         self.checkpoints = root / "checkpoints"
+        self.card = root / "evaluations" / "card.md"
+        """The table of the benchmarks that `evaluate` scored last; `card.json` is the same."""
 
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step_{step:06d}"
@@ -349,47 +388,3 @@ class SweepFolder:
         if not self.result_file.exists():
             return None
         return SweepResult.from_json(read_json(self.result_file))
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The JSON object in a file."""
-    value: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return value
-
-
-def read_json_lines(file: Path) -> list[dict[str, Any]]:
-    """All objects of a JSON-lines file; a torn last line (a writer that was killed) is left out."""
-    if not file.exists():
-        return []
-    rows: list[dict[str, Any]] = []
-    lines = file.read_bytes().split(b"\n")
-    for number, line in enumerate(lines):
-        if not line.strip():
-            continue
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            if number < len(lines) - 1:
-                raise
-    return rows
-
-
-def write_json(file: Path, value: Any) -> None:
-    """Write JSON (a dataclass or plain data) so that readers see the old or the new file, whole."""
-    plain = asdict(value) if hasattr(value, "__dataclass_fields__") else value
-    write_text(file, json.dumps(plain, indent=1, ensure_ascii=False) + "\n")
-
-
-def write_text(file: Path, text: str) -> None:
-    """Write a text file atomically: temporary name, fsync, rename."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        with temporary.open("x", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(file)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

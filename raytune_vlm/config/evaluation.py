@@ -56,8 +56,9 @@ class EvaluationConfig(Section):
 
     metrics: tuple[str, ...] = ("exact_match@strip",)
     """Metric variants to compute; every one of them is stored per sample."""
-    answer: Literal["text", "json_tags"] = "text"
-    """What an answer must be to count as parsed."""
+    answer: Literal["text", "json_tags", "choice"] = "text"
+    """What an answer must be to count as parsed: not empty, tags of a document, or one choice of
+    the reference, by its letter or its text."""
     max_new_tokens: int = Field(default=128, ge=1)
     """Longest generation; an answer cut here is counted as truncated."""
     batch_size: int = Field(default=64, ge=1)

@@ -21,12 +21,13 @@ from numpy.typing import NDArray
 from raytune_vlm.errors import EvaluationError, did_you_mean
 from raytune_vlm.evaluate.categories import category_scores, statistics_of
 from raytune_vlm.evaluate.metrics import METRICS, Metric, SampleScore
+from raytune_vlm.evaluate.metrics.letters import plain_letter
 from raytune_vlm.evaluate.statistics import estimate
 from raytune_vlm.json_tokens import is_parsable
 from raytune_vlm.records import PREDICTION_COLUMNS, Scores, write_json
-from raytune_vlm.references import read_reference
+from raytune_vlm.references import Reference, read_reference
 
-Answer = Literal["text", "json_tags"]
+Answer = Literal["text", "json_tags", "choice"]
 
 PREDICTIONS_FILE = "predictions.parquet"
 SCORES_FILE = "scores.json"
@@ -67,8 +68,12 @@ def score(
     num_bootstrap: int,
     seed: int,
     seconds: float,
+    benchmark: dict[str, Any] | None = None,
 ) -> tuple[Scores, pa.Table]:
     """Score predictions with every metric.
+
+    Of a benchmark (whose facts are kept beside the scores), a metric that has no score for any of
+    the samples is left out: a few samples may all be of another kind.
 
     Returns
     -------
@@ -86,10 +91,11 @@ def score(
     if not predictions:
         raise EvaluationError(f"{trial_id} at step {step} has no predictions on {split!r}")
     chosen = {name: _metric(name) for name in metrics}
-    parsed = [_is_answer(prediction.text, answer) for prediction in predictions]
+    references = [read_reference(prediction.reference) for prediction in predictions]
+    pairs = zip(predictions, references, strict=True)
+    parsed = [_is_answer(entry.text, answer, reference) for entry, reference in pairs]
     columns = _text_columns(predictions, parsed)
     groups = [prediction.group_id for prediction in predictions]
-    references = [read_reference(prediction.reference) for prediction in predictions]
     categories = [reference.category for reference in references]
     texts = [prediction.text for prediction in predictions]
     estimates, by_category = {}, {}
@@ -98,6 +104,8 @@ def score(
         columns |= _metric_columns(name, results)
         values, weights = statistics_of(metric, results)
         if np.isnan(values).all():
+            if benchmark is not None:
+                continue
             raise EvaluationError(f"{name} has no score for any of {len(results)} samples")
         estimates[name] = estimate(
             values,
@@ -122,8 +130,11 @@ def score(
         empty_rate=sum(not row.text.strip() for row in predictions) / len(predictions),
         truncation_rate=sum(row.truncated for row in predictions) / len(predictions),
         seconds=seconds,
+        benchmark=benchmark or {},
     )
-    origin = {"trial_id": trial_id, "step": step, "split": split, "answer": answer}
+    origin: dict[str, Any] = {"trial_id": trial_id, "step": step, "split": split, "answer": answer}
+    if benchmark is not None:
+        origin["benchmark"] = benchmark
     metadata = {_METADATA_KEY: json.dumps(origin | {"seconds": seconds}).encode()}
     return scores, pa.table(columns).replace_schema_metadata(metadata)
 
@@ -243,7 +254,9 @@ def _metric(name: str) -> Metric:
     return METRICS[name]
 
 
-def _is_answer(text: str, answer: Answer) -> bool:
+def _is_answer(text: str, answer: Answer, reference: Reference) -> bool:
+    if answer == "choice" and reference.choices:
+        return plain_letter(text, reference.choices) is not None
     return is_parsable(text) if answer == "json_tags" else bool(text.strip())
 
 

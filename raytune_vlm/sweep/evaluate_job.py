@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from raytune_vlm.records import BASE_TRIAL, Scores
+from raytune_vlm.sweep.asked import asked_of
 from raytune_vlm.sweep.jobs import Job
 
 if TYPE_CHECKING:
@@ -23,19 +24,20 @@ def evaluate(worker: Worker, job: Job, model: Any, split: str, step: int) -> Sco
     from raytune_vlm.prepare.blank import blank_sample
 
     began = time.monotonic()
-    rows = worker.rows[split]
+    asked = asked_of(worker, job, split)
+    rows, prompts, evaluation = asked.rows, asked.split, asked.evaluation
     mine = rows[worker.world.rank :: worker.world.size]
     together = None
     if worker.world.size > 1 and worker.backend.is_sharded(worker.experiment.train):
         mine = mine or rows[:1]
-        blank = blank_sample(worker.base, worker.splits[split])
+        blank = blank_sample(worker.base, prompts)
         together = Together(lambda count: max(worker.world.gather(count)), blank)
     found = generate(
         model,
         worker.base,
-        worker.splits[split],
+        prompts,
         mine,
-        worker.experiment.evaluation,
+        evaluation,
         device=worker.world.device,
         keep_going=lambda: (
             worker.world.size > 1
@@ -46,19 +48,19 @@ def evaluate(worker: Worker, job: Job, model: Any, split: str, step: int) -> Sco
     if found is None:
         return None
     by_id = {entry.sample_id: entry for part in worker.world.gather(found) for entry in part}
-    gathered = [by_id[worker.splits[split].sample_ids[row]] for row in rows]
-    evaluation = worker.experiment.evaluation
+    gathered = [by_id[prompts.sample_ids[row]] for row in rows]
     scores, table = score(
         gathered,
         trial_id=job.trial_id,
         step=step,
         split=split,
-        metrics=evaluation.metrics,
+        metrics=asked.metrics,
         answer=evaluation.answer,
         confidence=evaluation.confidence,
         num_bootstrap=evaluation.num_bootstrap,
         seed=worker.experiment.seed,
         seconds=time.monotonic() - began,
+        benchmark=asked.facts,
     )
     if worker.world.rank == 0:
         folder = worker.folder.trial(job.trial_id).evaluation(split, step)
@@ -72,7 +74,15 @@ def run_evaluate(worker: Worker, job: Job) -> None:
     from raytune_vlm.models.lora import attach, detach
     from raytune_vlm.train.checkpoint import verify
 
-    if job.trial_id == BASE_TRIAL:
+    if job.adapter is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(worker.base.model, job.adapter)
+        try:
+            scores = evaluate(worker, job, model, job.split, job.step)
+        finally:
+            worker.base.model = detach(model)
+    elif job.trial_id == BASE_TRIAL:
         scores = evaluate(worker, job, worker.base.model, job.split, 0)
     else:
         recipe = worker.experiment.with_recipe(job.recipe)

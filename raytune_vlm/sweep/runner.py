@@ -31,7 +31,7 @@ from raytune_vlm.prepare.prepare import (
 from raytune_vlm.prepare.shard import ShardJob
 from raytune_vlm.records import BASE_TRIAL, SweepFolder, read_json, write_json
 from raytune_vlm.sweep.cluster import ray_session
-from raytune_vlm.sweep.jobs import Job
+from raytune_vlm.sweep.jobs import Job, PreparedBenchmark
 from raytune_vlm.sweep.lease import Lease
 from raytune_vlm.sweep.ledger import Ledger, TrialState, replay
 from raytune_vlm.train.packages import check_packages
@@ -221,10 +221,16 @@ class Scoring:
     trial: TrialState | None
     split: str
     step: int
+    benchmark: PreparedBenchmark | None = None
+    """What is asked instead of the experiment's own split; `split` is its name."""
+    adapter: Path | None = None
+    """A PEFT adapter on the base model, instead of a trial."""
 
     @property
     def trial_id(self) -> str:
         """Whose folder the scores go to."""
+        if self.adapter is not None:
+            return f"adapter-{self.adapter.name}"
         return self.trial.trial_id if self.trial else BASE_TRIAL
 
     def scores_file(self, folder: SweepFolder) -> Path:
@@ -240,6 +246,8 @@ class Scoring:
             recipe=self.trial.recipe if self.trial else {},
             split=self.split,
             step=self.step,
+            benchmark=self.benchmark,
+            adapter=None if self.adapter is None else str(self.adapter),
         )
 
 
@@ -276,7 +284,11 @@ def score_base(running: Session) -> None:
 
 
 def prepare_data(
-    experiment: ExperimentConfig, jobs: list[ShardJob], monitor: Monitor
+    experiment: ExperimentConfig,
+    jobs: list[ShardJob],
+    monitor: Monitor,
+    *,
+    for_training: bool = True,
 ) -> PreparedData:
     """Prepare the data and say what it is; see `prepare.prepare`."""
     monitor.say(f"data: {len(jobs)} shards of {len(experiment.data.sources)} sources")
@@ -284,6 +296,7 @@ def prepare_data(
         experiment,
         jobs,
         lambda step, done, total: monitor.progress(f"data: shards, {step}", done, total),
+        for_training=for_training,
     )
     splits = ", ".join(f"{name} {entry.num_used}" for name, entry in data.manifest.splits.items())
     monitor.say(
