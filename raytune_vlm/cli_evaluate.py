@@ -99,9 +99,9 @@ def evaluate(
                 Path(target),
                 trial_id or "base",
                 chosen,
-                overrides=lambda recorded: _overridden(
-                    recorded.model_dump(), overrides
-                ).trusting(recorded.model.trusted_revision),
+                overrides=lambda recorded: _overridden(recorded.model_dump(), overrides).trusting(
+                    recorded.model.trusted_revision
+                ),
                 trust=trust,
                 **shared,
             )

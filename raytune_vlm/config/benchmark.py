@@ -15,27 +15,6 @@ from raytune_vlm.config.evaluation import METRIC_MODES
 from raytune_vlm.config.section import Section
 from raytune_vlm.errors import did_you_mean
 
-BENCHMARK_NAMES = (
-    "mmmu",
-    "mmmu_test",
-    "mathvista",
-    "ocrbench",
-    "ai2d",
-    "ai2d_no_mask",
-    "chartqa",
-    "docvqa",
-    "docvqa_test",
-    "textvqa",
-    "realworldqa",
-    "vqav2",
-    "coco_karpathy",
-    "cord",
-    "rdr",
-    "vqa_rad",
-    "slake",
-)
-"""The keys of `BENCHMARKS`: here, so that a typo in an experiment fails before anything starts."""
-
 ROWS = "raytune_vlm.evaluate.benchmarks.rows"
 """The module of the functions that read rows; it is imported where they are read."""
 

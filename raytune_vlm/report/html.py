@@ -62,6 +62,7 @@ def render(view: SweepView) -> str:
         rows=leaderboard(view),
         paired=_paired(view),
         metric_table=_metric_table(view),
+        guard=_guard(view),
         curves=learning_curves(view),
         wide_plots=wide,
         panels=panels,
@@ -88,6 +89,22 @@ def _paired(view: SweepView) -> list[dict[str, Any]]:
             "says": words[clearly(test, view.mode_of(test.metric))],
         }
         for test in view.result.paired
+    ]
+
+
+def _guard(view: SweepView) -> list[dict[str, Any]]:
+    """The guard's scores, and whether the role is worse than the base model."""
+    if view.result is None:
+        return []
+    words = {"good": "better", "bad": "worse", "unclear": "cannot tell"}
+    return [
+        {
+            "score": entry,
+            "says": words[clearly(entry.against_base, view.mode_of(entry.metric))]
+            if entry.against_base
+            else "",
+        }
+        for entry in view.result.guard
     ]
 
 

@@ -23,6 +23,7 @@ from raytune_vlm.evaluate.statistics import corrected_winner, indistinguishable,
 from raytune_vlm.images import thumbnail
 from raytune_vlm.models.export import write_adapter
 from raytune_vlm.records import (
+    GuardScore,
     PairedTest,
     Replicate,
     SweepFolder,
@@ -33,6 +34,7 @@ from raytune_vlm.records import (
 )
 from raytune_vlm.report.model_card import model_card
 from raytune_vlm.sweep.export import own_experiment
+from raytune_vlm.sweep.guard import score_guard
 from raytune_vlm.sweep.jobs import Job
 from raytune_vlm.sweep.ledger import TrialState
 from raytune_vlm.sweep.runner import Scoring, Session, evaluate
@@ -70,7 +72,7 @@ def decide(running: Session) -> SweepResult:
         f"winner: {winner.trial.trial_id} at step {winner.step}; scoring `report` once each for "
         "base, default and winner"
     )
-    roles, paired = _report(running, candidates, winner)
+    roles, paired, guard = _report(running, candidates, winner)
     replicates = _replicates(running, winner)
     result = SweepResult(
         metric=experiment.metric,
@@ -86,6 +88,7 @@ def decide(running: Session) -> SweepResult:
         num_report_touches=len(set(roles.values())),
         seconds=_seconds(folder),
         replicates=replicates,
+        guard=guard,
     )
     _write_gallery(running)
     _write_best(running, winner)
@@ -178,7 +181,7 @@ def _best_rows(candidates: list[Candidate], mode: str, winner: Candidate) -> lis
 
 def _report(
     running: Session, candidates: list[Candidate], winner: Candidate
-) -> tuple[dict[str, str], list[PairedTest]]:
+) -> tuple[dict[str, str], list[PairedTest], list[GuardScore]]:
     experiment, folder = running.experiment, running.folder
     chosen: dict[str, tuple[TrialState | None, int]] = {"base": (None, 0)}
     if experiment.sweep.include_default:
@@ -212,7 +215,8 @@ def _report(
                         combine=METRICS[metric].combine,
                     )
                 )
-    return {role: scoring.trial_id for role, scoring in scorings.items()}, paired
+    roles = {role: scoring.trial_id for role, scoring in scorings.items()}
+    return roles, paired, score_guard(running, scorings)
 
 
 def _replicates(running: Session, winner: Candidate) -> list[Replicate]:

@@ -90,6 +90,8 @@ def run_sweep(experiment: ExperimentConfig, *, command: str, monitor: Monitor) -
     SweepInterrupted
         If it was stopped before its end; `resume` continues it.
     """
+    from raytune_vlm.sweep.guard import guard_suite, prepare_guard
+
     experiment = located(experiment)
     folder = SweepFolder(Path(experiment.storage_path) / experiment.name)
     if folder.experiment_file.exists():
@@ -98,9 +100,11 @@ def run_sweep(experiment: ExperimentConfig, *, command: str, monitor: Monitor) -
             "it, another name= starts a new one"
         )
     jobs = plan_of(experiment)
+    guard_suite(experiment)
     with ray_session(experiment):
         data = prepare_data(experiment, jobs, monitor)
         require_splits(data, "select", "report")
+        prepare_guard(experiment, monitor)
         write_head(folder, experiment, data, command)
         with Lease(folder.lease_file):
             return _drive(experiment, folder, data, monitor)
@@ -117,6 +121,7 @@ def resume_sweep(root: Path, *, monitor: Monitor, trust: str | None = None) -> S
         If the data is no longer what the sweep began with.
     """
     from raytune_vlm.report import build_report
+    from raytune_vlm.sweep.guard import prepare_guard
 
     folder = SweepFolder(root.resolve())
     if not folder.experiment_file.exists():
@@ -135,6 +140,7 @@ def resume_sweep(root: Path, *, monitor: Monitor, trust: str | None = None) -> S
                 f"the data of {root} changed since the sweep began (was {before}, is "
                 f"{data.manifest.digest}): its trials could not be compared; start a new sweep"
             )
+        prepare_guard(experiment, monitor)
         return _drive(experiment, folder, data, monitor)
 
 

@@ -1,6 +1,6 @@
 """The table of benchmarks, and finding one by name.
 
-To add one: an entry here; its name in `config.benchmark.BENCHMARK_NAMES`; a fixture in
+To add one: an entry here; its name in `config.evaluation.BENCHMARK_NAMES`; a fixture in
 `fixtures.py` (run it); a row in `docs/benchmarks.md`. `tests/test_benchmarks.py` then holds it
 against its contract. No `revision` is pinned: commits of the hub's data sets are noted with the
 scores when they are read.
@@ -13,7 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from raytune_vlm.config.benchmark import BENCHMARK_NAMES, Benchmark, Columns
+from raytune_vlm.config.benchmark import Benchmark, Columns
+from raytune_vlm.config.evaluation import BENCHMARK_NAMES
 from raytune_vlm.config.yaml_lines import read_yaml
 from raytune_vlm.errors import ConfigError, did_you_mean
 
