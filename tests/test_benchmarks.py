@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
 
+from raytune_vlm.cli import cli
 from raytune_vlm.config.data import ImageLimits
 from raytune_vlm.config.evaluation import BENCHMARK_NAMES
 from raytune_vlm.config.experiment import ExperimentConfig
+from raytune_vlm.config.lora import LoraConfig
 from raytune_vlm.errors import ConfigError, DataError
 from raytune_vlm.evaluate.benchmarks import BENCHMARKS, find_benchmark, find_benchmarks
 from raytune_vlm.evaluate.benchmarks.card import make_card
@@ -20,12 +26,17 @@ from raytune_vlm.evaluate.benchmarks.fixtures import FOLDER, TABLES, write_fixtu
 from raytune_vlm.evaluate.benchmarks.submissions import write_submission
 from raytune_vlm.evaluate.metrics import METRICS
 from raytune_vlm.evaluate.scoring import Prediction, score, write_evaluation
+from raytune_vlm.models.adapter_file import save_adapter
+from raytune_vlm.models.lora import attach, detach
 from raytune_vlm.prepare.prepare import list_shards, prepare, store_of
 from raytune_vlm.prepare.shard import PixelStep, Preparer, TokenStep
-from raytune_vlm.records import Sample
+from raytune_vlm.records import Sample, SweepFolder
 from raytune_vlm.references import read_reference
 from raytune_vlm.sources import SOURCES
 from raytune_vlm.sweep import benchmarks as suites
+from raytune_vlm.sweep.evaluate_job import run_evaluate
+from raytune_vlm.sweep.runner import Scoring
+from raytune_vlm.train.world import World
 
 CAPTIONS = ("cider@coco", "bleu4@coco")
 """CIDEr goes to 10 and grows with agreement among references; BLEU-4 is of the corpus."""
@@ -376,6 +387,97 @@ def test_the_hub_s_commit_is_pinned_and_noted(monkeypatch):
     assert asked == ["lmms-lab-encoder/DocVQA", "MMMU/MMMU"]
     assert docvqa.revision == mmmu.revision == "0123abc"
     assert (docvqa.dataset_split, mmmu.dataset_split) == ("validation", None)
+
+
+def test_an_adapter_is_put_on_the_base_and_taken_off_again(prepared, tiny_base, tmp_path):
+    base = tiny_base("idefics3")
+    lora = LoraConfig(rank=2)
+    model = attach(base.model, base.family, lora, seed=0)
+    for name, tensor in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(tensor, std=3.0)
+    save_adapter(model, tmp_path / "mine")
+    base.model = detach(model)
+    before = {name: tensor.clone() for name, tensor in base.model.state_dict().items()}
+    benchmark, _ = prepared("chartqa", limit=3)
+    folder, reports = SweepFolder(tmp_path / "out"), []
+    worker = SimpleNamespace(
+        base=base,
+        experiment=plain_experiment(),
+        world=World(),
+        folder=folder,
+        stopped=lambda *_, **__: False,
+        report=lambda job, report: reports.append(report),
+    )
+    adapter = suites.check_adapter(tmp_path / "mine", worker.experiment)
+    answers = {}
+    for scoring in (Scoring(None, "", 0), Scoring(None, "", 0, adapter=adapter)):
+        (scoring,) = suites.scorings_of(scoring, [benchmark])
+        run_evaluate(worker, scoring.job())
+        file = scoring.scores_file(folder).with_name("predictions.parquet")
+        answers[scoring.trial_id] = pq.read_table(file)["prediction"].to_pylist()
+    assert [report["done"] for report in reports] == [True, True]
+    assert set(answers) == {"base", "adapter-mine"} and len(answers["base"]) == 3
+    assert answers["base"] != answers["adapter-mine"]
+    after = base.model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    with pytest.raises(ConfigError, match="not an adapter"):
+        suites.check_adapter(tmp_path, worker.experiment)
+
+
+def test_scores_of_other_data_or_another_adapter_are_not_taken_for_these(prepared, tmp_path):
+    benchmark, _ = prepared("cord")
+    (scoring,) = suites.scorings_of(Scoring(None, "", 0), [benchmark])
+    folder = SweepFolder(tmp_path / "out")
+    suites.forget_stale(folder, scoring)
+    scores = scoring.scores_file(folder)
+    scores.write_text("{}")
+    suites.forget_stale(folder, scoring)
+    assert scores.exists()
+    other = replace(benchmark, facts={**benchmark.facts, "digest": "other"})
+    suites.forget_stale(folder, replace(scoring, benchmark=other))
+    assert not scores.exists()
+
+
+@pytest.mark.parametrize(
+    "command, why",
+    [
+        (["x", "--limit", "3"], "--limit has no effect without --benchmarks"),
+        (["x", "--benchmarks", "docvka"], "did you mean 'docvqa'"),
+        (["x", "--benchmarks", "cord", "--split", "report"], "exclude each other"),
+        (["x", "--benchmarks", "cord", "--trial", "t0001"], "is a model"),
+        (["x", "--benchmarks", "cord", "lora.rank=3"], "lora.rank has no effect"),
+        (["x", "--benchmarks", "cord", "train.num_worker=3"], "did you mean 'train.num_workers'"),
+        (["x", "--benchmarks", "cord", "seed=-1"], "override seed=-1"),
+    ],
+)
+def test_wrong_use_of_evaluate_is_one_clear_line(command, why):
+    with pytest.raises(ConfigError, match=why):
+        cli.main(["evaluate", *command], standalone_mode=False)
+
+
+@pytest.mark.parametrize(
+    "evaluation, why",
+    [
+        ({"guard": ["docvka"]}, "did you mean 'docvqa'"),
+        ({"guard": ["docvqa"]}, "is on the hub"),
+        ({"guard_samples": 3}, "guard is empty"),
+        ({"guard": ["cord", "cord"], "guard_data": "x"}, "distinct"),
+    ],
+)
+def test_a_guard_that_cannot_be_read_is_refused_with_the_experiment(evaluation, why):
+    with pytest.raises(ValueError, match=why):
+        plain_experiment(evaluation=evaluation)
+
+
+def test_the_docs_list_every_benchmark_with_its_data_and_metrics():
+    docs = (Path(__file__).parent.parent / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    for name, entry in BENCHMARKS.items():
+        (row,) = [line for line in docs.splitlines() if line.startswith(f"| `{name}` |")]
+        shown = [entry.path.removeprefix("hf://datasets/"), *entry.metrics, entry.prompt_source]
+        assert all(text in row for text in shown)
+        assert f"| {entry.max_new_tokens} | " in row
 
 
 def test_one_s_own_benchmark_needs_no_code(tmp_path, prepared):
