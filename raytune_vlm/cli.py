@@ -16,6 +16,7 @@ import click
 
 from raytune_vlm import __version__
 from raytune_vlm.cli_data import TRUST, data
+from raytune_vlm.cli_evaluate import evaluate
 from raytune_vlm.errors import RaytuneVlmError
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ def cli() -> None:
 
 
 cli.add_command(data)
+cli.add_command(evaluate)
 
 
 @cli.command()
@@ -216,34 +218,6 @@ def resume(folder: Path, trust: str | None) -> None:
         from raytune_vlm.sweep.runner import resume_sweep
 
         conclude(resume_sweep(folder, monitor=monitor, trust=trust), monitor)
-
-
-@cli.command()
-@_FOLDER
-@TRUST
-@click.option("--trial", "trial_id", default="base", help="Trial id, or `base`.")
-@click.option("--split", type=click.Choice(["select", "report"]), default="select")
-def evaluate(folder: Path, trust: str | None, trial_id: str, split: str) -> None:
-    """Score one trial's newest checkpoint, or the base model, of a sweep folder on a split."""
-    from raytune_vlm.monitor import Monitor
-
-    with Monitor() as monitor:
-        from raytune_vlm.sweep.single import evaluate_one
-
-        scores = evaluate_one(folder, trial_id, split, monitor=monitor, trust=trust)
-        for name, entry in scores.metrics.items():
-            click.echo(f"{name} {entry.value:.4f} [{entry.lower:.4f}, {entry.upper:.4f}]")
-            if scores.clean is not None and name in scores.clean.metrics:
-                clean, number = scores.clean.metrics[name], scores.clean.num_samples
-                click.echo(
-                    f"{name} {clean.value:.4f} [{clean.lower:.4f}, {clean.upper:.4f}] on the "
-                    f"{number} samples that overlap no training sample"
-                )
-        if split == "report":
-            from raytune_vlm.records import SweepFolder
-
-            touches = len(SweepFolder(folder).report_touches())
-            click.echo(f"report was touched {touches} times in the life of this folder")
 
 
 @cli.command()

@@ -36,6 +36,8 @@ class Reference:
     """What scores are broken down by: a subject, a task."""
     precision: int | None = None
     """Decimals that an answer of type `float` is rounded to."""
+    id: str = ""
+    """The authority's name of the question, for files that its server takes."""
 
     def to_text(self) -> str:
         """The text that `read_reference` reads as this reference."""
@@ -65,6 +67,7 @@ def read_reference(text: str) -> Reference:
                 type=value.get("type") or "",
                 category=value.get("category") or "",
                 precision=value.get("precision"),
+                id=value.get("id") or "",
             )
     return Reference((text,))
 
@@ -90,7 +93,7 @@ def _is_reference(value: Any) -> bool:
     return (
         all(isinstance(x, list) and all(isinstance(y, _TEXTS) for y in x) for x in lists)
         and bool(value["answers"])
-        and all(isinstance(value.get(name) or "", str) for name in ("type", "category"))
+        and all(isinstance(value.get(name) or "", str) for name in ("type", "category", "id"))
         and (precision is None or (type(precision) is int and 0 <= precision <= 20))
     )
 

@@ -221,7 +221,7 @@ def test_every_container_is_looked_into():
 
 def test_every_type_of_the_table_can_be_told():
     told = {form.split()[0] for form in FORMS}
-    assert set(SOURCES) - told == {"python"}
+    assert set(SOURCES) - told == {"python", "table"}
 
 
 def test_every_type_of_the_table_can_be_given(tmp_path):

@@ -25,7 +25,10 @@ MODELS = {
     model.model_fields["type"].annotation.__args__[0]: model
     for model in get_args(get_args(Source)[0])
 }
-OPTIONS: dict[str, dict[str, Any]] = {"python": {"function": f"{__name__}:rows_of_lines"}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "python": {"function": f"{__name__}:rows_of_lines"},
+    "table": {"function": f"{__name__}:asked_of_row", "columns": ("image", "text")},
+}
 """What a type cannot do without, beside its path."""
 Result = Sample | Quarantined
 
@@ -72,6 +75,19 @@ def rows_of_lines(options: dict[str, Any], path: str) -> Iterator[Any]:
     """The function of the `python` source: JSON lines, as a user would read them."""
     for line in Path(path).read_text(encoding="utf-8").splitlines():
         yield json.loads(line)
+
+
+def asked_of_row(row: dict[str, Any], options: dict[str, Any]) -> dict[str, Any] | None:
+    """The function of the `table` source."""
+    if row["text"] in options.get("without", ()):
+        return None
+    return {
+        "messages": [
+            {"role": "user", "content": "<image>What?"},
+            {"role": "assistant", "content": row["text"]},
+        ],
+        "images": [row["image"]],
+    }
 
 
 # --- the contract: each maker writes three rows, the middle one bad, and names the path
@@ -169,6 +185,7 @@ MAKERS: dict[str, Callable[[Path], tuple[Path, str, str]]] = {
     "webdataset": make_webdataset,
     "llamafactory": make_llamafactory,
     "python": lambda folder: make_table("messages", folder, "mine.txt"),
+    "table": lambda folder: make_table("image_text", folder),
 }
 """Type -> what writes three rows, the middle one bad: path, origin and reason of that."""
 
@@ -271,3 +288,15 @@ def test_the_image_files_that_were_read_are_noted(kind: str, tmp_path: Path) -> 
         else:
             state = Path(name).stat()
             assert noted_state == (state.st_size, state.st_mtime_ns)
+
+
+def test_a_table_s_function_leaves_rows_out_and_names_what_it_lacks(tmp_path):
+    rows = [{"image": "image0.png", "text": text} for text in ("a", "b", "a")]
+    (tmp_path / "image0.png").write_bytes(png())
+    file = lines(tmp_path / "rows.jsonl", *rows, {"image": "image0.png", "txt": "c"})
+    found = read("table", file, tmp_path, options={"without": ["b"]})
+    assert reasons(found) == ["", "", "no column 'text' (did you mean 'txt'?)"]
+    first, second = found[:2]
+    assert isinstance(first, Sample) and isinstance(second, Sample)
+    assert first.sample_id != second.sample_id, "two rows are two samples"
+    assert first.group_id == second.group_id

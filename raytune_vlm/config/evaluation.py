@@ -128,17 +128,49 @@ class JudgeConfig(Section):
         return value.rstrip("/")
 
 
+BENCHMARK_NAMES = (
+    "mmmu",
+    "mmmu_test",
+    "mathvista",
+    "ocrbench",
+    "ai2d",
+    "ai2d_no_mask",
+    "chartqa",
+    "docvqa",
+    "docvqa_test",
+    "textvqa",
+    "realworldqa",
+    "vqav2",
+    "coco_karpathy",
+    "cord",
+    "rdr",
+    "vqa_rad",
+    "slake",
+)
+"""The keys of `BENCHMARKS`: here, so that a typo in an experiment fails before anything starts."""
+
+
 class EvaluationConfig(Section):
     """Greedy generation, answer parsing, metrics, intervals."""
 
     metrics: tuple[str, ...] = ("exact_match@strip",)
     """Metric variants to compute; every one of them is stored per sample."""
-    answer: Literal["text", "json_tags"] = "text"
-    """What an answer must be to count as parsed."""
+    answer: Literal["text", "json_tags", "choice"] = "text"
+    """What an answer must be to count as parsed: not empty, tags of a document, or one choice of
+    the reference, by its letter or its text."""
     max_new_tokens: int = Field(default=128, ge=1)
     """Longest generation; an answer cut here is counted as truncated."""
     batch_size: int = Field(default=64, ge=1)
     """Prompts generated at once on one worker."""
+    guard: tuple[str, ...] = ()
+    """Benchmarks that the base model, the default recipe and the winner are scored on beside
+    `report` at the end of a sweep, to show what tuning made them forget: names of
+    `docs/benchmarks.md` (`docvqa`, `chartqa@human`) or YAML files of your own."""
+    guard_data: str | None = None
+    """Folder of the guard's data, `<folder>/<benchmark>/*.parquet`, or `fixtures`; None: the hub,
+    which needs `data.allow_network`."""
+    guard_samples: int | None = Field(default=None, ge=1)
+    """At most so many questions of each benchmark of the guard (a fixed choice by hash)."""
     every: int | None = Field(default=None, ge=1)
     """Score `select` every so many steps, besides the rungs of the scheduler and the end."""
     rung_samples: float | tuple[float, ...] | None = None
@@ -173,6 +205,25 @@ class EvaluationConfig(Section):
                 f"rung_samples must be shares above 0 and at most 1, none smaller than the one "
                 f"before, got {list(shares)}"
             )
+        return value
+
+    @model_validator(mode="after")
+    def _guard_is_used(self) -> "EvaluationConfig":
+        for name in ("guard_data", "guard_samples"):
+            if getattr(self, name) is not None and not self.guard:
+                raise ValueError(f"{name}={getattr(self, name)} has no effect: guard is empty")
+        return self
+
+    @field_validator("guard")
+    @classmethod
+    def _known_benchmarks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            plain = name.partition("@")[0]
+            if plain not in BENCHMARK_NAMES and not name.endswith((".yaml", ".yml")):
+                near = did_you_mean(plain, BENCHMARK_NAMES)
+                raise ValueError(f"no benchmark {plain!r}{near}, nor a YAML file of your own")
+        if len(set(value)) != len(value):
+            raise ValueError(f"benchmarks must be distinct, got {list(value)}")
         return value
 
     @field_validator("metrics")

@@ -111,6 +111,17 @@ class ExperimentConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _guard_can_be_read(self) -> "ExperimentConfig":
+        names, own = self.evaluation.guard, (".yaml", ".yml")
+        on_the_hub = [name for name in names if not name.endswith(own)]
+        if on_the_hub and self.evaluation.guard_data is None and not self.data.allow_network:
+            raise ValueError(
+                f"evaluation.guard={on_the_hub[0]} is on the hub: set data.allow_network=true, or "
+                "evaluation.guard_data to a folder that has it"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _decay_is_used(self) -> "ExperimentConfig":
         searched = self.sweep.search_space.get("train.schedule")
         schedules = [self.train.schedule, *(searched.corners() if searched is not None else ())]

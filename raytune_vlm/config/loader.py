@@ -44,8 +44,30 @@ def load_experiment(file: Path | str, overrides: Sequence[str] = ()) -> Experime
         raise ConfigError(f"{file}: the top level must be a mapping of keys, got {kind}")
     origins = {key: f"{file}:{line}" for key, line in lines.items()}
     _refuse(f"{origins.get(key, file)}: {why}" for key, why in secret_problems(plain))
+    return resolve(plain, overrides, origins, str(file))
+
+
+def resolve(
+    plain: dict[str, Any],
+    overrides: Sequence[str] = (),
+    origins: dict[str, str] | None = None,
+    name: str = "experiment",
+) -> ExperimentConfig:
+    """Plain data with overrides as a validated experiment; both mappings are changed in place.
+
+    Parameters
+    ----------
+    origins
+        Dotted key -> where it stands, for messages; others are said to stand in `name`.
+
+    Raises
+    ------
+    ConfigError
+        If anything is wrong with the data, an override or the search space; one line a problem.
+    """
+    origins = {} if origins is None else origins
     apply_overrides(plain, overrides, origins)
-    origins[""] = str(file)
+    origins[""] = name
 
     try:
         experiment = ExperimentConfig.model_validate(plain)

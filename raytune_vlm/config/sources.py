@@ -9,6 +9,12 @@ from pydantic import Field, field_validator, model_validator
 from raytune_vlm.config.section import Section
 
 
+def _names_a_function(function: str) -> str:
+    if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", function):
+        raise ValueError(f"must be written package.module:name, got '{function}'")
+    return function
+
+
 class SourceConfig(Section):
     """What every source has."""
 
@@ -170,12 +176,22 @@ class PythonSource(SourceConfig):
     options: dict[str, Any] = Field(default_factory=dict)
     """Handed to the function as they are."""
 
-    @field_validator("function")
-    @classmethod
-    def _names_a_function(cls, function: str) -> str:
-        if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", function):
-            raise ValueError(f"must be written package.module:name, got '{function}'")
-        return function
+    _is_a_function = field_validator("function")(_names_a_function)
+
+
+class TableFunctionSource(TableSource):
+    """Rows of tables through a function of your own, one row in, one sample out."""
+
+    type: Literal["table"]
+    function: str
+    """`package.module:name` of a function `(row, options)` that returns a dict as `messages` rows
+    are, with `id` if rows have a name of their own, or None for a row that is left out."""
+    columns: tuple[str, ...] = Field(min_length=1)
+    """The columns that the function reads; a row that lacks one is refused."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Handed to the function as they are."""
+
+    _is_a_function = field_validator("function")(_names_a_function)
 
 
 def parse_template(template: str) -> list[tuple[str, str | None]]:
@@ -202,6 +218,7 @@ Source = Annotated[
     | SroieSource
     | WebDatasetSource
     | LlamaFactorySource
-    | PythonSource,
+    | PythonSource
+    | TableFunctionSource,
     Field(discriminator="type"),
 ]

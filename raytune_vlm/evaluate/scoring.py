@@ -22,6 +22,7 @@ from raytune_vlm.errors import EvaluationError, did_you_mean
 from raytune_vlm.evaluate.categories import category_scores, statistics_of
 from raytune_vlm.evaluate.extraction import extracted_answers, score_extracted
 from raytune_vlm.evaluate.metrics import METRICS, Metric, SampleScore
+from raytune_vlm.evaluate.metrics.letters import plain_letter
 from raytune_vlm.evaluate.statistics import estimate
 from raytune_vlm.json_tokens import is_parsable
 from raytune_vlm.records import (
@@ -31,9 +32,9 @@ from raytune_vlm.records import (
     Scores,
     write_json,
 )
-from raytune_vlm.references import read_reference
+from raytune_vlm.references import Reference, read_reference
 
-Answer = Literal["text", "json_tags"]
+Answer = Literal["text", "json_tags", "choice"]
 Floats = NDArray[np.float64]
 
 PREDICTIONS_FILE = "predictions.parquet"
@@ -78,6 +79,7 @@ def score(
     seconds: float,
     overlapping: Collection[str] = (),
     extracted: Mapping[str, Sequence[str | None]] | None = None,
+    benchmark: dict[str, Any] | None = None,
 ) -> tuple[Scores, pa.Table]:
     """Score predictions with every metric.
 
@@ -89,6 +91,9 @@ def score(
     extracted
         Metric -> what was extracted of each prediction, for metrics with a judge; None where
         nothing could be: the sample then has no score and counts as a failure.
+    benchmark
+        Facts about it, kept beside the scores. A metric that has no score for any of the samples is
+        then left out: a few samples may all be of another kind.
 
     Returns
     -------
@@ -107,10 +112,11 @@ def score(
     if not predictions:
         raise EvaluationError(f"{trial_id} at step {step} has no predictions on {split!r}")
     chosen = {name: _metric(name) for name in metrics}
-    parsed = [_is_answer(prediction.text, answer) for prediction in predictions]
+    references = [read_reference(prediction.reference) for prediction in predictions]
+    pairs = zip(predictions, references, strict=True)
+    parsed = [_is_answer(entry.text, answer, reference) for entry, reference in pairs]
     columns = _text_columns(predictions, parsed)
     groups = [prediction.group_id for prediction in predictions]
-    references = [read_reference(prediction.reference) for prediction in predictions]
     categories = [reference.category for reference in references]
     texts = [prediction.text for prediction in predictions]
     estimates, by_category, clean = {}, {}, {}
@@ -128,6 +134,8 @@ def score(
         columns |= _metric_columns(name, results)
         values, weights = statistics_of(metric, results)
         if np.isnan(values).all():
+            if benchmark is not None:
+                continue
             raise EvaluationError(f"{name} has no score for any of {len(results)} samples")
         options: dict[str, Any] = {
             "confidence": confidence,
@@ -155,11 +163,14 @@ def score(
         seconds=seconds,
         clean=None if clean_rows.all() else _clean_scores(predictions, clean_rows, clean),
         extraction_failures=failures,
+        benchmark=benchmark or {},
     )
-    origin = {"trial_id": trial_id, "step": step, "split": split, "answer": answer}
+    origin: dict[str, Any] = {"trial_id": trial_id, "step": step, "split": split, "answer": answer}
     here = [
         row.sample_id for row, is_clean in zip(predictions, clean_rows, strict=True) if not is_clean
     ]
+    if benchmark is not None:
+        origin["benchmark"] = benchmark
     origin |= {"seconds": seconds, "overlapping": here}
     metadata = {_METADATA_KEY: json.dumps(origin).encode()}
     return scores, pa.table(columns).replace_schema_metadata(metadata)
@@ -335,7 +346,9 @@ def _metric(name: str) -> Metric:
     return METRICS[name]
 
 
-def _is_answer(text: str, answer: Answer) -> bool:
+def _is_answer(text: str, answer: Answer, reference: Reference) -> bool:
+    if answer == "choice" and reference.choices:
+        return plain_letter(text, reference.choices) is not None
     return is_parsable(text) if answer == "json_tags" else bool(text.strip())
 
 
@@ -394,7 +407,7 @@ def _read_metric(file: Path, metric: str) -> pa.Table:
     wanted = ["sample_id", "group_id", metric, metric + _WEIGHT]
     table = _read(file, [*wanted, metric + _SUMS])
     if missing := [name for name in wanted if name not in table.column_names]:
-        known = _stored(pq.read_schema(file).names)
+        known = _metrics_in(pq.read_schema(file).names)
         hint = did_you_mean(metric, known) if missing[0] == metric else ""
         raise EvaluationError(f"{file} has no column {missing[0]!r}{hint}")
     return table

@@ -144,11 +144,15 @@ def _stamp(name: str) -> list[int]:
 
 
 def prepare(
-    experiment: ExperimentConfig, jobs: list[ShardJob], progress: ProgressFunction
+    experiment: ExperimentConfig,
+    jobs: list[ShardJob],
+    progress: ProgressFunction,
+    *,
+    for_training: bool = True,
 ) -> PreparedData:
     """Prepare the shards that are not there and judge the whole.
 
-    Ray must be initialised.
+    Ray must be initialised. Without `for_training` there need not be any training samples.
 
     Raises
     ------
@@ -169,7 +173,7 @@ def prepare(
     index, copies, removed = without_duplicates(index, in_training=experiment.data.deduplicate)
     quarantine += copies
     refuse_bad(experiment, len(index) + sum(over_long.values()) + removed, quarantine)
-    if not pc.any(pc.equal(index["split"], "train")).as_py():
+    if for_training and not pc.any(pc.equal(index["split"], "train")).as_py():
         where = ", ".join(source.path for source in experiment.data.sources)
         raise DataError(f"data.sources: no training samples in {where}")
     _check_weights(experiment, index)

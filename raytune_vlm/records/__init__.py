@@ -13,28 +13,29 @@ a copied folder can be read without Ray and without torch:
                              gallery/<sample_id>.jpg
       trials/<trial_id>/     trial.json, metrics.jsonl, samples/, checkpoints/step_000200/,
                              evaluations/<split>/step_000200/{predictions.parquet,scores.json},
+                             evaluations/<benchmark>/step_000200/ the same, benchmark.json and
+                             submission.json; evaluations/card.{md,json}
                              seed-<n>/ (the best only: the recipe with another seed)
       report/                index.html, leaderboard.csv, leaderboard.json
       best/                  the winner's PEFT adapter, processor, model card, experiment.yaml
 
-The untouched base model is the pseudo-trial `base` at step 0.
+The untouched base model is the pseudo-trial `base` at step 0. A model that no sweep trained has its
+benchmarks in `<storage_path>/evaluations/<model>/`, which is laid out like a sweep folder.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import uuid
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from raytune_vlm.json_files import read_json, read_json_lines, write_json, write_text
 from raytune_vlm.records.estimate import MetricEstimate
 from raytune_vlm.records.overlap import CleanScores, Overlap
-from raytune_vlm.records.result import PairedTest, Replicate, SweepResult
+from raytune_vlm.records.result import GuardScore, PairedTest, Replicate, SweepResult
 
 __all__ = [
     "BASE_TRIAL",
@@ -43,6 +44,7 @@ __all__ = [
     "CategoryScore",
     "CleanScores",
     "DataManifest",
+    "GuardScore",
     "MetricEstimate",
     "Overlap",
     "PairedTest",
@@ -208,6 +210,8 @@ class Scores:
     """On the samples that do not overlap `train`; None where none does."""
     extraction_failures: dict[str, int] = field(default_factory=dict)
     """Metric with a judge -> samples that it got no answer for: they have no score."""
+    benchmark: dict[str, Any] = field(default_factory=dict)
+    """Of a benchmark: what it was (`sweep.benchmarks.facts_of`), and what of it was left out."""
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Scores:
@@ -277,6 +281,8 @@ class TrialFolder:
         self.samples = root / "samples"
         """`rank_<r>.jsonl`: step and the ids of the samples that the rank was given in it."""
         self.checkpoints = root / "checkpoints"
+        self.card = root / "evaluations" / "card.md"
+        """The table of the benchmarks that `evaluate` scored last; `card.json` is the same."""
 
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step_{step:06d}"
@@ -342,47 +348,3 @@ class SweepFolder:
         if not self.result_file.exists():
             return None
         return SweepResult.from_json(read_json(self.result_file))
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The JSON object in a file."""
-    value: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return value
-
-
-def read_json_lines(file: Path) -> list[dict[str, Any]]:
-    """All objects of a JSON-lines file; a torn last line (a writer that was killed) is left out."""
-    if not file.exists():
-        return []
-    rows: list[dict[str, Any]] = []
-    lines = file.read_bytes().split(b"\n")
-    for number, line in enumerate(lines):
-        if not line.strip():
-            continue
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            if number < len(lines) - 1:
-                raise
-    return rows
-
-
-def write_json(file: Path, value: Any) -> None:
-    """Write JSON (a dataclass or plain data) so that readers see the old or the new file, whole."""
-    plain = asdict(value) if hasattr(value, "__dataclass_fields__") else value
-    write_text(file, json.dumps(plain, indent=1, ensure_ascii=False) + "\n")
-
-
-def write_text(file: Path, text: str) -> None:
-    """Write a text file atomically: temporary name, fsync, rename."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        with temporary.open("x", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(file)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

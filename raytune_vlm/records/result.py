@@ -66,6 +66,33 @@ class SeedSpread:
 
 
 @dataclass(frozen=True)
+class GuardScore:
+    """One metric of one benchmark of `evaluation.guard`, for one role."""
+
+    benchmark: str
+    metric: str
+    role: str
+    trial_id: str
+    estimate: MetricEstimate
+    num_samples: int
+    left_out: int
+    """Rows that could not be asked."""
+    against_base: PairedTest | None = None
+    """This role minus the base model, on the same questions."""
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> GuardScore:
+        test = value["against_base"]
+        return cls(
+            **{
+                **value,
+                "estimate": MetricEstimate(**value["estimate"]),
+                "against_base": PairedTest(**test) if test else None,
+            }
+        )
+
+
+@dataclass(frozen=True)
 class SweepResult:
     """`result.json`: the decision of a sweep, written once at its end."""
 
@@ -97,6 +124,8 @@ class SweepResult:
     """Role -> score on the samples of `report` that do not overlap `train`, if some do."""
     num_clean: int | None = None
     """How many samples of `report` those are; None if no sample overlaps."""
+    guard: list[GuardScore] = field(default_factory=list)
+    """What the benchmarks of `evaluation.guard` say of base, default and winner."""
 
     def seeds(self) -> list[SeedSpread]:
         """The recipes that were trained with other seeds, the best by the sweep's own first."""
@@ -129,5 +158,6 @@ class SweepResult:
                 "clean": {
                     role: MetricEstimate(**entry) for role, entry in value.get("clean", {}).items()
                 },
+                "guard": [GuardScore.from_json(entry) for entry in value.get("guard", [])],
             }
         )

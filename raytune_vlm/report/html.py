@@ -66,6 +66,7 @@ def render(view: SweepView) -> str:
         against_base=_against_base(view),
         seeds=view.result.seeds() if view.result else [],
         controls=controls_section(view),
+        guard=_guard(view),
         curves=learning_curves(view),
         wide_plots=wide,
         panels=panels,
@@ -107,6 +108,22 @@ def _against_base(view: SweepView) -> list[dict[str, Any]]:
             {"test": test, "says": words[clearly(test, view.mode)] if told else words["unclear"]}
         )
     return found
+
+
+def _guard(view: SweepView) -> list[dict[str, Any]]:
+    """The guard's scores, and whether the role is worse than the base model."""
+    if view.result is None:
+        return []
+    words = {"good": "better", "bad": "worse", "unclear": "cannot tell"}
+    return [
+        {
+            "score": entry,
+            "says": words[clearly(entry.against_base, view.mode_of(entry.metric))]
+            if entry.against_base
+            else "",
+        }
+        for entry in view.result.guard
+    ]
 
 
 def _metric_table(view: SweepView) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ from raytune_vlm.sources import (
     python,
     sharegpt,
     sroie,
+    table,
     webdataset,
 )
 from raytune_vlm.sources.base import Reader, Shard
@@ -23,6 +24,7 @@ SOURCES: dict[str, Reader] = {
     "webdataset": webdataset.READER,
     "llamafactory": llamafactory.READER,
     "python": python.READER,
+    "table": table.READER,
 }
 
 __all__ = ["SOURCES", "Reader", "Shard"]

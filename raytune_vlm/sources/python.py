@@ -70,7 +70,7 @@ def list_shards(config: PythonSource, root: Path, allow_network: bool) -> list[S
         near = path if path.is_dir() else path.parent
         folders = tuple(dict.fromkeys((str(near.resolve()), str(near), str(top))))
         shards = [Shard(str(path), 0, show(path, top), folders)]
-    source = _source_of(import_function(config.function))
+    source = module_of(import_function(config.function))
     shards = [replace(shard, digest=_digest(source, shard)) for shard in shards]
     if len(shards) == 1:  # no need to count
         return [replace(shards[0], limit=config.max_samples)]
@@ -137,7 +137,8 @@ def _count(config: PythonSource, shard: Shard, at_most: int) -> int:
     return sum(1 for _ in itertools.islice(_rows(config, shard), at_most))
 
 
-def _source_of(function: Function) -> bytes:
+def module_of(function: Function) -> bytes:
+    """The source of the module that a function stands in; empty where it has none."""
     try:
         return Path(inspect.getfile(inspect.unwrap(function))).read_bytes()
     except (OSError, TypeError):  # compiled, or an object that is called

@@ -25,6 +25,7 @@ from raytune_vlm.evaluate.statistics import (
 from raytune_vlm.images import thumbnail
 from raytune_vlm.models.export import write_adapter
 from raytune_vlm.records import (
+    GuardScore,
     PairedTest,
     Replicate,
     SweepFolder,
@@ -44,6 +45,7 @@ from raytune_vlm.sweep.comparisons import (
     test_pair,
 )
 from raytune_vlm.sweep.export import own_experiment
+from raytune_vlm.sweep.guard import score_guard
 from raytune_vlm.sweep.jobs import Job
 from raytune_vlm.sweep.ledger import TrialState
 from raytune_vlm.sweep.runner import Scoring, Session, evaluate
@@ -72,7 +74,7 @@ def decide(running: Session) -> SweepResult:
         f"winner: {winner.trial.trial_id} at step {winner.step}; scoring `report` once each for "
         "base, default and winner"
     )
-    roles, paired = _report(running, candidates, winner)
+    roles, paired, guard = _report(running, candidates, winner)
     tops = _tops(candidates, winner, experiment.mode, folder)[: experiment.sweep.replicate_top]
     replicates = _replicates(running, tops)
     clean, num_clean = clean_scores(running, roles, winner)
@@ -95,6 +97,7 @@ def decide(running: Session) -> SweepResult:
         detectable=detectable_by_split(running),
         clean=clean,
         num_clean=num_clean,
+        guard=guard,
     )
     if result.best_by_seeds() not in (None, result.winner):
         running.monitor.say(
@@ -209,7 +212,7 @@ def _tops(
 
 def _report(
     running: Session, candidates: list[Candidate], winner: Candidate
-) -> tuple[dict[str, str], list[PairedTest]]:
+) -> tuple[dict[str, str], list[PairedTest], list[GuardScore]]:
     experiment, folder = running.experiment, running.folder
     chosen: dict[str, tuple[TrialState | None, int]] = {"base": (None, 0)}
     if experiment.sweep.include_default:
@@ -232,7 +235,8 @@ def _report(
         if role in files and files[role] != files["winner"]
         for metric in experiment.evaluation.metrics
     ]
-    return {role: scoring.trial_id for role, scoring in scorings.items()}, adjusted(paired)
+    roles = {role: scoring.trial_id for role, scoring in scorings.items()}
+    return roles, adjusted(paired), score_guard(running, scorings)
 
 
 def _replicates(running: Session, tops: list[Candidate]) -> list[Replicate]:

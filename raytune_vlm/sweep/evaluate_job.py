@@ -56,7 +56,15 @@ def run_evaluate(worker: Worker, job: Job) -> None:
     from raytune_vlm.models.lora import attach, detach
     from raytune_vlm.train.checkpoint import verify
 
-    if job.trial_id == BASE_TRIAL:
+    if job.adapter is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(worker.base.model, job.adapter)
+        try:
+            scores = evaluate(worker, job, model, job.split, job.step)
+        finally:
+            worker.base.model = detach(model)
+    elif job.trial_id == BASE_TRIAL:
         scores = evaluate(worker, job, worker.base.model, job.split, 0)
     else:
         recipe = worker.experiment.with_recipe(job.recipe)

@@ -13,8 +13,8 @@ import ray
 from raytune_vlm.config.experiment import digest_of
 from raytune_vlm.config.model import ModelConfig
 from raytune_vlm.records import BASE_TRIAL, Scores
+from raytune_vlm.sweep.asked import asked_of
 from raytune_vlm.sweep.jobs import Job
-from raytune_vlm.sweep.rungs import rows_to_score
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -38,8 +38,8 @@ class Evaluation:
         self.worker, self.job, self.split, self.step = worker, job, split, step
         self._model = model
         self._pushed = 0.0
-        self.prompts = worker.splits[split]
-        self.rows = rows_to_score(worker.experiment, self.prompts, worker.rows[split], step)
+        self.asked = asked_of(worker, job, split, step)
+        self.prompts, self.rows = self.asked.split, self.asked.rows
         self.trial = worker.folder.trial(job.trial_id)
         self.folder = self.trial.evaluation(split, step)
         # Only rank 0 opens the stores, and only it need see the checkpoint.
@@ -51,7 +51,10 @@ class Evaluation:
 
         worker, experiment = self.worker, self.worker.experiment
         checkpoint = "none: the base model"
-        if self.job.trial_id != BASE_TRIAL:
+        if self.job.adapter is not None:
+            weights = Path(self.job.adapter) / "adapter_model.safetensors"
+            checkpoint = hashlib.sha256(weights.read_bytes()).hexdigest()
+        elif self.job.trial_id != BASE_TRIAL:
             manifest = self.trial.checkpoint(self.step) / "manifest.json"
             checkpoint = hashlib.sha256(manifest.read_bytes()).hexdigest()
         ids = [self.prompts.sample_ids[row] for row in self.rows]
@@ -62,7 +65,8 @@ class Evaluation:
             "data": worker.setup.data.digest,
             "split": self.split,
             "samples": digest_of(ids),
-            "max_new_tokens": experiment.evaluation.max_new_tokens,
+            "benchmark": self.asked.facts,
+            "max_new_tokens": self.asked.evaluation.max_new_tokens,
         }
 
     def answers(
@@ -78,7 +82,7 @@ class Evaluation:
         from raytune_vlm.evaluate.answers import AnswerStore
         from raytune_vlm.evaluate.generate import deal, generate
 
-        world, config = self.worker.world, self.worker.experiment.evaluation
+        world, config = self.worker.world, self.asked.evaluation
         store = AnswerStore(folder)
         known = store.open(self._identity | made) if world.rank == 0 else None
         known = world.broadcast(known)
@@ -155,19 +159,20 @@ class Evaluation:
         from raytune_vlm.evaluate.scoring import score
 
         experiment = self.worker.experiment
-        config = experiment.evaluation
+        config, facts = self.asked.evaluation, self.asked.facts
         return score(
             predictions,
             trial_id=self.job.trial_id,
             step=self.step,
             split=self.split,
-            metrics=config.metrics,
+            metrics=self.asked.metrics,
             answer=config.answer,
             confidence=config.confidence,
             num_bootstrap=config.num_bootstrap,
             seed=experiment.seed,
             seconds=seconds,
-            overlapping=self.worker.folder.overlapping(self.split),
+            overlapping=() if facts else self.worker.folder.overlapping(self.split),
+            benchmark=facts,
             extracted=extracted or self._extracted(predictions, folder),
         )
 

@@ -5,6 +5,26 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from raytune_vlm.config.evaluation import EvaluationConfig
+
+
+@dataclass(frozen=True)
+class PreparedBenchmark:
+    """A benchmark as the executors score it: prepared data and how it is asked."""
+
+    name: str
+    """Under which its scores are stored: `docvqa`, `chartqa-human-limit-200`."""
+    store: str
+    index_file: str
+    limit: int | None
+    """At most so many questions, always the same ones."""
+    evaluation: EvaluationConfig
+    """How it is generated and what counts as parsed; its `metrics` are not read."""
+    metrics: tuple[str, ...]
+    """Empty where the answers are secret."""
+    facts: dict[str, Any]
+    """What is kept beside the scores."""
+
 
 @dataclass(frozen=True)
 class Job:
@@ -25,6 +45,10 @@ class Job:
         Steps whose scores the ledger has already: not to be reported again.
     split, step
         For `evaluate`: what to score, and which checkpoint (0 is the base model).
+    benchmark
+        For `evaluate`: the benchmark to score instead of a split of the experiment's own data.
+    adapter
+        For `evaluate`: the folder of a PEFT adapter to put on, instead of a trial's checkpoint.
     attempt
         Counts from 1; grows each time an executor died with the job.
     """
@@ -37,3 +61,5 @@ class Job:
     split: str = "select"
     step: int = 0
     attempt: int = 1
+    benchmark: PreparedBenchmark | None = None
+    adapter: str | None = None

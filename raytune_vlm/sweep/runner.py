@@ -36,7 +36,7 @@ from raytune_vlm.prepare.shard import ShardJob
 from raytune_vlm.records import BASE_TRIAL, Scores, SweepFolder, read_json, write_json
 from raytune_vlm.sweep.cluster import ray_session
 from raytune_vlm.sweep.detect import base_scores, detectable_lines
-from raytune_vlm.sweep.jobs import Job
+from raytune_vlm.sweep.jobs import Job, PreparedBenchmark
 from raytune_vlm.sweep.lease import Lease
 from raytune_vlm.sweep.ledger import Ledger, TrialState, replay
 from raytune_vlm.sweep.rungs import check_rungs
@@ -96,6 +96,8 @@ def run_sweep(experiment: ExperimentConfig, *, command: str, monitor: Monitor) -
     SweepInterrupted
         If it was stopped before its end; `resume` continues it.
     """
+    from raytune_vlm.sweep.guard import guard_suite, prepare_guard
+
     experiment = located(experiment)
     folder = SweepFolder(Path(experiment.storage_path) / experiment.name)
     if folder.experiment_file.exists():
@@ -104,12 +106,14 @@ def run_sweep(experiment: ExperimentConfig, *, command: str, monitor: Monitor) -
             "it, another name= starts a new one"
         )
     jobs = plan_of(experiment)
+    guard_suite(experiment)
     with ray_session(experiment):
         data = prepare_data(experiment, jobs, monitor)
         require_splits(data, "select", "report")
         resolved = with_steps(experiment, data, monitor)
         check_rungs(resolved, data.split("select"))
         say_detectable(resolved, data, monitor)
+        prepare_guard(experiment, monitor)
         write_head(folder, experiment, data, command)
         with Lease(folder.lease_file):
             return _drive(resolved, folder, data, monitor)
@@ -126,6 +130,7 @@ def resume_sweep(root: Path, *, monitor: Monitor, trust: str | None = None) -> S
         If the data is no longer what the sweep began with.
     """
     from raytune_vlm.report import build_report
+    from raytune_vlm.sweep.guard import prepare_guard
 
     folder = SweepFolder(root.resolve())
     if not folder.experiment_file.exists():
@@ -146,6 +151,7 @@ def resume_sweep(root: Path, *, monitor: Monitor, trust: str | None = None) -> S
             )
         resolved = with_steps(experiment, data, monitor)
         say_detectable(resolved, data, monitor, base_scores(folder))
+        prepare_guard(experiment, monitor)
         return _drive(resolved, folder, data, monitor)
 
 
@@ -234,10 +240,16 @@ class Scoring:
     trial: TrialState | None
     split: str
     step: int
+    benchmark: PreparedBenchmark | None = None
+    """What is asked instead of the experiment's own split; `split` is its name."""
+    adapter: Path | None = None
+    """A PEFT adapter on the base model, instead of a trial."""
 
     @property
     def trial_id(self) -> str:
         """Whose folder the scores go to."""
+        if self.adapter is not None:
+            return f"adapter-{self.adapter.name}"
         return self.trial.trial_id if self.trial else BASE_TRIAL
 
     def scores_file(self, folder: SweepFolder) -> Path:
@@ -253,6 +265,8 @@ class Scoring:
             recipe=self.trial.recipe if self.trial else {},
             split=self.split,
             step=self.step,
+            benchmark=self.benchmark,
+            adapter=None if self.adapter is None else str(self.adapter),
         )
 
 
@@ -299,7 +313,11 @@ def score_base(running: Session) -> None:
 
 
 def prepare_data(
-    experiment: ExperimentConfig, jobs: list[ShardJob], monitor: Monitor
+    experiment: ExperimentConfig,
+    jobs: list[ShardJob],
+    monitor: Monitor,
+    *,
+    for_training: bool = True,
 ) -> PreparedData:
     """Prepare the data and say what it is; see `prepare.prepare`."""
     monitor.say(f"data: {len(jobs)} shards of {len(experiment.data.sources)} sources")
@@ -307,6 +325,7 @@ def prepare_data(
         experiment,
         jobs,
         lambda step, done, total: monitor.progress(f"data: shards, {step}", done, total),
+        for_training=for_training,
     )
     splits = ", ".join(f"{name} {entry.num_used}" for name, entry in data.manifest.splits.items())
     monitor.say(

@@ -1,0 +1,171 @@
+"""`raytune-vlm evaluate TARGET`: a split of a sweep folder, or any model on benchmarks.
+
+raytune-vlm evaluate TARGET --benchmarks docvqa,chartqa@human [dotted.key=value ...]
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from raytune_vlm.cli_data import TRUST
+from raytune_vlm.errors import ConfigError, did_you_mean
+
+if TYPE_CHECKING:
+    from raytune_vlm.config import ExperimentConfig
+
+KEYS = (
+    "storage_path",
+    "seed",
+    "model.revision",
+    "model.dtype",
+    "model.quantization",
+    "model.attention",
+    "model.image_backend",
+    "data.tier",
+    "data.disk_budget_gb",
+    "data.decode_threads",
+    "train.backend",
+    "train.num_workers",
+    "train.cpus_per_worker",
+    "train.gpus_per_worker",
+    "evaluation.batch_size",
+    "evaluation.confidence",
+    "evaluation.num_bootstrap",
+    "sweep.num_executors",
+    "sweep.max_failures",
+)
+"""What can be overridden with `--benchmarks`: any other key has no effect there."""
+
+
+@click.command()
+@click.argument("target")
+@click.argument("overrides", nargs=-1)
+@TRUST
+@click.option("--trial", "trial_id", help="Trial id, `best` or `base`.  [default: base]")
+@click.option("--split", type=click.Choice(["select", "report"]), help="[default: select]")
+@click.option(
+    "--benchmarks", metavar="NAMES", help="docvqa,chartqa@human,mine.yaml: see docs/benchmarks.md."
+)
+@click.option("--adapter", type=click.Path(path_type=Path), help="A PEFT adapter on the model.")
+@click.option("--data", metavar="DIR|fixtures", help="DIR/<benchmark>/ instead of the hub.")
+@click.option("--output", type=click.Path(path_type=Path), help="Folder of a model's scores.")
+@click.option("--robustness", is_flag=True, help="With altered images too (--split report).")
+@click.option("--limit", type=click.IntRange(min=1), help="So many questions, always the same.")
+def evaluate(
+    target: str,
+    overrides: tuple[str, ...],
+    trust: str | None,
+    trial_id: str | None,
+    split: str | None,
+    benchmarks: str | None,
+    adapter: Path | None,
+    data: str | None,
+    output: Path | None,
+    robustness: bool,
+    limit: int | None,
+) -> None:
+    """Score a trial of a sweep folder on a split, or any model on benchmarks.
+
+    TARGET is a sweep folder; with --benchmarks also a model: a folder, a hub name, tiny:FAMILY.
+    """
+    only = {"--adapter": adapter, "--data": data, "--output": output, "--limit": limit}
+    if benchmarks is None:
+        named = [name for name, value in only.items() if value is not None] + list(overrides)
+        if named:
+            raise ConfigError(f"{named[0]} has no effect without --benchmarks")
+        _split(Path(target), trust, trial_id or "base", split or "select", curve=robustness)
+        return
+    if robustness:
+        raise ConfigError("--robustness has no effect with --benchmarks")
+    if split is not None:
+        raise ConfigError(f"--split {split} and --benchmarks exclude each other")
+    from raytune_vlm.evaluate.benchmarks import find_benchmarks
+
+    chosen = find_benchmarks(benchmarks)
+    is_sweep = (Path(target) / "experiment.json").exists()
+    wrong = {"--adapter": adapter, "--output": output} if is_sweep else {"--trial": trial_id}
+    for name, value in wrong.items():
+        if value is not None:
+            kind = "a sweep folder" if is_sweep else "a model, not a sweep folder"
+            raise ConfigError(f"{name} {value} has no effect: {target} is {kind}")
+    _check_keys(overrides)
+    from raytune_vlm.monitor import Monitor
+
+    with Monitor() as monitor:
+        from raytune_vlm.sweep.evaluate_suite import evaluate_model, evaluate_trial
+
+        shared: dict[str, Any] = {"data": data, "limit": limit, "monitor": monitor}
+        if is_sweep:
+            card = evaluate_trial(
+                Path(target),
+                trial_id or "base",
+                chosen,
+                overrides=lambda recorded: _overridden(recorded.model_dump(), overrides).trusting(
+                    recorded.model.trusted_revision
+                ),
+                trust=trust,
+                **shared,
+            )
+        else:
+            from raytune_vlm.models.trust import with_trust
+
+            experiment = with_trust(_overridden(_plain(target), overrides), trust)
+            card = evaluate_model(experiment, chosen, adapter=adapter, output=output, **shared)
+    click.echo(card.text())
+
+
+def _split(folder: Path, trust: str | None, trial_id: str, split: str, *, curve: bool) -> None:
+    from raytune_vlm.config.evaluation import USUAL_CURVE
+    from raytune_vlm.monitor import Monitor
+
+    with Monitor() as monitor:
+        from raytune_vlm.sweep.single import evaluate_one
+
+        scores = evaluate_one(
+            folder,
+            trial_id,
+            split,
+            monitor=monitor,
+            trust=trust,
+            robustness=USUAL_CURVE if curve else None,
+        )
+    for name, entry in scores.metrics.items():
+        click.echo(f"{name} {entry.value:.4f} [{entry.lower:.4f}, {entry.upper:.4f}]")
+        if scores.clean is not None and name in scores.clean.metrics:
+            clean, number = scores.clean.metrics[name], scores.clean.num_samples
+            click.echo(
+                f"{name} {clean.value:.4f} [{clean.lower:.4f}, {clean.upper:.4f}] on the "
+                f"{number} samples that overlap no training sample"
+            )
+    if split == "report":
+        from raytune_vlm.records import SweepFolder
+
+        touches = len(SweepFolder(folder).report_touches())
+        click.echo(f"report was touched {touches} times in the life of this folder")
+
+
+def _check_keys(overrides: tuple[str, ...]) -> None:
+    for override in overrides:
+        key = override.partition("=")[0]
+        if key not in KEYS:
+            near = did_you_mean(key, KEYS)
+            raise ConfigError(f"override {override}: {key} has no effect on benchmarks{near}")
+
+
+def _plain(model: str) -> dict[str, Any]:
+    """An experiment of nothing but a model; its data is replaced by the benchmarks."""
+    return {
+        "name": "benchmarks",
+        "model": {"name": model},
+        "data": {"sources": [{"type": "messages", "path": "benchmarks"}]},
+    }
+
+
+def _overridden(plain: dict[str, Any], overrides: tuple[str, ...]) -> ExperimentConfig:
+    """The experiment with the overrides; raises ConfigError, one line a problem."""
+    from raytune_vlm.config.loader import resolve
+
+    return resolve(plain, overrides)

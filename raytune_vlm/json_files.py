@@ -1,0 +1,54 @@
+"""JSON and text files, read whole and written whole: readers see the old file or the new one."""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in a file."""
+    value: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return value
+
+
+def read_json_lines(file: Path) -> list[dict[str, Any]]:
+    """All objects of a JSON-lines file; a torn last line (a writer that was killed) is left out."""
+    if not file.exists():
+        return []
+    rows: list[dict[str, Any]] = []
+    lines = file.read_bytes().split(b"\n")
+    for number, line in enumerate(lines):
+        if not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            if number < len(lines) - 1:
+                raise
+    return rows
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Write JSON (a dataclass or plain data) so that readers see the old or the new file, whole."""
+    plain = asdict(value) if hasattr(value, "__dataclass_fields__") else value
+    write_text(file, json.dumps(plain, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a text file atomically: temporary name, fsync, rename."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        with temporary.open("x", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(file)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,147 @@
+"""`evaluate --benchmarks`: a model, an adapter or a trial on benchmarks, and the card."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from raytune_vlm.config.experiment import ExperimentConfig
+from raytune_vlm.errors import ConfigError, did_you_mean
+from raytune_vlm.evaluate.benchmarks import Chosen
+from raytune_vlm.evaluate.benchmarks.card import Card, make_card
+from raytune_vlm.evaluate.benchmarks.submissions import write_submission
+from raytune_vlm.monitor import Monitor
+from raytune_vlm.records import BASE_TRIAL, Scores, SweepFolder, read_json, write_json, write_text
+from raytune_vlm.sweep import runner
+from raytune_vlm.sweep.benchmarks import (
+    check_adapter,
+    prepare_suite,
+    score_benchmarks,
+    scorings_of,
+    suite_of,
+)
+from raytune_vlm.sweep.cluster import ray_session
+from raytune_vlm.sweep.lease import Lease
+from raytune_vlm.sweep.ledger import replay
+from raytune_vlm.train.checkpoint import newest
+
+BEST = "best"
+"""Names the winner of a sweep that has ended, at the winner's step."""
+
+
+def model_folder(experiment: ExperimentConfig) -> SweepFolder:
+    """Where the scores of a model go that no sweep trained: `<storage>/evaluations/<model>/`."""
+    name = experiment.model.name
+    slug = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")
+    if Path(name).is_dir():
+        path = str(Path(name).resolve())
+        slug = f"{Path(path).name}-{hashlib.sha256(path.encode()).hexdigest()[:8]}"
+    return SweepFolder(Path(experiment.storage_path).resolve() / "evaluations" / slug)
+
+
+def evaluate_model(
+    experiment: ExperimentConfig,
+    chosen: Sequence[Chosen],
+    *,
+    adapter: Path | None = None,
+    data: str | None = None,
+    limit: int | None = None,
+    output: Path | None = None,
+    monitor: Monitor,
+) -> Card:
+    """A model by its name or folder, with an adapter on it or without.
+
+    Raises
+    ------
+    ConfigError, DataError, ModelError
+        Model, adapter or a benchmark's data are not there.
+    """
+    experiment = runner.located(experiment)
+    if adapter is not None:
+        adapter = check_adapter(adapter, experiment)
+    folder = model_folder(experiment) if output is None else SweepFolder(output.resolve())
+    if folder.experiment_file.exists():
+        raise ConfigError(f"--output {output} is a sweep folder: choose another")
+    scoring = runner.Scoring(None, "", 0, adapter=adapter)
+    return _evaluate(experiment, folder, scoring, chosen, data, limit, monitor)
+
+
+def evaluate_trial(
+    root: Path,
+    trial_id: str,
+    chosen: Sequence[Chosen],
+    *,
+    overrides: Any = lambda experiment: experiment,
+    data: str | None = None,
+    limit: int | None = None,
+    trust: str | None = None,
+    monitor: Monitor,
+) -> Card:
+    """A trial of a sweep folder (its newest checkpoint), its winner (`best`) or its base model.
+
+    Parameters
+    ----------
+    overrides
+        Changes the recorded experiment: where and on what it runs.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such trial, or it has no checkpoint.
+    """
+    folder = SweepFolder(root.resolve())
+    experiment = runner.located(overrides(runner.recorded_experiment(folder, trust)))
+    known, step = replay(folder.ledger_file), 0
+    if trial_id == BEST:
+        result = folder.result()
+        if result is None:
+            raise ConfigError(f"{root} has no winner yet: give --trial a trial's id")
+        trial_id, step = result.winner, result.winner_step
+    elif trial_id != BASE_TRIAL:
+        if trial_id not in known:
+            near = did_you_mean(trial_id, [*known, BASE_TRIAL, BEST])
+            raise ConfigError(f"{root} has no trial {trial_id!r}{near}")
+        checkpoint, _ = newest(folder.trial(trial_id).checkpoints)
+        if checkpoint is None:
+            raise ConfigError(f"{folder.trial(trial_id).root} has no whole checkpoint")
+        step = int(checkpoint.name.removeprefix("step_"))
+    trial = known.get(trial_id)
+    if trial is not None:
+        # What else a recipe says is of training, and need not fit the benchmarks' data.
+        recipe = {k: v for k, v in trial.recipe.items() if k == "seed" or k.startswith("lora.")}
+        trial = replace(trial, recipe=recipe)
+    scoring = runner.Scoring(trial, "", step)
+    return _evaluate(experiment, folder, scoring, chosen, data, limit, monitor)
+
+
+def _evaluate(
+    experiment: ExperimentConfig,
+    folder: SweepFolder,
+    scoring: runner.Scoring,
+    chosen: Sequence[Chosen],
+    data: str | None,
+    limit: int | None,
+    monitor: Monitor,
+) -> Card:
+    suite = suite_of(experiment, chosen, data=data, limit=limit)
+    runner.plan_of(suite.experiment)
+    with Lease(folder.lease_file), ray_session(suite.experiment):
+        prepared, whole = prepare_suite(suite, monitor)
+        scorings = scorings_of(scoring, prepared)
+        with runner.session(suite.experiment, folder, whole, monitor) as running:
+            score_benchmarks(running, scorings)
+        scores = []
+        for each in scorings:
+            file = each.scores_file(folder)
+            scores.append(Scores.from_json(read_json(file)))
+            if (form := scores[-1].benchmark["submission"]) is not None:
+                write_submission(form, file.with_name("predictions.parquet"))
+    card = make_card(experiment.model.name, scores, experiment.evaluation.confidence)
+    place = folder.trial(scoring.trial_id).card
+    write_text(place, card.markdown())
+    write_json(place.with_suffix(".json"), card.plain())
+    return card
