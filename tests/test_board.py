@@ -50,9 +50,9 @@ def test_a_stop_reaches_the_executor_and_takes_down_a_waiting_job():
     async def scene(board):
         await board.submit(JOB)
         await board.take("a")
-        assert await board.push("a", JOB.job_id, {"step": 1}) is False
+        assert await board.push("a", JOB.job_id, {"step": 1}) == ""
         await board.stop(JOB.job_id)
-        assert await board.push("a", JOB.job_id, {"step": 2}) is True
+        assert await board.push("a", JOB.job_id, {"step": 2}) == "stop"
         assert (await board.status())["a"]["step"] == 2
         waiting = replace(JOB, job_id="t0009")
         await board.submit(waiting)

@@ -38,8 +38,13 @@ def evaluate(worker: Worker, job: Job, model: Any, split: str, step: int) -> Sco
         worker.experiment.evaluation,
         device=worker.world.device,
         keep_going=lambda: (
-            worker.world.size > 1
-            or not worker.stopped(job, trial_id=job.trial_id, stage=f"scoring {split}", step=step)
+            worker.beat()
+            and (
+                worker.world.size > 1
+                or not worker.stopped(
+                    job, trial_id=job.trial_id, stage=f"scoring {split}", step=step
+                )
+            )
         ),
         together=together,
     )

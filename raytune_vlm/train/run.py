@@ -45,7 +45,7 @@ from raytune_vlm.prepare.stream import (
     stored_blocks,
     streamed_blocks,
 )
-from raytune_vlm.train import checkpoint
+from raytune_vlm.train import checkpoint, random_state
 from raytune_vlm.train.auditor import Auditor
 from raytune_vlm.train.backends import BACKENDS
 from raytune_vlm.train.optimizer import parameter_groups
@@ -161,7 +161,7 @@ class Run:
             for tensor in (*trained, *starts):
                 torch.distributed.broadcast(tensor.detach(), src=0)
         # Dropout must not depend on how many random numbers the initialisation drew.
-        torch.manual_seed(experiment.seed * 1009 + world.rank)
+        random_state.seed(experiment.seed * 1009 + world.rank)
 
     def _whole(self, needed: bool) -> AbstractContextManager[None]:
         """The base's weights are whole inside, if putting an adapter on reads them."""
@@ -312,17 +312,31 @@ class Run:
             )
 
     def save(self, folder: Path) -> None:
-        """Write a checkpoint; every rank calls it, rank 0 writes."""
-        states = self._world.gather(checkpoint.rng_state(self._world.device))
+        """Write a checkpoint; every rank calls it, rank 0 writes.
+
+        Raises
+        ------
+        CheckpointError
+            On every rank, if it cannot be written.
+        """
+        states = self._world.gather(random_state.capture(self._world.device))
+        failure = None
         if self._world.rank == 0:
             state = checkpoint.RunState(
                 step=self.steps_done,
                 plan_digest=self.plan.digest,
                 recipe_digest=self.recipe_digest,
                 samples_seen=self._samples_seen,
+                skipped=self._skipped,
             )
-            checkpoint.save(folder, self.model, self._optimizer, state, states)
-        self._world.broadcast(None)  # nobody looks for it before it is there
+            try:
+                checkpoint.save(folder, self.model, self._optimizer, state, states)
+            except CheckpointError as error:
+                failure = error
+        # Nobody looks for it before it is there.
+        failure = self._world.broadcast(failure)
+        if failure is not None:
+            raise failure
 
     def restore(self, folder: Path) -> None:
         """Continue from a checkpoint.
@@ -343,6 +357,7 @@ class Run:
             if getattr(state, f"{name}_digest") != ours:
                 raise CheckpointError(f"{folder} was made with another {name}")
         self.steps_done, self._samples_seen = state.step, state.samples_seen
+        self._skipped = state.skipped
 
     def close(self) -> None:
         """Take the adapter off; the base model is again what it was."""
