@@ -10,6 +10,7 @@ import json
 import os
 import random
 import signal
+import sys
 import time
 import traceback
 
@@ -55,7 +56,7 @@ def live(base, split, folder):
             "drawn": drawn,
         }
         with log.open("a") as stream:
-            stream.write(json.dumps(row) + "\n")
+            stream.write(json.dumps({**row, "drawn": drawn}) + "\n")
         if metrics.step % EVERY == 0:
             run.save(checkpoints / f"step_{metrics.step:06d}")
 
@@ -130,8 +131,11 @@ def test_a_run_killed_anywhere_ends_as_the_undisturbed_one(begin, tmp_path):
         finish(begin(folder))
         assert outcome(folder) == expected, f"kill {number}: {(folder / 'lives.txt').read_text()}"
         assert not list(checkpoints.glob(".*"))
-    print(f"{KILLS} kills after {sorted(lost)} steps, {inside} inside the writing of a checkpoint")
-    assert inside >= 3
+    report = (
+        f"{KILLS} kills after {sorted(lost)} steps, {inside} inside the writing of a checkpoint"
+    )
+    sys.stdout.write(f"\n{report}\n")
+    assert inside >= 3, report
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "no manifest", "empty", "emptied list"])
