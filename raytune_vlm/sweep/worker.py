@@ -122,10 +122,11 @@ class Worker:
     def work(self) -> None:
         """Rank 0 takes jobs for all ranks, until there are no more or a node is about to go."""
         board, name = self.setup.board, self.setup.name
+        wait_s = min(TAKE_WAIT_S, self.experiment.train.hang_timeout_s)
         while True:
             job = None
             if self.world.rank == 0:
-                job = ray.get(board.take.remote(name, TAKE_WAIT_S))
+                job = ray.get(board.take.remote(name, wait_s))
             job = self.world.broadcast(job)
             if job is None:
                 return
@@ -171,6 +172,7 @@ class Worker:
                 write_text(trial.root / "error.txt", traceback.format_exc())
             message = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
             self.report(job, {"failed": kind, "message": message, "done": True})
+            self.word = "stop"  # also where its node is about to go: it is done with
 
     def report(self, job: Job, report: dict[str, Any]) -> None:
         """Hand a result of a job to whoever waits for it."""

@@ -19,7 +19,13 @@ from made import cli_command, cli_environment
 
 from raytune_vlm.records import SweepFolder, read_json_lines
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow]
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.slow,
+    # Ray's `Cluster` leaves sockets and processes to the garbage collector.
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 
 STEPS = 60
 PATIENCE = float(os.environ.get("RAYTUNE_VLM_TEST_PATIENCE", "1"))
