@@ -93,14 +93,14 @@ class Nodes:
 
 @pytest.fixture
 def nodes(tmp_path, monkeypatch):
-    """A head and two nodes; what is set here reaches every process of theirs."""
+    """A head and four nodes; what is set here reaches every process of theirs."""
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     monkeypatch.setenv("RAY_metrics_report_interval_ms", "1000")
     monkeypatch.setenv("RAYTUNE_VLM_TEST_HANG", str(tmp_path / "hung"))
     monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).parent / 'hang'}:{cli_python_path()}")
     made = Nodes()
-    made.add()
-    made.add()
+    for _ in range(4):
+        made.add()
     yield made
     made.cluster.shutdown()
 
@@ -178,7 +178,6 @@ def test_whatever_dies_the_run_goes_on_to_the_same_end(nodes, write_experiment):
         wait_for_step(folder, step, driver, log)
         before, began = last_step(folder), time.monotonic()
         fault()
-        nodes.add()
         wait_for_step(folder, before + 8, driver, log)
         recovery[fault.__name__] = time.monotonic() - began
     said = log.read_text()
