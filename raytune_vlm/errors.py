@@ -49,6 +49,12 @@ class CheckpointError(RaytuneVlmError, OSError):
     """A checkpoint is torn, altered, or does not fit the run that wants it."""
 
 
+class StorageFull(CheckpointError):
+    """There is no room for a checkpoint; the recipe is not to blame, and `resume` goes on."""
+
+    exit_status = 3
+
+
 class EvaluationError(RaytuneVlmError, RuntimeError):
     """A score could not be computed, or scores of different variants were to be compared."""
 

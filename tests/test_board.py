@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 
-from raytune_vlm.sweep.board import BoardState
+from raytune_vlm.sweep.board import IDLE, BoardState
 from raytune_vlm.sweep.jobs import Job
 
 JOB = Job("t0000", "trial", "t0000", {"lora.rank": 4})
@@ -50,9 +50,9 @@ def test_a_stop_reaches_the_executor_and_takes_down_a_waiting_job():
     async def scene(board):
         await board.submit(JOB)
         await board.take("a")
-        assert await board.push("a", JOB.job_id, {"step": 1}) is False
+        assert await board.push("a", JOB.job_id, {"step": 1}) == ""
         await board.stop(JOB.job_id)
-        assert await board.push("a", JOB.job_id, {"step": 2}) is True
+        assert await board.push("a", JOB.job_id, {"step": 2}) == "stop"
         assert (await board.status())["a"]["step"] == 2
         waiting = replace(JOB, job_id="t0009")
         await board.submit(waiting)
@@ -96,5 +96,74 @@ def test_with_no_executor_alive_every_job_fails_instead_of_waiting_for_ever():
         late = replace(JOB, job_id="t0002")
         await board.submit(late)
         assert (await board.next_report("t0002"))["failed"] == "infrastructure"
+
+    play(scene)
+
+
+def test_a_node_that_announces_its_end_costs_the_job_no_attempt():
+    async def scene(board):
+        await board.submit(JOB)
+        await board.take("a")
+        await board.hand_back("a", "a node is about to go")
+        assert (await board.take("b")).attempt == 1
+        assert await board.moved_on("a") and not await board.moved_on("a")
+        assert await board.notes() == ["a: a node is about to go"] and await board.notes() == []
+
+    play(scene)
+
+
+def test_attempts_are_counted_anew_from_every_report():
+    async def scene(board):
+        await board.submit(JOB)
+        await board.take("a")
+        for _ in range(3):
+            assert (await board.take("a")).attempt == 2
+            await board.report(JOB.job_id, {"step": 4})
+        assert await board.moved_on("a")
+
+    play(scene)
+
+
+def test_a_call_of_a_dead_life_takes_nothing_from_the_new_one():
+    async def scene(board):
+        stale = asyncio.create_task(board.take("a"))
+        await asyncio.sleep(0)
+        fresh = asyncio.create_task(board.take("a"))
+        await asyncio.sleep(0)
+        await board.submit(JOB)
+        assert await fresh == JOB and await stale is None
+
+    play(scene)
+
+
+def test_an_idle_executor_asks_again_and_the_end_of_the_run_is_no_stop_of_the_trial():
+    async def scene(board):
+        assert await board.take("a", 0.01) == IDLE
+        await board.submit(JOB)
+        await board.take("a", 0.01)
+        await board.halt("disk full")
+        assert await board.push("a", JOB.job_id, {}) == "close"
+        assert await board.halted() == "disk full" and await board.take("b") is None
+        await board.stop(JOB.job_id)
+        assert await board.push("a", JOB.job_id, {}) == "stop"
+
+    play(scene)
+
+
+def test_an_executor_without_workers_is_given_up_unless_it_is_the_last():
+    async def scene(board):
+        await board.submit(JOB)
+        await board.take("a")
+        assert set(await board.absent()) == {"a", "b"}
+        assert await board.give_up_waiting("a") == 1
+        assert set(await board.absent()) == {"b"}
+        assert (await board.take("b")).attempt == 2
+        assert await board.give_up_waiting("b") == 0
+        assert await board.counts() == {
+            "executors_alive": 1,
+            "trials_queued": 0,
+            "trials_running": 1,
+            "trials_ended": 0,
+        }
 
     play(scene)

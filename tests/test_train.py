@@ -16,6 +16,7 @@ from raytune_vlm.models.lora import detach
 from raytune_vlm.models.tiny import BUILDERS
 from raytune_vlm.prepare.feed import Collation, Part
 from raytune_vlm.train import checkpoint
+from raytune_vlm.train.retention import Retention
 from raytune_vlm.train.run import Run, TrainingData, summed_cross_entropy
 from raytune_vlm.train.schedule import learning_rate
 from raytune_vlm.train.world import World
@@ -140,13 +141,13 @@ def test_the_newest_whole_checkpoint_is_found_past_damaged_ones(start, tmp_path)
     assert "never finished" in damaged[2]
 
 
-def test_retention_keeps_the_newest_and_the_pinned(start, tmp_path):
+def test_retention_keeps_the_newest_and_the_best(start, tmp_path):
     run = start()
     for step in range(1, 6):
         run.step()
         run.save(tmp_path / f"step_{step:06d}")
-    checkpoint.retain(tmp_path, 2, {1})
-    assert [int(path.name[5:]) for path in sorted(tmp_path.iterdir())] == [1, 4, 5]
+    Retention(newest=2, best=1, maximise=False).apply(tmp_path, {1: 0.1, 4: 0.3}, lambda step: True)
+    assert sorted(checkpoint.steps(tmp_path)) == [1, 4, 5]
 
 
 def test_the_checkpoint_is_peft_s_own_and_answers_the_same(start, tmp_path, tiny_base, tiny_split):

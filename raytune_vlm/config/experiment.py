@@ -250,6 +250,7 @@ class ExperimentConfig(Section):
                     "stall_timeout_s",
                 },
                 "train": set(WITHOUT_EFFECT),
+                "sweep": {"max_wait_s"},
             },
         )
         if self.model.trusted_revision is not None:

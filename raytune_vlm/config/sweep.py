@@ -172,7 +172,11 @@ class SweepConfig(Section):
     """Do so with the best so many recipes, not the winner's alone, to see whether the winner is
     still the best of them by the mean over seeds."""
     max_failures: int = Field(default=2, ge=0)
-    """How often a trial is started again after a worker died, before the sweep gives up."""
+    """How often a trial is started again after a worker died or hung, counted anew from every rung
+    that it reaches; nodes that announce their end are not counted."""
+    max_wait_s: float = Field(default=600, ge=1, le=7 * 86400)
+    """Seconds to wait for the workers of an executor, because a node is missing, before it is given
+    up; without any executor the run ends with status 3 and can be resumed."""
     search_space: dict[str, Distribution] = Field(default_factory=dict)
     """Dotted key of the experiment -> distribution."""
 

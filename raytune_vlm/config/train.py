@@ -18,6 +18,9 @@ WITHOUT_EFFECT = frozenset(
         "compile",
         "log_every",
         "log_samples",
+        "keep_best",
+        "hang_timeout_s",
+        "grace_s",
     }
 )
 """Keys of `train` that results do not depend on: a run may be continued with others."""
@@ -108,7 +111,14 @@ class TrainConfig(Section):
     checkpoint_every: int | None = Field(default=None, ge=1)
     """Steps between two checkpoints, besides those at every rung and at the end."""
     keep_checkpoints: int = Field(default=2, ge=1)
-    """Checkpoints kept per trial, the newest first; the best-scored one is never deleted."""
+    """Checkpoints kept per trial, the newest first, besides the best-scored ones."""
+    keep_best: int = Field(default=1, ge=1)
+    """Best-scored checkpoints kept per trial, besides the newest."""
+    hang_timeout_s: float = Field(default=1800, ge=1, le=7 * 86400)
+    """Seconds without a step (or a batch of answers) after which a worker writes the stacks of its
+    threads and is started again; four times as much until the first step of a trial is done."""
+    grace_s: float = Field(default=60, ge=0, le=3600)
+    """Seconds that executors get to save where they are when the run is stopped."""
 
     @model_validator(mode="after")
     def _divisible(self) -> "TrainConfig":

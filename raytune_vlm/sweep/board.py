@@ -7,13 +7,20 @@ and learn whether to stop. A job that an executor held when it died is handed to
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import ray
 
 from raytune_vlm.sweep.jobs import Job
+
+IDLE = "idle"
+"""What `take` gives when there was nothing to do for a while; ask again."""
+
+Word = Literal["", "stop", "close"]
+"""What an executor is told: go on; drop this job; the run ends, save where you are."""
 
 
 class BoardState:
@@ -24,10 +31,16 @@ class BoardState:
         self._max_failures = max_failures
         self._queue: deque[Job] = deque()
         self._held: dict[str, Job] = {}
+        self._num_ended = 0
         self._stopped: set[str] = set()
         self._reports: dict[str, asyncio.Queue[dict[str, Any]]] = {}
         self._progress: dict[str, dict[str, Any]] = {}
+        self._seen = {name: time.monotonic() for name in executors}
+        self._moved: set[str] = set()
+        self._asking: dict[str, object] = {}
+        self._notes: list[str] = []
         self._closed = False
+        self._halted: str | None = None
         self._changed = asyncio.Event()
 
     async def submit(self, job: Job) -> None:
@@ -39,37 +52,63 @@ class BoardState:
         self._queue.append(job)
         self._changed.set()
 
-    async def take(self, executor: str) -> Job | None:
-        """The next job; None when the board is closed. Waits for one.
+    async def take(self, executor: str, wait_s: float | None = None) -> Job | str | None:
+        """The next job; None when the board is closed; `IDLE` if there was none for `wait_s`.
 
         An executor that asks while it still holds a job has died with it in between: it gets the
         job again, until `max_failures` is used up.
         """
+        self._alive.add(executor)
+        # A call of a life that is over may still wait here: it must not take what the new one gets.
+        mine = self._asking[executor] = object()
         held = self._held.pop(executor, None)
         if held is not None:
-            self._retry(held, "its worker died")
-        while not self._closed:
+            self._retry(held, f"{executor}: its worker died")
+        ends = None if wait_s is None else time.monotonic() + wait_s
+        while not (self._closed or self._halted) and self._asking[executor] is mine:
             if self._queue:
                 job = self._queue.popleft()
                 self._held[executor] = job
                 return job
             self._changed.clear()
-            await self._changed.wait()
+            try:
+                left = None if ends is None else max(0.0, ends - time.monotonic())
+                await asyncio.wait_for(self._changed.wait(), left)
+            except TimeoutError:
+                return IDLE
         return None
 
-    async def push(self, executor: str, job_id: str, progress: dict[str, Any]) -> bool:
-        """Note an executor's progress; True if the job shall stop."""
+    async def push(self, executor: str, job_id: str, progress: dict[str, Any]) -> Word:
+        """Note an executor's progress; what it shall do."""
         self._progress[executor] = {"job_id": job_id, **progress}
-        return job_id in self._stopped or self._closed
+        if job_id in self._stopped:
+            return "stop"
+        return "close" if self._closed or self._halted else ""
 
     async def report(self, job_id: str, report: dict[str, Any]) -> None:
-        """Hand a result to whoever waits for the job."""
+        """Hand a result to whoever waits for the job. Failures are counted anew from here."""
+        for executor, job in self._held.items():
+            if job.job_id == job_id:
+                self._held[executor] = replace(job, attempt=1)
+                self._moved.add(executor)
         self._channel(job_id).put_nowait(report)
 
     async def finish(self, executor: str, job_id: str) -> None:
         """The executor is done with the job, whatever came of it."""
-        self._held.pop(executor, None)
+        held = self._held.pop(executor, None)
         self._progress.pop(executor, None)
+        self._moved.add(executor)
+        self._num_ended += held is not None and held.kind == "trial"
+
+    async def hand_back(self, executor: str, message: str) -> None:
+        """The executor leaves its node and has saved the job: nobody's failure."""
+        self._progress.pop(executor, None)
+        self._moved.add(executor)
+        self._notes.append(f"{executor}: {message}")
+        held = self._held.pop(executor, None)
+        if held is not None and held.job_id not in self._stopped:
+            self._queue.appendleft(held)
+            self._changed.set()
 
     async def next_report(self, job_id: str) -> dict[str, Any]:
         """The next result of a job; waits for it."""
@@ -91,9 +130,58 @@ class BoardState:
             while self._queue:
                 self._fail(self._queue.popleft(), message)
 
+    async def give_up_waiting(self, executor: str) -> int:
+        """An executor has no workers, and none will come: others get its job. Who is left."""
+        others = self._alive - {executor}
+        if others:
+            await self.abandon(executor, f"{executor} has no workers")
+        return len(others)
+
     async def status(self) -> dict[str, dict[str, Any]]:
         """Executor -> what it does now."""
         return dict(self._progress)
+
+    async def here(self, executor: str) -> None:
+        """A sign of life of an executor's worker, whatever it does."""
+        self._seen[executor] = time.monotonic()
+
+    async def absent(self) -> dict[str, float]:
+        """Executor -> seconds since its last sign of life, of those that are counted on."""
+        now = time.monotonic()
+        return {name: now - seen for name, seen in self._seen.items() if name in self._alive}
+
+    async def moved_on(self, executor: str) -> bool:
+        """Whether an executor got anything done since this was last asked, and is still wanted."""
+        moved = executor in self._moved and not self._closed
+        self._moved.discard(executor)
+        return moved
+
+    async def note(self, message: str) -> None:
+        """Something that a person should read."""
+        self._notes.append(message)
+
+    async def notes(self) -> list[str]:
+        """What was noted since this was last asked."""
+        found, self._notes = self._notes, []
+        return found
+
+    async def counts(self) -> dict[str, int]:
+        """How many executors are alive, and trials queued, running and ended."""
+        return {
+            "executors_alive": len(self._alive),
+            "trials_queued": sum(job.kind == "trial" for job in self._queue),
+            "trials_running": sum(job.kind == "trial" for job in self._held.values()),
+            "trials_ended": self._num_ended,
+        }
+
+    async def halt(self, message: str) -> None:
+        """End the run for want of something that no other trial would have either."""
+        self._halted = self._halted or message
+        self._changed.set()
+
+    async def halted(self) -> str | None:
+        """Why the run has to end, if it has."""
+        return self._halted
 
     async def close(self) -> None:
         """Send the executors home."""
@@ -106,10 +194,12 @@ class BoardState:
         if job.attempt > self._max_failures:
             self._fail(job, f"{message} (attempt {job.attempt})")
             return
+        self._notes.append(f"{message}; {job.job_id} goes on, attempt {job.attempt + 1}")
         self._queue.appendleft(replace(job, attempt=job.attempt + 1))
         self._changed.set()
 
     def _fail(self, job: Job, message: str) -> None:
+        self._num_ended += job.kind == "trial"
         report = {"failed": "infrastructure", "message": message, "done": True}
         self._channel(job.job_id).put_nowait(report)
 
@@ -117,4 +207,7 @@ class BoardState:
         return self._reports.setdefault(job_id, asyncio.Queue())
 
 
-Board = ray.remote(num_cpus=0)(BoardState)
+def start_board(executors: list[str], max_failures: int) -> Any:
+    """The board as an actor on the driver's own node: no other node's end takes it away."""
+    home = {ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
+    return ray.remote(num_cpus=0, label_selector=home)(BoardState).remote(executors, max_failures)

@@ -24,6 +24,8 @@ _RAY_SETTINGS = {
     "RAY_AIR_NEW_OUTPUT": "0",
     # A failed trial reports no score.
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+    # How often Ray Train looks for nodes that are about to go; a notice may be 30 s short.
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
     # Otherwise a warning about many small processes on a machine with few cores.
     "RAY_worker_maximum_startup_concurrency": "8",
 }
@@ -65,6 +67,23 @@ def ray_session(experiment: ExperimentConfig) -> Iterator[None]:
     finally:
         signal.signal(signal.SIGTERM, previous)
         ray.shutdown()
+
+
+def proxy_resources() -> Any:
+    """What Ray Tune asks for a proxy: on the driver's own node, where it has CPUs for that.
+
+    The end of another node then takes no proxy away.
+    """
+    import ray
+    from ray.tune import PlacementGroupFactory
+
+    home = ray.get_runtime_context().get_node_id()
+    resources = {node["NodeID"]: node["Resources"] for node in ray.nodes()}
+    bundles = [{"CPU": PROXY_CPUS}]
+    if resources[home].get("CPU", 0) < 1:
+        return PlacementGroupFactory(bundles)
+    selector = [{ray._raylet.RAY_NODE_ID_KEY: home}]
+    return PlacementGroupFactory(bundles, bundle_label_selector=selector)
 
 
 def _check_resources(experiment: ExperimentConfig, there: dict[str, float]) -> None:

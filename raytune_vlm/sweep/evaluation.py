@@ -130,6 +130,7 @@ class Evaluation:
         size = worker.world.size
 
         def keep_going(done: int) -> bool:
+            worker.beat()
             pace = (time.monotonic() - began) / done if done else None
             where = {
                 "trial_id": self.job.trial_id,

@@ -1,12 +1,16 @@
 """The resident executor, seen from the driver: a long-lived Ray Train run in a thread.
 
 Ray Train restarts dead workers; the board hands the interrupted job out again, and it goes on from
-its newest checkpoint.
+its newest checkpoint. A node that announces its end is left at once: the job is saved and handed
+back, and the executor starts anew elsewhere.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,47 +18,67 @@ from typing import Any
 
 import ray
 
-from raytune_vlm.errors import (
-    InfrastructureError,
-)
+from raytune_vlm.errors import InfrastructureError, SweepInterrupted
+from raytune_vlm.monitor import Monitor
+from raytune_vlm.sweep.attendance import Attendance
+from raytune_vlm.sweep.heartbeat import UNTIL_MOVING
 from raytune_vlm.sweep.worker import ExecutorSetup, executor_loop
 
 
 @contextmanager
-def executors(setup: ExecutorSetup, names: list[str]) -> Iterator[None]:
+def executors(setup: ExecutorSetup, names: list[str], monitor: Monitor) -> Iterator[None]:
     """Start one Ray Train run per name in threads; send them home and wait on leaving.
 
     Raises
     ------
     InfrastructureError
-        On leaving, if an executor ended with an error and nothing else is being raised.
+        On leaving, if all executors ended with an error.
+    SweepInterrupted
+        If nodes were missing for longer than `sweep.max_wait_s`, or a disk is full.
     """
     errors: list[str] = []
+    board = setup.board
 
     def carry_out(name: str) -> None:
-        try:
-            _trainer(replace(setup, name=name)).fit()
-        except Exception as error:
-            message = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-            errors.append(f"{name}: {message}")
-            ray.get(setup.board.abandon.remote(name, f"executor {name} failed: {message}"))
+        for life in itertools.count():
+            failure = None
+            try:
+                _trainer(replace(setup, name=name), life).fit()
+            except Exception as error:
+                text = str(error).strip()
+                failure = text.splitlines()[0] if text else repr(error)
+            # Also without a failure: when its node announced its end.
+            if ray.get(board.moved_on.remote(name)):
+                continue
+            if failure is not None:
+                errors.append(f"{name}: {failure}")
+                ray.get(board.abandon.remote(name, f"executor {name} failed: {failure}"))
+            return
 
     threads = [
         threading.Thread(target=carry_out, args=(name,), name=name, daemon=True) for name in names
     ]
     for thread in threads:
         thread.start()
+    attendance = Attendance(board, setup.experiment, monitor)
     try:
-        yield
+        with attendance:
+            yield
     finally:
-        ray.get(setup.board.close.remote())
+        ray.get(board.close.remote())
+        # One that waits for a node would wait for ever; all die with Ray.
+        ends = time.monotonic() + setup.experiment.train.grace_s
         for thread in threads:
-            thread.join()
+            thread.join(max(0.0, ends - time.monotonic()))
+        if attendance.missing is not None:
+            raise SweepInterrupted(
+                f"{attendance.missing}; `raytune-vlm resume {setup.folder}` goes on from here"
+            )
     if len(errors) == len(names):
         raise InfrastructureError("; ".join(errors))
 
 
-def _trainer(setup: ExecutorSetup) -> Any:
+def _trainer(setup: ExecutorSetup, life: int) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -65,17 +89,22 @@ def _trainer(setup: ExecutorSetup) -> Any:
     return TorchTrainer(
         executor_loop,
         train_loop_config={"setup": setup},
-        torch_config=TorchConfig(backend="nccl" if train.gpus_per_worker else "gloo"),
+        torch_config=TorchConfig(
+            backend="nccl" if train.gpus_per_worker else "gloo",
+            timeout_s=math.ceil(UNTIL_MOVING * train.hang_timeout_s),
+        ),
         scaling_config=ScalingConfig(
             num_workers=train.num_workers,
             use_gpu=bool(train.gpus_per_worker),
             resources_per_worker=resources,
         ),
         run_config=RunConfig(
-            name=f"{setup.experiment.name}-{setup.name}",
+            name=f"{setup.experiment.name}-{setup.name}-{life}",
             storage_path=setup.scratch,
             failure_config=FailureConfig(
-                max_failures=setup.experiment.sweep.max_failures, controller_failure_limit=0
+                max_failures=setup.experiment.sweep.max_failures,
+                # A node that is missing: `Attendance` says for how long.
+                controller_failure_limit=-1,
             ),
         ),
     )

@@ -205,7 +205,7 @@ def session(
     experiment: ExperimentConfig, folder: SweepFolder, data: PreparedData, monitor: Monitor
 ) -> Iterator[Session]:
     """Board, executors and ledger, open while trials run."""
-    from raytune_vlm.sweep.board import Board
+    from raytune_vlm.sweep.board import start_board
     from raytune_vlm.sweep.executor import executors
     from raytune_vlm.sweep.worker import ExecutorSetup
 
@@ -215,7 +215,7 @@ def session(
     if states:
         ledger.append("resumed")
     names = [f"executor-{number}" for number in range(experiment.sweep.num_executors)]
-    board = Board.remote(names, experiment.sweep.max_failures)
+    board = start_board(names, experiment.sweep.max_failures)
     setup = ExecutorSetup(
         name="",
         experiment=experiment,
@@ -227,7 +227,7 @@ def session(
     )
     monitor.say(f"executors: starting {len(names)}, each loads {experiment.model.name} once")
     try:
-        with executors(setup, names):
+        with executors(setup, names, monitor):
             yield Session(experiment, folder, monitor, data, board, ledger, states, began)
     finally:
         shutil.rmtree(setup.scratch, ignore_errors=True)

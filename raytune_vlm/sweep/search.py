@@ -14,7 +14,7 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialSch
 from raytune_vlm.config.experiment import ExperimentConfig
 from raytune_vlm.config.sweep import AshaScheduler
 from raytune_vlm.report.formatting import recipe_value
-from raytune_vlm.sweep.cluster import PROXY_CPUS
+from raytune_vlm.sweep.cluster import proxy_resources
 from raytune_vlm.sweep.ledger import TrialState
 from raytune_vlm.sweep.progress import Watcher
 from raytune_vlm.sweep.proxy import Proxy
@@ -46,7 +46,7 @@ def search(running: Session) -> None:
         f"{experiment.sweep.num_executors} executors, scored at {list(experiment.rungs)}"
     )
     tuner = tune.Tuner(
-        tune.with_resources(Proxy, {"cpu": PROXY_CPUS}),
+        tune.with_resources(Proxy, proxy_resources()),
         tune_config=tune.TuneConfig(
             search_alg=searcher,
             scheduler=scheduler,

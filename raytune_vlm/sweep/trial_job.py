@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raytune_vlm.errors import CheckpointError
+from raytune_vlm.errors import CheckpointError, StorageFull
 from raytune_vlm.records import (
     Scores,
     TrialFolder,
@@ -28,12 +28,18 @@ class TrialJob:
     """A trial on a worker: train to each rung, save, score, report; from wherever it stands."""
 
     def __init__(self, worker: Worker, job: Job) -> None:
+        from raytune_vlm.train.retention import Retention
+
         self.worker, self.job = worker, job
         self.experiment = worker.experiment.with_recipe(job.recipe)
         self.folder: TrialFolder = worker.folder.trial(job.trial_id)
         self.began = time.monotonic()
         self.train_seconds = self.evaluate_seconds = 0.0
-        self.best: tuple[tuple[float, float], int] | None = None
+        self.scored: dict[int, float] = {}
+        """Step -> the score that decides, of every rung that was scored in any life."""
+        config = self.experiment.train
+        maximise = self.experiment.mode == "max"
+        self.retention = Retention(config.keep_checkpoints, config.keep_best, maximise)
         self.notes: list[str] = []
         self.unlogged: list[Any] = []
         """Metrics of the steps since the last line of metrics.jsonl."""
@@ -68,13 +74,17 @@ class TrialJob:
                 run.close()
 
     def _resume(self, run: Any) -> None:
-        from raytune_vlm.train.checkpoint import newest
+        from raytune_vlm.train.checkpoint import clear_leftovers, newest
 
+        if self.worker.world.rank == 0:
+            clear_leftovers(self.folder.checkpoints)
         # Rank 0 looks, so that all ranks go on from the same checkpoint.
         folder, damaged = self.worker.world.broadcast(newest(self.folder.checkpoints))
         self.notes += [f"checkpoint passed over: {message}" for message in damaged]
         if folder is not None:
             run.restore(folder)
+        for entry in self.folder.scores("select"):
+            self.scored[entry.step] = entry.metrics[self.experiment.metric].value
         if self.worker.world.rank == 0:
             for file in (self.folder.metrics_file, *self.folder.samples.glob("*.jsonl")):
                 kept = [row for row in read_json_lines(file) if row["step"] <= run.steps_done]
@@ -89,7 +99,7 @@ class TrialJob:
             if scores is None:
                 return False
             values = {name: entry.value for name, entry in scores.metrics.items()}
-            self._note_best(values[self.experiment.metric], rung)
+            self.scored[rung] = values[self.experiment.metric]
             self._retain()
             last = rung == self.experiment.rungs[-1]
             if last:
@@ -115,6 +125,10 @@ class TrialJob:
                     max_steps=config.max_steps,
                     tokens_per_second=self.tokens_per_second,
                 ):
+                    # The run or its node ends, not the trial: no step is lost.
+                    ends = self.worker.word != "stop" and run.steps_done > 0
+                    if ends and not self._is_saved(run.steps_done):
+                        self._save(run)
                     return False
                 metrics = run.step()
                 self.unlogged.append(metrics)
@@ -125,15 +139,39 @@ class TrialJob:
                     _append(self.folder.samples / f"rank_{self.worker.world.rank}.jsonl", row)
                 if metrics.step % config.log_every == 0 or metrics.step in (1, rung):
                     self._log()
-                every = config.checkpoint_every
-                if metrics.step < rung and every and metrics.step % every == 0:
-                    run.save(self.folder.checkpoint(metrics.step))
+                if metrics.step < rung and self._is_regular(metrics.step):
+                    self._save(run)
+                    self._retain()
         finally:
             self.train_seconds += time.monotonic() - began
-        there = (self.folder.checkpoint(rung) / "manifest.json").exists()
-        if not self.worker.world.broadcast(there):
-            run.save(self.folder.checkpoint(rung))
+        if not self._is_saved(rung):
+            self._save(run)
         return True
+
+    def _is_saved(self, step: int) -> bool:
+        there = (self.folder.checkpoint(step) / "manifest.json").exists()
+        return bool(self.worker.world.broadcast(there))
+
+    def _is_regular(self, step: int) -> bool:
+        """Whether a checkpoint of this step is due: not one saved because something ended."""
+        every = self.experiment.train.checkpoint_every
+        return step in self.experiment.rungs or bool(every and step % every == 0)
+
+    def _save(self, run: Any) -> None:
+        """A checkpoint of where the run stands, if there is room for it."""
+        from raytune_vlm.train.retention import make_room, needed_bytes
+
+        folder, failure = self.folder.checkpoints, None
+        if self.worker.world.rank == 0:
+            try:
+                needed = needed_bytes(run.model, folder)
+                make_room(folder, needed, self.retention.pinned(self._comparable()))
+            except StorageFull as error:
+                failure = error
+        failure = self.worker.world.broadcast(failure)
+        if failure is not None:
+            raise failure
+        run.save(self.folder.checkpoint(run.steps_done))
 
     def _scores(self, run: Any, rung: int) -> Scores | None:
         began = time.monotonic()
@@ -149,25 +187,23 @@ class TrialJob:
         finally:
             self.evaluate_seconds += time.monotonic() - began
 
-    def _note_best(self, value: float, rung: int) -> None:
-        sign = 1 if self.experiment.mode == "max" else -1
-        # Scores on a larger part of `select` come first: only equal parts can be compared.
-        found = (self.experiment.select_share(rung), sign * value)
-        if self.best is None or found > self.best[0]:
-            self.best = (found, rung)
+    def _comparable(self) -> dict[int, float]:
+        """The scores on the largest part of `select`: only equal parts can be compared."""
+        shares = {step: self.experiment.select_share(step) for step in self.scored}
+        most = max(shares.values(), default=1.0)
+        return {step: value for step, value in self.scored.items() if shares[step] == most}
 
     def _retain(self) -> None:
-        from raytune_vlm.train.checkpoint import retain
-
-        if self.worker.world.rank == 0 and self.best is not None:
-            keep = self.experiment.train.keep_checkpoints
-            retain(self.folder.checkpoints, keep, {self.best[1]})
+        if self.worker.world.rank == 0:
+            self.retention.apply(self.folder.checkpoints, self._comparable(), self._is_regular)
 
     def _log(self) -> None:
         from raytune_vlm.train.step_metrics import merged
 
         if self.worker.world.rank == 0:
-            _append(self.folder.metrics_file, asdict(merged(self.unlogged)))
+            metrics = merged(self.unlogged)
+            _append(self.folder.metrics_file, asdict(metrics))
+            self.worker.heartbeat.gauges.set(self.job.trial_id, metrics)
         self.unlogged = []
 
     def _record(self, run: Any, status: Any, failure: str | None = None) -> None:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import time
 import traceback
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import ray
+import ray.train
 
 from raytune_vlm.config.experiment import ExperimentConfig
 from raytune_vlm.errors import (
@@ -19,11 +20,14 @@ from raytune_vlm.errors import (
     CheckpointError,
     InfrastructureError,
     RaytuneVlmError,
+    StorageFull,
     TrialDiverged,
     TrialInfeasible,
 )
 from raytune_vlm.records import DataManifest, SweepFolder, write_text
+from raytune_vlm.sweep.board import IDLE
 from raytune_vlm.sweep.evaluate_job import run_evaluate
+from raytune_vlm.sweep.heartbeat import Heartbeat
 from raytune_vlm.sweep.jobs import Job
 from raytune_vlm.sweep.trial_job import TrialJob
 
@@ -37,6 +41,12 @@ FAILURE_KINDS: dict[type[BaseException], str] = {
 
 PUSH_EVERY_S = 0.25
 """How often an executor tells the board where it is and learns whether to stop."""
+
+LOOK_EVERY_S = 1.0
+"""How often all ranks look whether a node of theirs is about to go; a collective of Ray Train."""
+
+TAKE_WAIT_S = 20.0
+"""How long an idle executor waits at once: the other ranks wait in a collective with a timeout."""
 
 
 @dataclass(frozen=True)
@@ -55,13 +65,17 @@ class ExecutorSetup:
 
 def executor_loop(config: dict[str, Any]) -> None:
     """Ray Train's `train_loop_per_worker`: take jobs until the board is closed."""
-    Worker(config["setup"]).work()
+    setup: ExecutorSetup = config["setup"]
+    rank = ray.train.get_context().get_world_rank()
+    timeout = setup.experiment.train.hang_timeout_s
+    with Heartbeat(setup.board, setup.name, rank, timeout) as heartbeat:
+        Worker(setup, heartbeat).work()
 
 
 class Worker:
     """One worker of an executor: the loaded base model, the data, and the loop over jobs."""
 
-    def __init__(self, setup: ExecutorSetup) -> None:
+    def __init__(self, setup: ExecutorSetup, heartbeat: Heartbeat) -> None:
         import torch
         import transformers
 
@@ -75,7 +89,7 @@ class Worker:
         transformers.utils.logging.disable_progress_bar()
         if not torch.cuda.is_available():
             torch.set_num_threads(max(1, int(setup.experiment.train.cpus_per_worker)))
-        self.setup = setup
+        self.setup, self.heartbeat = setup, heartbeat
         self.experiment = setup.experiment
         self.folder = SweepFolder(setup.folder)
         self.world = World.current()
@@ -100,22 +114,40 @@ class Worker:
             "report": self.experiment.data.max_report_samples,
         }
         self.rows = {name: self.splits[name].fixed_choice(limit) for name, limit in limits.items()}
-        self._pushed = 0.0
-        self._stop = False
+        self._pushed = self._looked = 0.0
+        self.word: Literal["", "stop", "close", "leave"] = ""
+        """What this worker was told last: go on; drop the job; the run ends; the node is about to
+        go. The same on all ranks."""
 
     def work(self) -> None:
-        """Rank 0 takes jobs for all ranks."""
+        """Rank 0 takes jobs for all ranks, until there are no more or a node is about to go."""
+        board, name = self.setup.board, self.setup.name
+        wait_s = min(TAKE_WAIT_S, self.experiment.train.hang_timeout_s)
         while True:
             job = None
             if self.world.rank == 0:
-                job = ray.get(self.setup.board.take.remote(self.setup.name))
+                job = ray.get(board.take.remote(name, wait_s))
             job = self.world.broadcast(job)
             if job is None:
                 return
-            self._stop, self._pushed = False, 0.0
+            if job == IDLE:
+                continue
+            self.word, self._pushed = "", 0.0
+            self.heartbeat.watch(self.folder.trial(job.trial_id).root, job.job_id)
             self._do(job)
-            if self.world.rank == 0:
-                ray.get(self.setup.board.finish.remote(self.setup.name, job.job_id))
+            self.heartbeat.rest()
+            leaves = self._leaves
+            if self.world.rank == 0 and leaves:
+                message = f"a node is about to go; {job.job_id} goes on elsewhere"
+                ray.get(board.hand_back.remote(name, message))
+            elif self.world.rank == 0:
+                ray.get(board.finish.remote(name, job.job_id))
+            if leaves:
+                return
+
+    @property
+    def _leaves(self) -> bool:
+        return self.word == "leave"
 
     def _do(self, job: Job) -> None:
         try:
@@ -123,6 +155,10 @@ class Worker:
                 TrialJob(self, job).run()
             else:
                 run_evaluate(self, job)
+        except StorageFull as error:
+            # Every other trial would fail of it too: the run ends, and this one stays as it is.
+            if self.world.rank == 0:
+                ray.get(self.setup.board.halt.remote(error.message))
         except Exception as error:
             kind = FAILURE_KINDS.get(type(error), "error")
             if isinstance(error, InfrastructureError):
@@ -136,18 +172,34 @@ class Worker:
                 write_text(trial.root / "error.txt", traceback.format_exc())
             message = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
             self.report(job, {"failed": kind, "message": message, "done": True})
+            self.word = "stop"  # also where its node is about to go: it is done with
 
     def report(self, job: Job, report: dict[str, Any]) -> None:
         """Hand a result of a job to whoever waits for it."""
         if self.world.rank == 0:
             ray.get(self.setup.board.report.remote(job.job_id, report))
 
+    def beat(self) -> Literal[True]:
+        """A sign that this worker has come on."""
+        self.heartbeat.beat()
+        return True
+
     def stopped(self, job: Job, **progress: Any) -> bool:
-        """Push progress now and then; whether the job shall stop, the same answer on all ranks."""
-        now = time.monotonic()
-        if self.world.rank == 0 and now - self._pushed >= PUSH_EVERY_S:
-            push = self.setup.board.push
-            self._stop = ray.get(push.remote(self.setup.name, job.job_id, progress))
-            self._pushed = now
-        self._stop = bool(self.world.broadcast(self._stop))
-        return self._stop
+        """Push progress now and then; whether to leave the job, the same answer on all ranks.
+
+        `word` then says why.
+        """
+        self.beat()
+        now, look = time.monotonic(), False
+        if self.world.rank == 0:
+            if now - self._pushed >= PUSH_EVERY_S:
+                push = self.setup.board.push
+                self.word = ray.get(push.remote(self.setup.name, job.job_id, progress))
+                self._pushed = now
+            look = now - self._looked >= LOOK_EVERY_S
+        self.word, look = self.world.broadcast((self.word, look))
+        if look:
+            self._looked = now
+            if not self.word and ray.train.get_preemption_info() is not None:
+                self.word = "leave"
+        return bool(self.word)

@@ -1,32 +1,39 @@
-"""Checkpoints that are whole or not there: temporary name, manifest, rename. No pickle.
+"""Checkpoints that are whole or not there: temporary name, manifest, fsync, rename. No pickle.
 
 checkpoints/step_000200/
   adapter_model.safetensors, adapter_config.json   PEFT's own format
-  optimizer.safetensors                            AdamW moments by parameter name, RNG by rank
-  state.json                                       step, plan digest, samples seen
+  optimizer.safetensors                            AdamW moments by parameter name, random
+                                                   state by rank
+  state.json                                       step, plan digest, samples seen, skipped steps
   manifest.json                                    sha256 and bytes of each of these
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import uuid
 from dataclasses import dataclass, field
+from errno import EDQUOT, ENOSPC
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from raytune_vlm.errors import CheckpointError
+from raytune_vlm.errors import CheckpointError, StorageFull
 from raytune_vlm.models.adapter_file import load_adapter, save_adapter
 from raytune_vlm.records import read_json, write_json
+from raytune_vlm.train import random_state
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
 _MANIFEST = "manifest.json"
+_NEEDED = ("adapter_model.safetensors", "optimizer.safetensors", "state.json")
+"""What a manifest must list: without one of these nothing can be continued."""
 
 
 @dataclass(frozen=True)
@@ -45,14 +52,6 @@ class RunState:
     """State of the gradient scaler of a float16 base; empty for any other."""
 
 
-def rng_state(device: str) -> dict[str, torch.Tensor]:
-    """This process's random state: torch's, and the accelerator's where there is one."""
-    found = {"cpu": torch.get_rng_state()}
-    if device.startswith("cuda"):
-        found["cuda"] = torch.cuda.get_rng_state(device)
-    return found
-
-
 def save(
     folder: Path,
     model: PeftModel,
@@ -62,11 +61,17 @@ def save(
 ) -> Path:
     """Write a checkpoint folder; readers see it whole or not at all.
 
-    `rng_states` holds `rng_state` of every rank.
+    `rng_states` holds `random_state.capture` of every rank.
+
+    Raises
+    ------
+    CheckpointError
+        If it cannot be written (`StorageFull`: for want of room); nothing is left of it then, and
+        the checkpoints that were there before still are.
     """
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
-    temporary.mkdir(parents=True)
     try:
+        temporary.mkdir(parents=True)
         save_adapter(model, temporary)
         tensors = _optimizer_tensors(model, optimizer)
         for rank, found in enumerate(rng_states):
@@ -78,12 +83,26 @@ def save(
             for file in sorted(temporary.iterdir())
         }
         write_json(temporary / _MANIFEST, manifest)
+        for file in (*temporary.iterdir(), temporary):
+            _sync(file)
         if folder.exists():
-            shutil.rmtree(folder)
+            folder.rename(temporary.with_name(f"{temporary.name}.old"))
         temporary.rename(folder)
+        _sync(folder.parent)
+    except (OSError, SafetensorError) as error:
+        # safetensors tells the reason in words only.
+        is_full = any(os.strerror(reason) in str(error) for reason in (ENOSPC, EDQUOT))
+        kind = StorageFull if is_full else CheckpointError
+        raise kind(f"{folder}: the checkpoint could not be written: {error}") from None
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        clear_leftovers(folder.parent, f"{temporary.name}*")
     return folder
+
+
+def clear_leftovers(checkpoints: Path, pattern: str = ".step_*") -> None:
+    """Delete what writers that were killed have left; nobody may be writing there."""
+    for left in checkpoints.glob(pattern):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def verify(folder: Path) -> None:
@@ -98,8 +117,11 @@ def verify(folder: Path) -> None:
         raise CheckpointError(f"{folder}: no {_MANIFEST}: the checkpoint was never finished")
     try:
         manifest = read_json(folder / _MANIFEST)
-    except ValueError as error:
+        missing = [name for name in _NEEDED if name not in manifest]
+    except (ValueError, TypeError) as error:
         raise CheckpointError(f"{folder}/{_MANIFEST} is damaged: {error}") from None
+    if missing:
+        raise CheckpointError(f"{folder}/{_MANIFEST} is damaged: it does not list {missing[0]}")
     for name, entry in manifest.items():
         file = folder / name
         if not file.exists():
@@ -115,7 +137,7 @@ def verify(folder: Path) -> None:
 def newest(checkpoints: Path) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint, and what was wrong with newer ones that were passed over."""
     damaged: list[str] = []
-    for folder in sorted(checkpoints.glob("step_*"), reverse=True):
+    for _, folder in sorted(steps(checkpoints).items(), reverse=True):
         try:
             verify(folder)
         except CheckpointError as error:
@@ -144,28 +166,28 @@ def load(
     """
     load_adapter(folder, model)
     tensors = load_file(folder / "optimizer.safetensors")
+    states: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        owner, _, key = name.rpartition("/")
+        states.setdefault(owner, {})[key] = tensor
     names = {parameter: name for name, parameter in model.named_parameters()}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            name = names[parameter]
-            if f"{name}/exp_avg" in tensors:
+            found = states.get(names[parameter])
+            if found is not None:
                 optimizer.state[parameter] = {
-                    key: tensors[f"{name}/{key}"].to(parameter.device if key != "step" else "cpu")
-                    for key in ("step", "exp_avg", "exp_avg_sq")
+                    key: tensor.to("cpu" if key == "step" else parameter.device)
+                    for key, tensor in found.items()
                 }
-    if f"rng/{rank}/cpu" in tensors:
-        torch.set_rng_state(tensors[f"rng/{rank}/cpu"])
-    if f"rng/{rank}/cuda" in tensors and device.startswith("cuda"):
-        torch.cuda.set_rng_state(tensors[f"rng/{rank}/cuda"], device)
+    prefix = f"rng/{rank}/"
+    own = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+    random_state.restore(own, device)
     return RunState(**read_json(folder / "state.json"))
 
 
-def retain(checkpoints: Path, keep: int, pinned: set[int]) -> None:
-    """Delete all but the newest `keep` checkpoints and those of the pinned steps."""
-    folders = sorted(checkpoints.glob("step_*"))
-    for folder in folders[:-keep]:
-        if int(folder.name.removeprefix("step_")) not in pinned:
-            shutil.rmtree(folder)
+def steps(checkpoints: Path) -> dict[int, Path]:
+    """Step -> folder of every checkpoint, damaged ones too."""
+    return {int(folder.name.removeprefix("step_")): folder for folder in checkpoints.glob("step_*")}
 
 
 def _optimizer_tensors(
@@ -177,6 +199,15 @@ def _optimizer_tensors(
         for key, value in state.items():
             tensors[f"{names[parameter]}/{key}"] = value.detach().cpu().contiguous()
     return tensors
+
+
+def _sync(file: Path) -> None:
+    """Bring a file, or the names in a folder, to the disk."""
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _sha256(file: Path) -> str:

@@ -37,7 +37,7 @@ from raytune_vlm.models.loading import Base
 from raytune_vlm.models.lora import attach, detach, trainable_by_scope
 from raytune_vlm.prepare.feed import Arrays, Part
 from raytune_vlm.prepare.store import PreparedSplit
-from raytune_vlm.train import checkpoint
+from raytune_vlm.train import checkpoint, random_state
 from raytune_vlm.train.auditor import Auditor
 from raytune_vlm.train.backends import BACKENDS
 from raytune_vlm.train.batches import Batches, MicroBatchLimit, TrainingData
@@ -45,7 +45,6 @@ from raytune_vlm.train.layers import change_layers
 from raytune_vlm.train.losses import summed_cross_entropy
 from raytune_vlm.train.measure import Measure
 from raytune_vlm.train.optimizer import parameter_groups
-from raytune_vlm.train.random_state import random_state, restore_random_state
 from raytune_vlm.train.schedule import learning_rate
 from raytune_vlm.train.step_metrics import StepMetrics, Sums
 from raytune_vlm.train.world import World
@@ -130,7 +129,7 @@ class Run:
             for tensor in (*trained, *starts):
                 torch.distributed.broadcast(tensor.detach(), src=0)
         # Dropout must not depend on how many random numbers the initialisation drew.
-        torch.manual_seed(experiment.seed * 1009 + world.rank)
+        random_state.seed(experiment.seed * 1009 + world.rank)
 
     def _whole(self, needed: bool) -> AbstractContextManager[None]:
         """The base's weights are whole inside, if putting an adapter on reads them."""
@@ -236,7 +235,7 @@ class Run:
 
         Returns the sums over all ranks; the gradients are those of all ranks too.
         """
-        random = random_state(self._world.device)
+        drawn = random_state.capture(self._world.device)
         while True:
             mine, failure = self._forward_and_backward(labelled)
             sums = mine.over_ranks(self._world)
@@ -245,7 +244,7 @@ class Run:
                 return sums
             self._backend.zero_grad()
             self._shrink(failure or "on another worker")
-            restore_random_state(random, self._world.device)
+            random_state.restore(drawn, self._world.device)
 
     def _forward_and_backward(self, labelled: int) -> tuple[Sums, str | None]:
         """This rank's sums, and why it ran out of memory if it did.
@@ -322,8 +321,15 @@ class Run:
         self.auditor.notes.append(f"no update at {what}")
 
     def save(self, folder: Path) -> None:
-        """Write a checkpoint; every rank calls it, rank 0 writes."""
-        states = self._world.gather(checkpoint.rng_state(self._world.device))
+        """Write a checkpoint; every rank calls it, rank 0 writes.
+
+        Raises
+        ------
+        CheckpointError
+            On every rank, if it cannot be written.
+        """
+        states = self._world.gather(random_state.capture(self._world.device))
+        failure = None
         if self._world.rank == 0:
             state = checkpoint.RunState(
                 step=self.steps_done,
@@ -335,8 +341,14 @@ class Run:
                 micro_batch=self.batches.lowered_as_json,
                 scaler=self._backend.scaler_state(),
             )
-            checkpoint.save(folder, self.model, self._optimizer, state, states)
-        self._world.broadcast(None)  # nobody looks for it before it is there
+            try:
+                checkpoint.save(folder, self.model, self._optimizer, state, states)
+            except CheckpointError as error:
+                failure = error
+        # Nobody looks for it before it is there.
+        failure = self._world.broadcast(failure)
+        if failure is not None:
+            raise failure
 
     def restore(self, folder: Path) -> None:
         """Continue from a checkpoint.

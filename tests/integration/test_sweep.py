@@ -16,6 +16,7 @@ from made import cli_command, cli_environment, run_cli
 
 from raytune_vlm.prepare.store import open_split
 from raytune_vlm.records import SweepFolder, read_json, read_json_lines
+from raytune_vlm.train import checkpoint
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
@@ -88,6 +89,12 @@ def test_a_sweep_killed_or_stopped_and_resumed_equals_the_undisturbed_one(write_
         broken, status = cut_off(write_experiment, name, how)
         assert status == expected
         before = read_json_lines(broken / "ledger.jsonl")
+        if how == signal.SIGTERM:
+            ended = {row["trial_id"] for row in before if row["event"] in ("finished", "stopped")}
+            for trial_id in set(SweepFolder(broken).trial_ids()) - ended:
+                trial = SweepFolder(broken).trial(trial_id)
+                saved = max(checkpoint.steps(trial.checkpoints), default=0)
+                assert saved == trial.record().step, "a step was lost"
         run_cli("resume", broken)
         assert outcome(broken) == outcome(whole)
         after = read_json_lines(broken / "ledger.jsonl")

@@ -1,0 +1,205 @@
+"""Several nodes on one machine: whatever dies in mid-run, the result is that of a quiet run."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from dataclasses import fields
+from pathlib import Path
+
+import psutil
+import pytest
+from made import cli_command, cli_environment
+
+from raytune_vlm.records import SweepFolder, read_json_lines
+
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.slow,
+    # Ray's `Cluster` leaves sockets and processes to the garbage collector.
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+STEPS = 60
+PATIENCE = float(os.environ.get("RAYTUNE_VLM_TEST_PATIENCE", "1"))
+"""Above 1 on a machine so busy that a step or the start of a process takes far longer."""
+
+
+class Nodes:
+    """A head that only drives, and nodes with room for one executor each."""
+
+    def __init__(self):
+        from ray.cluster_utils import Cluster
+
+        self.cluster = Cluster(
+            initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False}
+        )
+
+    def add(self):
+        return self.cluster.add_node(num_cpus=2)
+
+    def worker(self):
+        """The training process and the node that it runs on."""
+        raylets = {
+            entry.process.pid: node
+            for node in self.cluster.worker_nodes
+            for entry in node.all_processes.get("raylet", [])
+        }
+        for pid, node in raylets.items():
+            for process in psutil.Process(pid).children(recursive=True):
+                if "TrainWorker" in " ".join(process.cmdline()):
+                    return process, node
+        raise AssertionError("nobody trains")
+
+    def kill_worker(self):
+        self.worker()[0].kill()
+
+    def kill_raylet(self):
+        node = self.worker()[1]
+        node.kill_raylet()
+        self.cluster.remove_node(node, allow_graceful=False)
+
+    def kill_node(self):
+        self.cluster.remove_node(self.worker()[1], allow_graceful=False)
+
+    def announce_end(self):
+        """What a cloud does some time before it takes a node away; it is not taken here."""
+        from ray._raylet import GcsClient
+        from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+
+        client = GcsClient(address=self.cluster.gcs_address)
+        deadline = int((time.time() + 600) * 1000)
+        reason = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+        client.drain_node(self.worker()[1].node_id, reason, "test", deadline)
+
+    def scraped(self):
+        """What the metrics endpoints of all nodes say."""
+        text = ""
+        for node in self.cluster.global_state.node_table():
+            url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+            try:
+                text += urllib.request.urlopen(url, timeout=2).read().decode()
+            except OSError:
+                continue  # a dead node, or one that has just begun
+        return text
+
+
+@pytest.fixture
+def nodes(tmp_path, monkeypatch):
+    """A head and four nodes; what is set here reaches every process of theirs."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("RAY_metrics_report_interval_ms", "1000")
+    monkeypatch.setenv("RAYTUNE_VLM_TEST_HANG", str(tmp_path / "hung"))
+    monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).parent / 'hang'}:{cli_python_path()}")
+    made = Nodes()
+    for _ in range(4):
+        made.add()
+    yield made
+    made.cluster.shutdown()
+
+
+def cli_python_path():
+    return str(Path(__file__).parents[2])
+
+
+def start(nodes, file, *overrides):
+    """`train` on the cluster, with what it says in a file beside."""
+    environment = {**cli_environment(), "RAY_ADDRESS": nodes.cluster.address}
+    with file.with_suffix(".log").open("a") as log:
+        command = cli_command("train", file, *overrides)
+        return subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+
+
+def last_step(folder):
+    return max((row["step"] for row in read_json_lines(folder.metrics_file)), default=0)
+
+
+def wait_for_step(folder, step, driver, log):
+    end = time.monotonic() + 240 * PATIENCE
+    while last_step(folder) < step:
+        assert driver.poll() is None, log.read_text()
+        assert time.monotonic() < end, log.read_text()
+        time.sleep(0.02)
+
+
+def outcome(folder):
+    last = folder.checkpoint(STEPS)
+    names = ("adapter_model.safetensors", "optimizer.safetensors")
+    digests = [hashlib.sha256((last / name).read_bytes()).hexdigest() for name in names]
+    rows = read_json_lines(folder.metrics_file)
+    return digests, [(row["step"], row["loss"], row["grad_norm"]) for row in rows]
+
+
+def test_whatever_dies_the_run_goes_on_to_the_same_end(nodes, write_experiment):
+    from raytune_vlm.train.run import StepMetrics
+
+    train = {
+        "max_steps": STEPS,
+        "warmup_steps": 2,
+        "batch_size": 4,
+        "micro_batch_size": 2,
+        "cpus_per_worker": 2,
+        "checkpoint_every": 5,
+        "log_every": 1,
+        "hang_timeout_s": 5 * PATIENCE,
+    }
+    sweep = {"max_failures": 4, "max_wait_s": 40 * PATIENCE, "scheduler": {"type": "fifo"}}
+    file, root = write_experiment("faults", train=train, sweep=sweep)
+    folder, log = SweepFolder(root).trial("t0000"), file.with_suffix(".log")
+    seen, over = set(), threading.Event()
+
+    def scrape():
+        while not over.wait(1):
+            for name, tags in re.findall(r"^ray_raytune_vlm_(\w+)\{(.*?)\}", nodes.scraped(), re.M):
+                seen.add((name, 'trial_id="t0000"' in tags))
+
+    watcher = threading.Thread(target=scrape, daemon=True)
+    watcher.start()
+    driver = start(nodes, file)
+    wait_for_step(folder, 7, driver, log)
+    recovery, began = {}, time.monotonic()
+    wait_for_step(folder, 10, driver, log)
+    recovery["hang"] = time.monotonic() - began
+    (stacks,) = folder.root.glob("stacks_*.txt")
+    assert "sitecustomize.py" in stacks.read_text() and "nothing moved for" in stacks.read_text()
+    for step, fault in (
+        (13, nodes.kill_worker),
+        (23, nodes.kill_raylet),
+        (33, nodes.kill_node),
+        (43, nodes.announce_end),
+    ):
+        wait_for_step(folder, step, driver, log)
+        before, began = last_step(folder), time.monotonic()
+        fault()
+        wait_for_step(folder, before + 8, driver, log)
+        recovery[fault.__name__] = time.monotonic() - began
+    said = log.read_text()
+    assert "nothing moved for" in said and "a node is about to go" in said
+    assert said.count("its worker died") == 4 and "attempt 5" not in said
+
+    for node in list(nodes.cluster.worker_nodes):
+        nodes.cluster.remove_node(node, allow_graceful=False)
+    assert driver.wait(200 * PATIENCE) == 3
+    (line,) = [x for x in log.read_text().splitlines() if x.startswith("error: ")]
+    assert "executor-0 has had no workers for" in line and "it asks for 1 x 2 CPU" in line
+    assert "1 CPU and 0 GPU on 1 nodes" in line and "dead: none" not in line and "resume" in line
+
+    nodes.add()
+    assert start(nodes, file).wait(240 * PATIENCE) == 0, log.read_text()
+    over.set()
+    watcher.join()
+    quiet, quiet_root = write_experiment("quiet", train=train, sweep=sweep)
+    assert start(nodes, quiet).wait(240 * PATIENCE) == 0
+    assert outcome(folder) == outcome(SweepFolder(quiet_root).trial("t0000"))
+    numbers = {field.name for field in fields(StepMetrics)}
+    assert {name for name, of_trial in seen if of_trial} >= numbers
+    assert {name for name, _ in seen} >= {"executors_alive", "trials_running", "trials_ended"}
+    times = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in recovery.items())
+    sys.stdout.write(f"\nfrom the fault to steps that were not done before: {times}\n")
