@@ -227,6 +227,8 @@ class TrialRecord:
     evaluate_seconds: float = 0.0
     trainable_parameters: int = 0
     trainable_by_scope: dict[str, int] = field(default_factory=dict)
+    peak_memory_gb: float = 0.0
+    """Most memory of the GPU that this trial took, in 10^9 bytes; 0 without one."""
     audit: dict[str, Any] = field(default_factory=dict)
 
 
@@ -276,6 +278,12 @@ class SweepResult:
     num_report_touches: int
     seconds: float
     replicates: list[Replicate] = field(default_factory=list)
+    objectives: dict[str, str] = field(default_factory=dict)
+    """With several: objective -> `max` or `min`, the deciding one first."""
+    front: list[dict[str, Any]] = field(default_factory=list)
+    """The Pareto front: `trial_id`, `step` and a value for each objective."""
+    infeasible: dict[str, str] = field(default_factory=dict)
+    """Trial that broke a constraint, trained or not -> which."""
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> SweepResult:

@@ -32,7 +32,9 @@ from raytune_vlm.records import (
     write_text,
 )
 from raytune_vlm.report.model_card import model_card
+from raytune_vlm.sweep.constraints import infeasible
 from raytune_vlm.sweep.export import own_experiment
+from raytune_vlm.sweep.front import besides
 from raytune_vlm.sweep.jobs import Job
 from raytune_vlm.sweep.ledger import TrialState
 from raytune_vlm.sweep.runner import Scoring, Session, evaluate
@@ -86,6 +88,7 @@ def decide(running: Session) -> SweepResult:
         num_report_touches=len(set(roles.values())),
         seconds=_seconds(folder),
         replicates=replicates,
+        **besides(experiment, running.states),
     )
     _write_gallery(running)
     _write_best(running, winner)
@@ -100,11 +103,14 @@ def _candidates(running: Session) -> list[Candidate]:
     found = [
         Candidate(state, step, scores[metric])
         for state in running.states.values()
-        if state.ended != "failed"
+        if state.ended != "failed" and infeasible(running.experiment, state) is None
         for step, scores in sorted(state.scored.items())
     ]
     if not found:
-        reasons = sorted({str(state.message) for state in running.states.values()})
+        states = running.states.values()
+        reasons = sorted(
+            {str(infeasible(running.experiment, state) or state.message) for state in states}
+        )
         raise EvaluationError(f"no trial was scored: {'; '.join(reasons)}")
     return found
 

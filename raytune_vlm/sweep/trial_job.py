@@ -42,6 +42,7 @@ class TrialJob:
 
         worker = self.worker
         data = worker.setup.data
+        _forget_peak_memory()
         run = Run(
             worker.base,
             worker.splits["train"],
@@ -93,7 +94,8 @@ class TrialJob:
                 self._record(run, "finished")
             if last or rung not in self.job.reported:
                 notes = [*self.notes, *run.auditor.notes]
-                report = {"step": rung, **values, "done": last, "notes": notes}
+                costs = self._costs(run)
+                report = {"step": rung, **values, "done": last, "notes": notes, "costs": costs}
                 self.worker.report(self.job, report)
                 self.notes, run.auditor.notes = [], []
         return True
@@ -142,6 +144,16 @@ class TrialJob:
         finally:
             self.evaluate_seconds += time.monotonic() - began
 
+    def _costs(self, run: Any) -> dict[str, float]:
+        """What the trial has cost by now; see `config.objectives.COSTS`."""
+        costs = {
+            "trainable_parameters": float(sum(run.trainable.values())),
+            "train_seconds": self.train_seconds,
+        }
+        if peak := _peak_memory_gb():
+            costs["peak_memory_gb"] = peak
+        return costs
+
     def _note_best(self, value: float, rung: int) -> None:
         sign = 1 if self.experiment.mode == "max" else -1
         if self.best is None or sign * value > self.best[0]:
@@ -174,6 +186,7 @@ class TrialJob:
             evaluate_seconds=self.evaluate_seconds,
             trainable_parameters=sum(run.trainable.values()),
             trainable_by_scope=run.trainable,
+            peak_memory_gb=_peak_memory_gb(),
             audit=run.auditor.checks,
         )
         if self.folder.record_file.exists():
@@ -187,3 +200,18 @@ def _append(file: Path, row: dict[str, Any]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a", encoding="utf-8") as stream:
         stream.write(json.dumps(row) + "\n")
+
+
+def _forget_peak_memory() -> None:
+    """Let the peak of this trial be measured, not that of the ones before."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _peak_memory_gb() -> float:
+    """Most memory of the GPU that tensors took, in 10^9 bytes; 0 without a GPU."""
+    import torch
+
+    return torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else 0.0
