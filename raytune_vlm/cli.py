@@ -58,10 +58,12 @@ def validate(
     """Check an experiment, its model and its data paths; predict parameters and memory."""
     from raytune_vlm.config.loader import render
     from raytune_vlm.models.location import check_model
-    from raytune_vlm.train.packages import check_packages
+    from raytune_vlm.sweep.budget import planner_line
+    from raytune_vlm.train.packages import check_packages, check_searcher
 
     resolved = _load(experiment, overrides, trust)
     check_packages(resolved.train)
+    check_searcher(resolved.sweep)
     family = check_model(resolved.model)
     family.check_scopes(resolved.lora_scopes())
     family.check_packing(resolved.train.pack_tokens)
@@ -74,6 +76,9 @@ def validate(
         f"({family.model_type}), {resolved.sweep.num_trials} trials of up to "
         f"{resolved.train.max_steps} steps, {resolved.metric} scored at steps {rungs}"
     )
+    click.echo(planner_line(resolved))
+    for note in resolved.sweep.notes():
+        click.echo(note)
     if not quick:
         _predict(resolved)
 
@@ -84,6 +89,7 @@ def _predict(experiment: ExperimentConfig) -> None:
 
     import transformers
 
+    from raytune_vlm.sweep.constraints import Predictor, check_constraints
     from raytune_vlm.train.prediction import describe, predict
 
     transformers.logging.set_verbosity_error()
@@ -91,6 +97,7 @@ def _predict(experiment: ExperimentConfig) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what libraries say of each other
         click.echo(describe(predict(experiment), experiment.lora))
+        check_constraints(experiment, Predictor(experiment))
 
 
 def _load(file: Path, overrides: tuple[str, ...], trust: str | None) -> ExperimentConfig:

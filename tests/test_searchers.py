@@ -17,8 +17,9 @@ from raytune_vlm.config.loader import load_experiment
 from raytune_vlm.config.search_space import own_recipe, search_space_problems
 from raytune_vlm.errors import ConfigError, LeaseError
 from raytune_vlm.sweep.ledger import Ledger, replay
-from raytune_vlm.sweep.samplers import PACKAGES, SAMPLERS, check_searcher
+from raytune_vlm.sweep.samplers import SAMPLERS
 from raytune_vlm.sweep.searcher import OptunaSearcher
+from raytune_vlm.train.packages import OF_SEARCHERS, check_searcher
 
 METRIC = "exact_match@strip"
 NUMBERS = {
@@ -51,13 +52,13 @@ OBJECTIVES = [{"metric": METRIC}, {"metric": "train_seconds"}]
 
 
 def installed(kind):
-    return all(importlib.util.find_spec(name) for name in PACKAGES.get(kind, ()))
+    return kind not in OF_SEARCHERS or importlib.util.find_spec(OF_SEARCHERS[kind])
 
 
 @pytest.fixture(params=sorted(SAMPLERS))
 def kind(request):
     if not installed(request.param):
-        pytest.skip(f"needs {PACKAGES[request.param]}")
+        pytest.skip(f"needs {OF_SEARCHERS[request.param]}")
     return request.param
 
 
@@ -340,7 +341,7 @@ def test_given_points_come_after_the_default_one(tmp_path):
 
 
 def test_a_sampler_whose_package_is_missing_is_refused(monkeypatch):
-    monkeypatch.setattr("raytune_vlm.sweep.samplers.find_spec", lambda name: None)
+    monkeypatch.setattr("raytune_vlm.train.packages.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"type=gp needs scipy: pip install 'raytune-vlm\[sear"):
         check_searcher(sampled("gp").sweep)
     check_searcher(sampled("tpe").sweep)

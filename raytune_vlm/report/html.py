@@ -15,6 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from raytune_vlm.records import TrialRecord, write_text
 from raytune_vlm.report.data import data_section
 from raytune_vlm.report.formatting import FILTERS
+from raytune_vlm.report.front import front_plot
 from raytune_vlm.report.gallery import NUM_OPENING, gallery
 from raytune_vlm.report.headline import clearly, headline
 from raytune_vlm.report.leaderboard import leaderboard, write_leaderboard
@@ -62,6 +63,7 @@ def render(view: SweepView) -> str:
         rows=leaderboard(view),
         paired=_paired(view),
         metric_table=_metric_table(view),
+        front=front_plot(view),
         curves=learning_curves(view),
         wide_plots=wide,
         panels=panels,

@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from raytune_vlm.records import BASE_TRIAL, MetricEstimate, TrialRecord, write_text
@@ -37,6 +37,10 @@ class Row:
     recipe: dict[str, Any]
     """Every varied key; None where the recipe has none (a conditional key)."""
     cells: dict[str, Cell]
+    infeasible: str | None = None
+    """The constraint that the trial broke, so that it may not win."""
+    is_in_front: bool = False
+    """Whether no other trial beats it in every objective, where there are several."""
 
     @property
     def outcome(self) -> str:
@@ -44,6 +48,8 @@ class Row:
         record = self.record
         if self.trial_id == BASE_TRIAL:
             return "not trained"
+        if self.infeasible:
+            return f"infeasible: {self.infeasible.removeprefix('infeasible: ')}"
         if record.status == "failed":
             return f"failed: {record.failure or 'no reason recorded'}"
         if record.status == "stopped":
@@ -52,18 +58,21 @@ class Row:
 
 
 def leaderboard(view: SweepView) -> list[Row]:
-    """Rows best first by the best rung in the deciding metric; without a score, then failed, last.
+    """Rows best first by the best rung in the deciding metric; without a score, then those that
+    failed or broke a constraint, last.
 
     Ties go to the winner, then to the trial that was proposed first.
     """
     trials = [*view.trials, *([view.base] if view.base else [])]
     sign = -1.0 if view.mode == "max" else 1.0
     winner = view.result.winner if view.result else None
+    infeasible = view.infeasible
+    front = {row["trial_id"] for row in view.result.front} if view.result else set()
 
     def key(trial: TrialView) -> tuple[bool, bool, float, bool, int]:
         best = view.best(trial)
         return (
-            trial.record.status == "failed",
+            trial.record.status == "failed" or trial.trial_id in infeasible,
             best is None,
             sign * best[1].value if best else 0.0,
             trial.trial_id != winner,
@@ -74,9 +83,11 @@ def leaderboard(view: SweepView) -> list[Row]:
     rank = 0
     for trial in sorted(trials, key=key):
         ranked = trial.trial_id != BASE_TRIAL and trial.record.status != "failed"
-        ranked = ranked and view.best(trial) is not None
+        ranked = ranked and view.best(trial) is not None and trial.trial_id not in infeasible
         rank += ranked
-        rows.append(_row(view, trial, rank if ranked else None))
+        row = _row(view, trial, rank if ranked else None)
+        broken, is_in_front = infeasible.get(trial.trial_id), trial.trial_id in front
+        rows.append(replace(row, infeasible=broken, is_in_front=is_in_front))
     return rows
 
 
@@ -117,6 +128,7 @@ def columns(view: SweepView) -> list[str]:
     ]
     first = ["rank", "trial_id", "roles", "status", "failure", "step", "max_steps"]
     last = ["trainable_parameters", "seconds", "train_seconds", "evaluate_seconds"]
+    last += ["peak_memory_gb", "infeasible", "is_in_front"]
     return [*first, *view.varied_keys, *metrics, *last]
 
 
@@ -138,6 +150,9 @@ def flat_rows(view: SweepView, rows: list[Row]) -> list[dict[str, Any]]:
             "seconds": record.seconds,
             "train_seconds": record.train_seconds,
             "evaluate_seconds": record.evaluate_seconds,
+            "peak_memory_gb": record.peak_memory_gb,
+            "infeasible": row.infeasible,
+            "is_in_front": row.is_in_front,
         }
         for metric, cell in row.cells.items():
             for which, step, estimate in (

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from importlib.util import find_spec
 from typing import Any
 
 import optuna
@@ -38,7 +37,6 @@ from raytune_vlm.config.distributions import (
     ordered,
 )
 from raytune_vlm.config.sweep import SweepConfig
-from raytune_vlm.errors import ConfigError
 
 
 def _tpe(sweep: SweepConfig, seed: int, number: int) -> BaseSampler:
@@ -112,19 +110,6 @@ SAMPLERS: dict[str, Callable[[SweepConfig, int, int], BaseSampler]] = {
 KEEP_STATE = ("cmaes", "nsga2", "qmc")
 """Samplers that note something in the study when they are asked: a study is rebuilt by asking them
 again. For the others it is enough that the recorded trials are in it."""
-
-PACKAGES = {"gp": ("scipy",), "qmc": ("scipy",), "cmaes": ("cmaes",)}
-"""What a sampler needs that is not installed with this package."""
-
-
-def check_searcher(sweep: SweepConfig) -> None:
-    """Raise ConfigError if a package of `sweep.searcher` is not installed."""
-    for name in PACKAGES.get(sweep.searcher.type, ()):
-        if find_spec(name) is None:
-            raise ConfigError(
-                f"sweep.searcher.type={sweep.searcher.type} needs {name}: "
-                "pip install 'raytune-vlm[searchers]'"
-            )
 
 
 def sampler(sweep: SweepConfig, seed: int, number: int) -> BaseSampler:
