@@ -129,14 +129,14 @@ def sampled(kind, **sweep):
 
 
 def test_a_sweep_killed_anywhere_proposes_what_the_whole_one_did(kind, tmp_path):
-    """One sampler after the other; after every second ended trial the sweep is killed twice."""
+    """Each life of the sweep ends, with two trials running, some ended trials after the last."""
     config = sampled(kind)
     whole = Sweep(tmp_path / "whole", config).run()
     assert len(whole) == config.sweep.num_trials == len(set(map(str, whole)))
     broken: list = []
-    for _ in range(7):
+    for most in (1, 3, 2, 4, None):
         life = Sweep(tmp_path / "broken", config)
-        broken += life.run(most=2)
+        broken += life.run(most=most)
         assert life.said == []
     assert dict(broken) == dict(whole)
     assert Sweep(tmp_path / "broken", config).searcher.is_done

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -93,9 +94,11 @@ class Predictor:
         # Imports torch and transformers.
         from raytune_vlm.train.prediction import predict, predict_trainable
 
-        if not self._memory:
-            return {"trainable_parameters": float(predict_trainable(changed))}
-        prediction = predict(changed)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what libraries say of each other
+            if not self._memory:
+                return {"trainable_parameters": float(predict_trainable(changed))}
+            prediction = predict(changed)
         costs = {"trainable_parameters": float(sum(prediction.trainable.values()))}
         if prediction.total is not None:
             costs["peak_memory_gb"] = prediction.total / 1e9

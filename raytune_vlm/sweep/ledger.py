@@ -114,6 +114,11 @@ def events(file: Path) -> list[dict[str, Any]]:
     return _read(file)[0]
 
 
+def num_ended(trials: dict[str, TrialState]) -> int:
+    """Trials that have ended, without those that were not trained at all."""
+    return sum(state.ended is not None and not state.untrained for state in [*trials.values()])
+
+
 def _read(file: Path) -> tuple[list[dict[str, Any]], int]:
     """The events of a ledger and the number of bytes that they take."""
     if not file.exists():

@@ -18,7 +18,7 @@ from raytune_vlm.sweep.budget import planner_line
 from raytune_vlm.sweep.closing import Closing, Limits, end_interrupted
 from raytune_vlm.sweep.cluster import PROXY_CPUS
 from raytune_vlm.sweep.constraints import infeasible
-from raytune_vlm.sweep.ledger import TrialState
+from raytune_vlm.sweep.ledger import TrialState, num_ended
 from raytune_vlm.sweep.progress import Watcher
 from raytune_vlm.sweep.proxy import Proxy
 from raytune_vlm.sweep.runner import Session, interrupted
@@ -79,11 +79,6 @@ def search(running: Session) -> None:
     ended = num_ended(states)
     if any(state.ended is None for state in states.values()) or not searcher.is_done:
         raise interrupted(running.folder, ended, total)
-
-
-def num_ended(states: dict[str, TrialState]) -> int:
-    """Trials that have ended, without those that were not trained at all."""
-    return sum(state.ended is not None and not state.untrained for state in states.values())
 
 
 def build_searcher(running: Session, closing: Closing) -> OptunaSearcher:
