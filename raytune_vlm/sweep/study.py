@@ -166,7 +166,7 @@ class SweepStudy:
         if self._sweep.searcher.type != "cmaes":  # it warns that it cannot use them
             for name, excess in violations(experiment, state).items():
                 asked.set_constraint(name, excess)
-            if bad:
+            if bad and not state.untrained:
                 asked.set_constraint("failed", 1.0)
         if len(experiment.objectives) == 1:  # Optuna takes no reports for several
             for step, scores in sorted(state.scored.items()):
