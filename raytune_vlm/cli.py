@@ -61,11 +61,13 @@ def validate(
     from raytune_vlm.config.loader import render
     from raytune_vlm.models.location import check_model
     from raytune_vlm.prepare.sizes import noted_sizes
+    from raytune_vlm.sweep.budget import planner_line
     from raytune_vlm.sweep.detect import detectable_lines
-    from raytune_vlm.train.packages import check_packages
+    from raytune_vlm.train.packages import check_packages, check_searcher
 
     resolved = _load(experiment, overrides, trust)
     check_packages(resolved.train)
+    check_searcher(resolved.sweep)
     family = check_model(resolved.model)
     family.check_scopes(resolved.lora_scopes())
     family.check_packing(resolved.train.pack_tokens)
@@ -83,6 +85,9 @@ def validate(
     )
     for line in detectable_lines(resolved, noted_sizes(resolved)):
         click.echo(f"as last prepared, {line}")
+    click.echo(planner_line(resolved))
+    for note in resolved.sweep.notes():
+        click.echo(note)
     if not quick:
         _predict(resolved)
 
@@ -93,6 +98,7 @@ def _predict(experiment: ExperimentConfig) -> None:
 
     import transformers
 
+    from raytune_vlm.sweep.constraints import Predictor, check_constraints
     from raytune_vlm.train.prediction import describe, predict
 
     transformers.logging.set_verbosity_error()
@@ -100,6 +106,7 @@ def _predict(experiment: ExperimentConfig) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what libraries say of each other
         click.echo(describe(predict(experiment), experiment.lora))
+        check_constraints(experiment, Predictor(experiment))
 
 
 def _load(file: Path, overrides: tuple[str, ...], trust: str | None) -> ExperimentConfig:

@@ -7,11 +7,15 @@ something happened and at least every ten seconds.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+Say = Callable[[str], None]
+"""Tells a person something, in one line."""
 
 LOG_WIDTH = 160
 """Columns of a table in a log file."""

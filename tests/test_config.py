@@ -8,10 +8,11 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
 from raytune_vlm.config.data import SplitConfig
+from raytune_vlm.config.distributions import Distribution
 from raytune_vlm.config.evaluation import METRIC_MODES
 from raytune_vlm.config.experiment import ExperimentConfig, digest_of
 from raytune_vlm.config.lora import SCOPES, LoraConfig
-from raytune_vlm.config.sweep import Distribution, SweepConfig, flatten
+from raytune_vlm.config.sweep import SweepConfig, flatten
 
 SPACE = {"lora.rank": {"type": "choice", "values": [4, 8]}}
 

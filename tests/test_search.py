@@ -7,7 +7,7 @@ import pytest
 from made import experiment
 from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
 
-from raytune_vlm.config.sweep import (
+from raytune_vlm.config.distributions import (
     Choice,
     Grid,
     LogUniform,
@@ -16,8 +16,9 @@ from raytune_vlm.config.sweep import (
     Uniform,
 )
 from raytune_vlm.sweep.ledger import Ledger, TrialState, replay
+from raytune_vlm.sweep.samplers import optuna_distribution
 from raytune_vlm.sweep.search import build_scheduler
-from raytune_vlm.sweep.searcher import OptunaSearcher, optuna_distribution
+from raytune_vlm.sweep.searcher import OptunaSearcher
 
 SPACE = {
     "lora.rank": {"type": "choice", "values": [1, 4, 16]},

@@ -10,6 +10,7 @@ from raytune_vlm.config.data import DataConfig
 from raytune_vlm.config.evaluation import METRIC_MODES, EvaluationConfig
 from raytune_vlm.config.lora import LoraConfig
 from raytune_vlm.config.model import ModelConfig
+from raytune_vlm.config.objectives import COSTS, Objective
 from raytune_vlm.config.section import Section
 from raytune_vlm.config.sweep import AshaScheduler, SweepConfig
 from raytune_vlm.config.train import WITHOUT_EFFECT, TrainConfig
@@ -40,6 +41,32 @@ class ExperimentConfig(Section):
                 f"sweep.metric={metric!r} is not among evaluation.metrics"
                 f"{did_you_mean(metric, self.evaluation.metrics)}"
             )
+        for number, objective in enumerate(self.sweep.objectives):
+            self._check_objective(number, objective)
+        return self
+
+    def _check_objective(self, number: int, objective: Objective) -> None:
+        place, name = f"sweep.objectives.{number}", objective.metric
+        known = [*self.evaluation.metrics, *(COSTS if number else ())]
+        if name not in known:
+            why = (
+                "the first objective picks the winner and must be among evaluation.metrics"
+                if name in COSTS
+                else "no benchmark of this experiment reports it: it is not among "
+                "evaluation.metrics, nor a cost"
+            )
+            raise ValueError(f"{place}.metric={name!r}: {why}{did_you_mean(name, known)}")
+        own = METRIC_MODES.get(name, "min")
+        if objective.mode not in (None, own):
+            raise ValueError(f"{place}.mode={objective.mode}: of {name} {own} is better")
+
+    @model_validator(mode="after")
+    def _budget_is_counted(self) -> "ExperimentConfig":
+        sweep, gpus = self.sweep, self.train.gpus_per_worker
+        for name in ("max_gpu_hours", "cost_per_gpu_hour"):
+            value = getattr(sweep, name)
+            if value is not None and gpus == 0:
+                raise ValueError(f"sweep.{name}={value} has no effect: train.gpus_per_worker=0")
         return self
 
     @model_validator(mode="after")
@@ -210,12 +237,20 @@ class ExperimentConfig(Section):
     @property
     def metric(self) -> str:
         """The metric variant that decides."""
+        if self.sweep.objectives:
+            return self.sweep.objectives[0].metric
         return self.sweep.metric or self.evaluation.metrics[0]
 
     @property
     def mode(self) -> str:
         """`max` or `min`, by the metric."""
         return METRIC_MODES[self.metric]
+
+    @property
+    def objectives(self) -> dict[str, str]:
+        """What is optimised, the deciding metric first -> `max` or `min`."""
+        names = [objective.metric for objective in self.sweep.objectives] or [self.metric]
+        return {name: METRIC_MODES.get(name, "min") for name in names}
 
     @property
     def rungs(self) -> tuple[int, ...]:

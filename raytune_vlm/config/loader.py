@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from raytune_vlm.config.experiment import ExperimentConfig
 from raytune_vlm.config.overrides import SEARCH_SPACE, apply_overrides
 from raytune_vlm.config.schema import subschema
-from raytune_vlm.config.search_space import search_space_problems
+from raytune_vlm.config.search_space import point_problems, search_space_problems
 from raytune_vlm.config.secrets import secret_problems
 from raytune_vlm.config.yaml_lines import read_yaml, write_yaml
 from raytune_vlm.errors import ConfigError, did_you_mean
@@ -78,6 +78,8 @@ def resolve(
     problems = list(_said_twice(plain))
     for key, why in search_space_problems(experiment):
         problems.append((f"{SEARCH_SPACE}.{key}" if key else SEARCH_SPACE, why))
+    if len(problems) == 0:
+        problems += point_problems(experiment)
     _refuse(_line(key, why, origins) for key, why in problems)
     return experiment
 

@@ -93,7 +93,10 @@ def _steps(plain: dict[str, Any], key: str) -> list[str]:
     space = (plain.get("sweep") or {}).get("search_space") or {}
     for known in sorted(space, key=len, reverse=True):
         if rest.startswith(f"{known}."):
-            return ["sweep", "search_space", known, *rest.removeprefix(f"{known}.").split(".")]
+            inside = rest.removeprefix(f"{known}.")
+            condition, _, name = inside.partition(".")
+            steps = [condition, name] if condition == "when" and name else inside.split(".")
+            return ["sweep", "search_space", known, *steps]
     return ["sweep", "search_space", rest]
 
 

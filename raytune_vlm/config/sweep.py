@@ -5,129 +5,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from raytune_vlm.config.distributions import (
+    Choice,
+    Distribution,
+    Grid,
+    Scalar,
+    combinations,
+    ordered,
+)
+from raytune_vlm.config.objectives import Budget, ConstraintsConfig, Objective, StableConfig
+from raytune_vlm.config.searchers import CONDITIONAL, LEARNING, SearcherConfig, TpeSearcher
 from raytune_vlm.config.section import Section
-
-Scalar = bool | int | float | str
-
-
-class Choice(Section):
-    """One of the listed values."""
-
-    type: Literal["choice"]
-    values: tuple[Scalar, ...] = Field(min_length=1)
-    """The values, each valid for the key on its own."""
-
-    @model_validator(mode="after")
-    def _distinct(self) -> "Choice":
-        if len({(type(value), value) for value in self.values}) != len(self.values):
-            raise ValueError(f"values must be distinct, got {list(self.values)}")
-        return self
-
-    def corners(self) -> list[Scalar]:
-        """The values at which the experiment must be valid."""
-        return list(self.values)
-
-
-class Grid(Choice):
-    """Every one of the listed values, for `searcher.type: grid`."""
-
-    type: Literal["grid"]  # type: ignore[assignment]
-
-
-class _Interval(Section):
-    lower: float
-    """Smallest value."""
-    upper: float
-    """Largest value (excluded for `randint`, as in Ray)."""
-
-    @model_validator(mode="after")
-    def _ordered(self) -> "_Interval":
-        if not self.lower < self.upper:
-            raise ValueError(f"lower < upper must hold, got lower={self.lower}, upper={self.upper}")
-        return self
-
-    def corners(self) -> list[Scalar]:
-        """The end points and a point between, at which the experiment must be valid.
-
-        The one between is no round number, so that a real interval for a whole-number key is found.
-        """
-        return [self.lower, self.lower + 0.618 * (self.upper - self.lower), self.upper]
-
-
-class Uniform(_Interval):
-    """A real number, every value equally likely."""
-
-    type: Literal["uniform"]
-
-
-class LogUniform(_Interval):
-    """A positive real number, every order of magnitude equally likely."""
-
-    type: Literal["loguniform"]
-
-    @model_validator(mode="after")
-    def _positive(self) -> "LogUniform":
-        if self.lower <= 0:
-            raise ValueError(f"lower must be above 0 for loguniform, got {self.lower}")
-        return self
-
-
-class QUniform(_Interval):
-    """A real number on the grid lower, lower + q, ..., upper."""
-
-    type: Literal["quniform"]
-    q: float = Field(gt=0)
-    """Distance of the grid's points."""
-
-    @model_validator(mode="after")
-    def _whole(self) -> "QUniform":
-        steps = (self.upper - self.lower) / self.q
-        if not math.isclose(steps, round(steps), abs_tol=1e-9):
-            raise ValueError(f"upper - lower must be a multiple of q={self.q}")
-        return self
-
-    def corners(self) -> list[Scalar]:
-        """The end points and the first point after `lower`."""
-        return [self.lower, self.lower + self.q, self.upper]
-
-
-class RandInt(_Interval):
-    """A whole number from `lower` to `upper` - 1, as in Ray."""
-
-    type: Literal["randint"]
-    lower: int
-    """Smallest value."""
-    upper: int
-    """One more than the largest value."""
-
-    def corners(self) -> list[Scalar]:
-        """The smallest value, the next one (one of the two is odd) and the largest."""
-        return sorted({self.lower, min(self.lower + 1, self.upper - 1), self.upper - 1})
-
-
-Distribution = Annotated[
-    Choice | Grid | Uniform | LogUniform | QUniform | RandInt, Field(discriminator="type")
-]
-
-
-class TpeSearcher(Section):
-    """Tree-structured Parzen estimator (Bergstra et al. 2011), by Optuna."""
-
-    type: Literal["tpe"]
-    num_startup_trials: int = Field(default=5, ge=1)
-    """Random trials before the model is used."""
-
-
-class RandomSearcher(Section):
-    """Independent random points."""
-
-    type: Literal["random"]
-
-
-class GridSearcher(Section):
-    """Every combination of a space made of `grid` and `choice` only."""
-
-    type: Literal["grid"]
 
 
 class AshaScheduler(Section):
@@ -146,20 +34,22 @@ class FifoScheduler(Section):
     type: Literal["fifo"]
 
 
-class SweepConfig(Section):
+class SweepConfig(Budget):
     """A search over recipes."""
 
     metric: str | None = None
     """Metric variant on `select` that decides; None takes the first of `evaluation.metrics`."""
+    objectives: tuple[Objective, ...] = ()
+    """Two or more to be optimised at once instead of `metric`. The first is a metric variant and
+    picks the winner; the Pareto front is shown beside it."""
+    constraints: ConstraintsConfig = ConstraintsConfig()
     num_trials: int = Field(default=16, ge=1)
     """How many recipes are tried."""
     num_executors: int = Field(default=1, ge=1)
     """Resident executors, each training one trial at a time."""
     include_default: bool = True
     """Make the experiment's own recipe the first trial, so that the winner has to beat it."""
-    searcher: Annotated[
-        TpeSearcher | RandomSearcher | GridSearcher, Field(discriminator="type")
-    ] = TpeSearcher(type="tpe")
+    searcher: SearcherConfig = TpeSearcher(type="tpe")
     """Who proposes the next recipe."""
     scheduler: Annotated[AshaScheduler | FifoScheduler, Field(discriminator="type")] = (
         AshaScheduler(type="asha")
@@ -179,6 +69,15 @@ class SweepConfig(Section):
     up; without any executor the run ends with status 3 and can be resumed."""
     search_space: dict[str, Distribution] = Field(default_factory=dict)
     """Dotted key of the experiment -> distribution."""
+    points_to_evaluate: tuple[dict[str, Scalar], ...] = ()
+    """Recipes to try first, after the default one: dotted key of the search space -> value. A key
+    that is not given keeps the experiment's own value."""
+    warm_start: tuple[str, ...] = ()
+    """Folders of earlier sweeps whose ended trials the searcher learns from."""
+    warm_start_across_data: bool = False
+    """Let `warm_start` take sweeps on other data or another base model too."""
+    stop_when_stable: StableConfig | None = None
+    """End the search before `num_trials` once its outcome no longer changes; None: never."""
 
     @model_validator(mode="after")
     def _grid_fits(self) -> "SweepConfig":
@@ -190,20 +89,20 @@ class SweepConfig(Section):
                     f"'{self.searcher.type}'; use type choice"
                 )
             return self
-        sizes = []
         for key, entry in self.search_space.items():
             if not isinstance(entry, Choice):
                 raise ValueError(
                     f"search_space.{key}: searcher.type=grid needs a search_space of grid and "
                     f"choice only, got {entry.type}"
                 )
-            sizes.append(len(entry.values))
-        combinations = math.prod(sizes)
+        count = len(combinations(self.search_space))
+        sizes = [len(entry.corners()) for entry in self.search_space.values()]
+        shape = f" ({' x '.join(map(str, sizes))})" if count == math.prod(sizes) else ""
         own = " and the experiment's own recipe (include_default)" if self.include_default else ""
-        if combinations + self.include_default > self.num_trials:
+        if count + self.include_default > self.num_trials:
             raise ValueError(
-                f"num_trials={self.num_trials} is less than the grid's {combinations} combinations "
-                f"({' x '.join(map(str, sizes))}){own}; raise num_trials or shorten the lists"
+                f"num_trials={self.num_trials} is less than the grid's {count} combinations"
+                f"{shape}{own}; raise num_trials or shorten the lists"
             )
         return self
 
@@ -219,6 +118,98 @@ class SweepConfig(Section):
                 f"replicate_top={self.replicate_top} is more than num_trials={self.num_trials}"
             )
         return self
+
+    @model_validator(mode="after")
+    def _searcher_fits(self) -> "SweepConfig":
+        kind = self.searcher.type
+        conditional = [key for key, entry in self.search_space.items() if entry.when]
+        if conditional and kind not in CONDITIONAL:
+            raise ValueError(
+                f"search_space.{conditional[0]}.when: searcher.type={kind} cannot search a space "
+                f"with conditions; use one of {', '.join(CONDITIONAL)}"
+            )
+        if kind == "cmaes" and self.search_space:
+            for key, entry in self.search_space.items():
+                if isinstance(entry, Choice):
+                    raise ValueError(
+                        f"search_space.{key}: searcher.type=cmaes searches numbers only, got type "
+                        "choice; use a range, or searcher.type=tpe"
+                    )
+            if len(self.search_space) < 2:
+                raise ValueError(
+                    "searcher.type=cmaes needs at least 2 keys in search_space, got "
+                    f"{len(self.search_space)}; use searcher.type=gp or tpe"
+                )
+        if kind == "cmaes" and self.objectives:
+            raise ValueError("searcher.type=cmaes has one objective only; use tpe, gp or nsga2")
+        if kind == "cmaes" and self.constraints.limits():
+            raise ValueError(
+                "searcher.type=cmaes does not learn from constraints; use tpe, gp or nsga2"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _conditions_hold_together(self) -> "SweepConfig":
+        ordered(self.search_space)
+        return self
+
+    @model_validator(mode="after")
+    def _objectives_differ(self) -> "SweepConfig":
+        names = [objective.metric for objective in self.objectives]
+        if len(names) == 1:
+            raise ValueError(f"objectives: one alone is written as metric: {names[0]}")
+        if len(set(names)) != len(names):
+            raise ValueError(f"objectives must differ, got {names}")
+        if names and self.metric is not None:
+            raise ValueError(
+                f"metric={self.metric} and objectives exclude each other: the first objective "
+                "picks the winner"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _first_trials_fit(self) -> "SweepConfig":
+        points = self.points_to_evaluate
+        if points and self.searcher.type == "grid":
+            raise ValueError("points_to_evaluate has no effect with searcher.type=grid: it tries "
+                             "every point")  # fmt: skip
+        if points and len(points) + self.include_default > self.num_trials:
+            own = " after the experiment's own recipe" if self.include_default else ""
+            raise ValueError(
+                f"points_to_evaluate: {len(points)} points{own} do not fit into "
+                f"num_trials={self.num_trials}"
+            )
+        if self.stop_when_stable and self.stop_when_stable.trials >= self.num_trials:
+            raise ValueError(
+                f"stop_when_stable.trials={self.stop_when_stable.trials} must be below "
+                f"num_trials={self.num_trials}, or it has no effect"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _warm_start_is_used(self) -> "SweepConfig":
+        if self.warm_start and self.searcher.type not in LEARNING:
+            raise ValueError(
+                f"warm_start has no effect with searcher.type={self.searcher.type}; use one of "
+                f"{', '.join(LEARNING)}"
+            )
+        if self.warm_start_across_data and not self.warm_start:
+            raise ValueError("warm_start_across_data=true has no effect without warm_start")
+        return self
+
+    def notes(self) -> list[str]:
+        """What a person should know of this combination, though nothing is wrong with it."""
+        found = []
+        kind = self.searcher.type
+        if kind == "nsga2" and not self.objectives:
+            found.append("searcher.type=nsga2 is made for several objectives; there is one")
+        finished_only = kind in ("gp", "nsga2")
+        if finished_only and self.search_space and self.scheduler.type != "fifo":
+            found.append(
+                f"searcher.type={kind} learns from finished trials only: those that "
+                f"{self.scheduler.type} stops teach it nothing"
+            )
+        return found
 
     @model_validator(mode="after")
     def _one_alpha(self) -> "SweepConfig":

@@ -124,6 +124,12 @@ class SweepResult:
     """Role -> score on the samples of `report` that do not overlap `train`, if some do."""
     num_clean: int | None = None
     """How many samples of `report` those are; None if no sample overlaps."""
+    objectives: dict[str, str] = field(default_factory=dict)
+    """With several: objective -> `max` or `min`, the deciding one first."""
+    front: list[dict[str, Any]] = field(default_factory=list)
+    """The Pareto front: `trial_id`, `step` and a value for each objective."""
+    infeasible: dict[str, str] = field(default_factory=dict)
+    """Trial that broke a constraint, trained or not -> which."""
     guard: list[GuardScore] = field(default_factory=list)
     """What the benchmarks of `evaluation.guard` say of base, default and winner."""
 

@@ -16,6 +16,7 @@ from raytune_vlm.records import TrialRecord, write_text
 from raytune_vlm.report.controls import controls_section
 from raytune_vlm.report.data import data_section
 from raytune_vlm.report.formatting import FILTERS
+from raytune_vlm.report.front import front_plot
 from raytune_vlm.report.gallery import NUM_OPENING, gallery
 from raytune_vlm.report.headline import clearly, headline
 from raytune_vlm.report.leaderboard import leaderboard, write_leaderboard
@@ -67,6 +68,7 @@ def render(view: SweepView) -> str:
         seeds=view.result.seeds() if view.result else [],
         controls=controls_section(view),
         guard=_guard(view),
+        front=front_plot(view),
         curves=learning_curves(view),
         wide_plots=wide,
         panels=panels,

@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from raytune_vlm.records import BASE_TRIAL, MetricEstimate, TrialRecord, write_text
@@ -39,6 +39,10 @@ class Row:
     cells: dict[str, Cell]
     num_samples: int
     """Of `select`, that the best rung was scored on."""
+    infeasible: str | None = None
+    """The constraint that the trial broke, so that it may not win."""
+    is_in_front: bool = False
+    """Whether no other trial beats it in every objective, where there are several."""
 
     @property
     def outcome(self) -> str:
@@ -46,6 +50,8 @@ class Row:
         record = self.record
         if self.trial_id == BASE_TRIAL:
             return "not trained"
+        if self.infeasible:
+            return f"infeasible: {self.infeasible.removeprefix('infeasible: ')}"
         if record.status == "failed":
             return f"failed: {record.failure or 'no reason recorded'}"
         if record.status == "stopped":
@@ -54,7 +60,8 @@ class Row:
 
 
 def leaderboard(view: SweepView) -> list[Row]:
-    """Rows best first by the best rung in the deciding metric; without a score, then failed, last.
+    """Rows best first by the best rung in the deciding metric; without a score, then those that
+    failed or broke a constraint, last.
 
     Trials that were scored on fewer samples of `select` come after those with more. Ties go to the
     winner, then to the trial that was proposed first.
@@ -62,11 +69,13 @@ def leaderboard(view: SweepView) -> list[Row]:
     trials = [*view.trials, *([view.base] if view.base else [])]
     sign = -1.0 if view.mode == "max" else 1.0
     winner = view.result.winner if view.result else None
+    infeasible = view.infeasible
+    front = {row["trial_id"] for row in view.result.front} if view.result else set()
 
     def key(trial: TrialView) -> tuple[bool, bool, int, float, bool, int]:
         best = view.best(trial)
         return (
-            trial.record.status == "failed",
+            trial.record.status == "failed" or trial.trial_id in infeasible,
             best is None,
             -trial.num_select,
             sign * best[1].value if best else 0.0,
@@ -78,9 +87,11 @@ def leaderboard(view: SweepView) -> list[Row]:
     rank = 0
     for trial in sorted(trials, key=key):
         ranked = trial.trial_id != BASE_TRIAL and trial.record.status != "failed"
-        ranked = ranked and view.best(trial) is not None
+        ranked = ranked and view.best(trial) is not None and trial.trial_id not in infeasible
         rank += ranked
-        rows.append(_row(view, trial, rank if ranked else None))
+        row = _row(view, trial, rank if ranked else None)
+        broken, is_in_front = infeasible.get(trial.trial_id), trial.trial_id in front
+        rows.append(replace(row, infeasible=broken, is_in_front=is_in_front))
     return rows
 
 
@@ -127,6 +138,9 @@ def columns(view: SweepView) -> list[str]:
         "seconds",
         "train_seconds",
         "evaluate_seconds",
+        "peak_memory_gb",
+        "infeasible",
+        "is_in_front",
     ]
     return [*first, *view.varied_keys, *metrics, *last]
 
@@ -150,6 +164,9 @@ def flat_rows(view: SweepView, rows: list[Row]) -> list[dict[str, Any]]:
             "seconds": record.seconds,
             "train_seconds": record.train_seconds,
             "evaluate_seconds": record.evaluate_seconds,
+            "peak_memory_gb": record.peak_memory_gb,
+            "infeasible": row.infeasible,
+            "is_in_front": row.is_in_front,
         }
         for metric, cell in row.cells.items():
             for which, step, estimate in (

@@ -120,6 +120,15 @@ class SweepView:
         return max(touched, self.result.num_report_touches if self.result else 0)
 
     @property
+    def infeasible(self) -> dict[str, str]:
+        """Trial that broke a constraint, and may not win -> which."""
+        return {
+            event["trial_id"]: event.get("infeasible") or event["message"]
+            for event in self.ledger
+            if event.get("infeasible") or event.get("event") == "infeasible"
+        }
+
+    @property
     def winner(self) -> TrialView | None:
         return self.trial(self.result.winner) if self.result else None
 
@@ -306,7 +315,9 @@ def _decision(
     if result is not None:
         return result.metric, result.mode
     listed = lookup(experiment, "evaluation.metrics", None) or ["exact_match@strip"]
-    metric = str(lookup(experiment, "sweep.metric", None) or listed[0])
+    objectives = lookup(experiment, "sweep.objectives", None) or [{}]
+    first = lookup(objectives[0], "metric", None)
+    metric = str(first or lookup(experiment, "sweep.metric", None) or listed[0])
     return metric, METRIC_MODES.get(metric, "max")
 
 

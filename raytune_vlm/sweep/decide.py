@@ -44,7 +44,9 @@ from raytune_vlm.sweep.comparisons import (
     scored,
     test_pair,
 )
+from raytune_vlm.sweep.constraints import infeasible
 from raytune_vlm.sweep.export import own_experiment
+from raytune_vlm.sweep.front import besides
 from raytune_vlm.sweep.guard import score_guard
 from raytune_vlm.sweep.jobs import Job
 from raytune_vlm.sweep.ledger import TrialState
@@ -98,6 +100,7 @@ def decide(running: Session) -> SweepResult:
         clean=clean,
         num_clean=num_clean,
         guard=guard,
+        **besides(experiment, running.states),
     )
     if result.best_by_seeds() not in (None, result.winner):
         running.monitor.say(
@@ -118,9 +121,13 @@ def _candidates(running: Session) -> list[Candidate]:
     With `evaluation.rung_samples` early rungs see less of `select`; their scores do not compare
     with those of the last rung, and are left out unless no trial came so far.
     """
-    found, experiment = scored(running), running.experiment
+    experiment = running.experiment
+    found = [x for x in scored(running) if infeasible(experiment, x.trial) is None]
     if not found:
-        reasons = sorted({str(state.message) for state in running.states.values()})
+        states = running.states.values()
+        reasons = sorted(
+            {str(infeasible(running.experiment, state) or state.message) for state in states}
+        )
         raise EvaluationError(f"no trial was scored: {'; '.join(reasons)}")
     shares = {entry.step: experiment.select_share(entry.step) for entry in found}
     most = max(shares.values())

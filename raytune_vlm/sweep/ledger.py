@@ -25,6 +25,10 @@ EVENTS = (
     "stopped",
     "failed",
     "finished",
+    "infeasible",
+    "warm_started",
+    "compared",
+    "closed",
     "resumed",
     "touched",
     "decided",
@@ -43,6 +47,15 @@ class TrialState:
     """Step -> metric -> value on `select`."""
     ended: Ending | None = None
     message: str | None = None
+    costs: dict[int, dict[str, float]] = field(default_factory=dict)
+    """Step -> what the trial had cost by then (`config.objectives.COSTS`)."""
+    predicted: dict[str, float] = field(default_factory=dict)
+    """Costs that were predicted when the trial was proposed."""
+    untrained: bool = False
+    """Proposed, but predicted to break a constraint; it is no part of `num_trials`."""
+    proposed_at: int = 0
+    """Number of the event in the ledger; 0 if it was not read from one."""
+    ended_at: int = 0
 
 
 class Ledger:
@@ -51,14 +64,14 @@ class Ledger:
     def __init__(self, file: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         self._file = file
-        events, intact = _read(file)
-        self._next = len(events) + 1
+        known, intact = _read(file)
+        self._next = len(known) + 1
         self._lock = threading.Lock()
         with file.open("ab") as stream:
             stream.truncate(intact)
 
-    def append(self, event: str, **fields: Any) -> None:
-        """Write one event; it is on disk when this returns."""
+    def append(self, event: str, **fields: Any) -> int:
+        """Write one event and return its number; it is on disk when this returns."""
         if event not in EVENTS:
             raise ValueError(f"event must be one of {EVENTS}, got {event!r}")
         with self._lock:
@@ -68,6 +81,7 @@ class Ledger:
                 stream.flush()
                 os.fsync(stream.fileno())
             self._next += 1
+            return int(row["seq"])
 
 
 def replay(file: Path) -> dict[str, TrialState]:
@@ -82,20 +96,35 @@ def replay(file: Path) -> dict[str, TrialState]:
     for row in _read(file)[0]:
         event, trial_id = row["event"], str(row.get("trial_id"))
         if event == "proposed":
-            trials[trial_id] = TrialState(trial_id, row["number"], row["recipe"])
+            trial = TrialState(trial_id, row["number"], row["recipe"], proposed_at=row["seq"])
+            trial.predicted = row.get("predicted", {})
+            trials[trial_id] = trial
         elif event == "scored":
             trials[trial_id].scored[row["step"]] = row["scores"]
-        elif event in ("finished", "stopped", "failed"):
-            trials[trial_id].ended = event
+            trials[trial_id].costs[row["step"]] = row.get("costs", {})
+        elif event in ("finished", "stopped", "failed", "infeasible"):
+            trials[trial_id].untrained = event == "infeasible"
+            trials[trial_id].ended = "failed" if event == "infeasible" else event
             trials[trial_id].message = row.get("message")
+            trials[trial_id].ended_at = row["seq"]
     return trials
+
+
+def events(file: Path) -> list[dict[str, Any]]:
+    """Every event of a ledger, in order; damage is an error as in `replay`."""
+    return _read(file)[0]
+
+
+def num_ended(trials: dict[str, TrialState]) -> int:
+    """Trials that have ended, without those that were not trained at all."""
+    return sum(state.ended is not None and not state.untrained for state in [*trials.values()])
 
 
 def _read(file: Path) -> tuple[list[dict[str, Any]], int]:
     """The events of a ledger and the number of bytes that they take."""
     if not file.exists():
         return [], 0
-    events: list[dict[str, Any]] = []
+    found: list[dict[str, Any]] = []
     intact = 0
     content = file.read_bytes()
     for number, line in enumerate(content.splitlines(keepends=True), start=1):
@@ -108,6 +137,6 @@ def _read(file: Path) -> tuple[list[dict[str, Any]], int]:
             if intact + len(line) < len(content):
                 raise CheckpointError(f"{file}:{number}: the ledger is damaged in this line")
             break
-        events.append(event)
+        found.append(event)
         intact += len(line)
-    return events, intact
+    return found, intact

@@ -11,7 +11,7 @@ import ray
 from raytune_vlm.config.experiment import ExperimentConfig
 from raytune_vlm.monitor import Monitor
 from raytune_vlm.report.formatting import duration
-from raytune_vlm.sweep.ledger import TrialState
+from raytune_vlm.sweep.ledger import TrialState, num_ended
 
 POLL_S = 1.0
 
@@ -45,14 +45,14 @@ class Watcher:
     def _watch(self) -> None:
         while not self._stop.wait(POLL_S):
             status = ray.get(self._board.status.remote())
-            ended = sum(state.ended is not None for state in self._states.values())
+            ended = num_ended(self._states)
             now = "; ".join(where(entry) for _, entry in sorted(status.items()))
             left = self._time_left(status, ended)
             self._monitor.progress("trials", ended, self._num_trials, f"{left} {now}".strip())
 
     def _steps(self, status: dict[str, dict[str, Any]]) -> int:
         """Steps accounted for: an ended trial counts whole, since it needs no more time."""
-        ended = sum(state.ended is not None for state in list(self._states.values()))
+        ended = num_ended(self._states)
         running = sum(int(entry.get("step") or 0) for entry in status.values())
         return ended * self._experiment.train.max_steps + running
 

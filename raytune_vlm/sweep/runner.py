@@ -40,7 +40,7 @@ from raytune_vlm.sweep.jobs import Job, PreparedBenchmark
 from raytune_vlm.sweep.lease import Lease
 from raytune_vlm.sweep.ledger import Ledger, TrialState, replay
 from raytune_vlm.sweep.rungs import check_rungs
-from raytune_vlm.train.packages import check_packages
+from raytune_vlm.train.packages import check_packages, check_searcher
 
 
 @dataclass
@@ -80,10 +80,26 @@ def plan_of(experiment: ExperimentConfig) -> list[ShardJob]:
         One clear line about what is wrong.
     """
     check_packages(experiment.train)
+    check_searcher(experiment.sweep)
     family = check_model(experiment.model)
     family.check_scopes(experiment.lora_scopes())
     family.check_packing(experiment.train.pack_tokens)
     return list_shards(experiment)
+
+
+def check_search(experiment: ExperimentConfig) -> None:
+    """Raise ConfigError if no trial of the search space can keep the constraints."""
+    from raytune_vlm.sweep.constraints import Predictor, check_constraints
+
+    check_constraints(experiment, Predictor(experiment))
+
+
+def check_warm_start(experiment: ExperimentConfig, data_digest: str) -> None:
+    """Raise ConfigError for a sweep that this one cannot start from, before its folder is made."""
+    from raytune_vlm.sweep.warm_start import read_sweep
+
+    for place in experiment.sweep.warm_start:
+        read_sweep(experiment, data_digest, Path(place))
 
 
 def run_sweep(experiment: ExperimentConfig, *, command: str, monitor: Monitor) -> SweepFolder:
@@ -107,8 +123,10 @@ def run_sweep(experiment: ExperimentConfig, *, command: str, monitor: Monitor) -
         )
     jobs = plan_of(experiment)
     guard_suite(experiment)
+    check_search(experiment)
     with ray_session(experiment):
         data = prepare_data(experiment, jobs, monitor)
+        check_warm_start(experiment, data.manifest.digest)
         require_splits(data, "select", "report")
         resolved = with_steps(experiment, data, monitor)
         check_rungs(resolved, data.split("select"))

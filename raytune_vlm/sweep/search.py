@@ -14,12 +14,16 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialSch
 from raytune_vlm.config.experiment import ExperimentConfig
 from raytune_vlm.config.sweep import AshaScheduler
 from raytune_vlm.report.formatting import recipe_value
+from raytune_vlm.sweep.budget import planner_line
+from raytune_vlm.sweep.closing import Closing, Limits, end_interrupted
 from raytune_vlm.sweep.cluster import proxy_resources
-from raytune_vlm.sweep.ledger import TrialState
+from raytune_vlm.sweep.constraints import infeasible
+from raytune_vlm.sweep.ledger import TrialState, num_ended
 from raytune_vlm.sweep.progress import Watcher
 from raytune_vlm.sweep.proxy import Proxy
 from raytune_vlm.sweep.runner import Session, interrupted
 from raytune_vlm.sweep.searcher import OptunaSearcher
+from raytune_vlm.sweep.warm_start import warm_trials
 
 
 def search(running: Session) -> None:
@@ -32,15 +36,19 @@ def search(running: Session) -> None:
     """
     experiment, states = running.experiment, running.states
     total = experiment.sweep.num_trials
-    left = total - sum(state.ended is not None for state in states.values())
+    left = total - num_ended(states)
     if left == 0:
         return
+    closing = Closing(running)
+    searcher = build_searcher(running, closing)
+    if closing.ends_trials():
+        end_interrupted(running, searcher.drop_interrupted())
+    if searcher.is_done:
+        return
     scheduler = build_scheduler(experiment, states)
-    searcher = OptunaSearcher(
-        experiment, running.ledger, states, running.folder.study_file, running.board
-    )
     # What Ray Tune writes, nobody reads: the ledger has it all.
     scratch = tempfile.mkdtemp(prefix="raytune_vlm-")
+    running.monitor.say(planner_line(experiment))
     running.monitor.say(
         f"sweep: {left} trials of up to {experiment.train.max_steps} steps on "
         f"{experiment.sweep.num_executors} executors, scored at {list(experiment.rungs)}"
@@ -58,7 +66,8 @@ def search(running: Session) -> None:
             name="tune",
             storage_path=scratch,
             verbose=0,
-            callbacks=[LedgerCallback(running, searcher)],
+            callbacks=[LedgerCallback(running, searcher, closing)],
+            stop=Limits(closing, running, searcher.our_id),
             failure_config=tune.FailureConfig(max_failures=0),
         ),
     )
@@ -67,9 +76,35 @@ def search(running: Session) -> None:
             tuner.fit()
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    ended = sum(state.ended is not None for state in states.values())
-    if ended < total:
+    ended = num_ended(states)
+    if any(state.ended is None for state in states.values()) or not searcher.is_done:
         raise interrupted(running.folder, ended, total)
+
+
+def build_searcher(running: Session, closing: Closing) -> OptunaSearcher:
+    """The searcher, told of the trials of this sweep and of others that it starts from."""
+    experiment = running.experiment
+    say = running.monitor.say
+    warm = warm_trials(
+        experiment,
+        running.data.manifest.digest,
+        running.ledger,
+        running.folder.ledger_file,
+        say,
+    )
+    for note in experiment.sweep.notes():
+        say(f"sweep: {note}")
+    return OptunaSearcher(
+        experiment,
+        running.ledger,
+        running.states,
+        running.folder.study_file,
+        running.board,
+        warm=warm,
+        is_closed=closing.is_closed,
+        close=closing.close,
+        say=say,
+    )
 
 
 @dataclass(frozen=True)
@@ -105,9 +140,10 @@ def build_scheduler(experiment: ExperimentConfig, states: dict[str, TrialState])
 class LedgerCallback(tune.Callback):
     """Writes what happens to the ledger, stops executors of stopped trials, tells Optuna."""
 
-    def __init__(self, running: Session, searcher: OptunaSearcher) -> None:
+    def __init__(self, running: Session, searcher: OptunaSearcher, closing: Closing) -> None:
         self._running = running
         self._searcher = searcher
+        self._closing = closing
         self._experiment = running.experiment
 
     def __getstate__(self) -> dict[str, Any]:
@@ -117,6 +153,7 @@ class LedgerCallback(tune.Callback):
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         trial_id = trial.config["trial_id"]
         self._running.ledger.append("started", trial_id=trial_id)
+        self._closing.started(self._running.states[trial_id])
         recipe = self._running.states[trial_id].recipe
         values = ", ".join(f"{key}={recipe_value(value)}" for key, value in recipe.items())
         self._running.monitor.say(f"{trial_id} started: {values}")
@@ -142,9 +179,13 @@ class LedgerCallback(tune.Callback):
         if step in state.scored:
             return
         state.scored[step] = scores
-        self._running.ledger.append("scored", trial_id=trial_id, step=step, scores=scores)
+        costs = state.costs[step] = self._closing.costs(trial_id, result)
+        self._running.ledger.append(
+            "scored", trial_id=trial_id, step=step, scores=scores, costs=costs
+        )
         shown = ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
         self._running.monitor.say(f"{trial_id} step {step}: {shown}")
+        self._closing.scored(state, step)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._end(trial.config["trial_id"])
@@ -165,10 +206,15 @@ class LedgerCallback(tune.Callback):
         else:
             complete = last >= self._experiment.train.max_steps
             state.ended = "finished" if complete else "stopped"
+        above = infeasible(self._experiment, state)
+        verdict = {"infeasible": above} if above else {}
         self._running.ledger.append(
-            state.ended, trial_id=trial_id, step=last, message=state.message
+            state.ended, trial_id=trial_id, step=last, message=state.message, **verdict
         )
         self._searcher.tell(state)
+        if above:
+            self._running.monitor.say(f"{trial_id} cannot win: {above}")
+        self._closing.ended(state)
         if state.ended != "finished":
             self._running.monitor.say(
                 f"{trial_id} {state.ended} at step {last}"

@@ -1,52 +1,23 @@
-"""Optuna as a Ray Tune searcher that keeps no state the ledger does not have.
-
-Proposal number k comes from a sampler seeded with `seed + k` that sees the trials told so far, so
-a sweep that was killed and rebuilt from its ledger proposes what it would have proposed. Stopped
-trials are told PRUNED with their intermediate values; failed ones PRUNED without any, which ranks
-them worst (Optuna's TPE ignores FAILED trials and would propose the same again).
-"""
+"""Optuna as a Ray Tune searcher that keeps no state the ledger does not have."""
 
 from __future__ import annotations
 
-import itertools
-import warnings
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import optuna
-from optuna.distributions import (
-    BaseDistribution,
-    CategoricalDistribution,
-    FloatDistribution,
-    IntDistribution,
-)
-from optuna.trial import TrialState as OptunaState
 from ray.tune.search import Searcher
 
 from raytune_vlm.config.experiment import ExperimentConfig
-from raytune_vlm.config.sweep import (
-    Choice,
-    Distribution,
-    LogUniform,
-    QUniform,
-    RandInt,
-    TpeSearcher,
-)
+from raytune_vlm.monitor import Say
+from raytune_vlm.records import SweepFolder, TrialRecord, write_json
+from raytune_vlm.sweep.constraints import Predictor, broken
 from raytune_vlm.sweep.ledger import Ledger, TrialState
+from raytune_vlm.sweep.study import SweepStudy
+from raytune_vlm.sweep.warm_start import WarmTrial
 
-
-def optuna_distribution(distribution: Distribution) -> BaseDistribution:
-    """Our distribution as Optuna's; `randint` excludes its upper end, as in Ray."""
-    if isinstance(distribution, Choice):
-        return CategoricalDistribution(distribution.values)
-    if isinstance(distribution, RandInt):
-        return IntDistribution(distribution.lower, distribution.upper - 1)
-    return FloatDistribution(
-        distribution.lower,
-        distribution.upper,
-        log=isinstance(distribution, LogUniform),
-        step=distribution.q if isinstance(distribution, QUniform) else None,
-    )
+MOST_INFEASIBLE = 200
+"""Proposals in a row that break a constraint, after which the search ends."""
 
 
 class OptunaSearcher(Searcher):
@@ -65,6 +36,14 @@ class OptunaSearcher(Searcher):
         SQLite file of the Optuna study; rebuilt from `trials`, so that it can always be deleted.
     board
         Handle that proxies need; goes into each trial's config.
+    warm
+        Trials of other sweeps.
+    is_closed
+        Whether no new trials shall be started.
+    close
+        Told why no more will come, before `num_trials` are reached.
+    say
+        Tells a person something.
     """
 
     def __init__(
@@ -74,43 +53,35 @@ class OptunaSearcher(Searcher):
         trials: dict[str, TrialState],
         study_file: Path,
         board: Any,
+        *,
+        warm: Iterable[WarmTrial] = (),
+        is_closed: Callable[[], bool] = lambda: False,
+        close: Callable[[str, str], None] = lambda kind, reason: None,
+        say: Say = lambda message: None,
     ) -> None:
         super().__init__(metric=experiment.metric, mode=experiment.mode)
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self._experiment = experiment
-        self._sweep = experiment.sweep
-        self._ledger = ledger
-        self._board = board
-        self._space = {
-            key: optuna_distribution(entry) for key, entry in self._sweep.search_space.items()
-        }
-        self._plain = {key: experiment_value(experiment, key) for key in self._space}
+        self._experiment, self._ledger, self._board = experiment, ledger, board
+        self._is_closed, self._close, self._say = is_closed, close, say
+        self._folder = SweepFolder(study_file.parent)
+        self._predict = Predictor(experiment)
         self._states = trials
-        self._interrupted = [state for state in trials.values() if state.ended is None]
         self._next = len(trials)
-        self._asked: dict[str, optuna.Trial | None] = {}
         self._ids: dict[str, str] = {}
-        study_file.unlink(missing_ok=True)
-        self._study = optuna.create_study(
-            storage=f"sqlite:///{study_file}",
-            study_name=experiment.name,
-            direction="maximize" if experiment.mode == "max" else "minimize",
-            sampler=optuna.samplers.RandomSampler(seed=experiment.seed),
-        )
-        for state in trials.values():
-            if state.ended is not None:
-                self._add_ended(state)
+        self._study = SweepStudy(experiment, study_file, trials.values(), warm, say)
+        self._interrupted = [state for state in trials.values() if state.ended is None]
+        # Killed between a proposal and the verdict on it.
+        self._interrupted = [state for state in self._interrupted if self._may_train(state)]
+
+    @property
+    def is_done(self) -> bool:
+        """Whether no trial is left to propose."""
+        return not self._interrupted and (self._num_left() <= 0 or self._is_closed())
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """The next recipe, as a Ray Tune config; `FINISHED` when all have been proposed."""
-        if self._interrupted:
-            state = self._interrupted.pop(0)
-            self._asked[state.trial_id] = self._ask(state.number, state.recipe)
-        elif self._next >= self._sweep.num_trials:
+        state = self._interrupted.pop(0) if self._interrupted else self._next_feasible()
+        if state is None:
             return Searcher.FINISHED
-        else:
-            state = self._propose(self._next)
-            self._next += 1
         self._ids[trial_id] = state.trial_id
         return {
             "board": self._board,
@@ -119,54 +90,67 @@ class OptunaSearcher(Searcher):
             "reported": sorted(state.scored),
         }
 
-    def _propose(self, number: int) -> TrialState:
-        trial_id = f"t{number:04d}"
-        asked: optuna.Trial | None
-        if number == 0 and self._sweep.include_default:
-            recipe = dict(self._plain)
-            asked = self._ask(number, recipe) if self._inside(recipe) else None
-        else:
-            asked = self._ask(number, self._grid_point(number))
-            assert asked is not None
-            recipe = dict(asked.params)
-        state = TrialState(trial_id, number, recipe)
-        self._ledger.append("proposed", trial_id=trial_id, number=number, recipe=recipe)
-        self._states[trial_id] = state
-        self._asked[trial_id] = asked
+    def _num_left(self) -> int:
+        """How many more trials may be trained."""
+        trained = sum(not state.untrained for state in self._states.values())
+        left = self._experiment.sweep.num_trials - trained
+        given = self._study.num_given
+        return left if given is None else min(left, given - self._next)
+
+    def _next_feasible(self) -> TrialState | None:
+        for _ in range(MOST_INFEASIBLE):
+            if self._num_left() <= 0 or self._is_closed():
+                return None
+            state = self._propose()
+            if self._may_train(state):
+                return state
+        self._close(
+            "infeasible",
+            f"the last {MOST_INFEASIBLE} proposals were all predicted to break a constraint",
+        )
+        return None
+
+    def _propose(self) -> TrialState:
+        number = self._next
+        recipe = self._study.propose(number)
+        state = TrialState(f"t{number:04d}", number, recipe, predicted=self._predict(recipe))
+        predicted = {"predicted": state.predicted} if state.predicted else {}
+        self._ledger.append(
+            "proposed", trial_id=state.trial_id, number=number, recipe=recipe, **predicted
+        )
+        self._states[state.trial_id] = state
+        self._next += 1
         return state
 
-    def _ask(self, number: int, fixed: dict[str, Any] | None) -> optuna.Trial | None:
-        if fixed is not None:
-            if not self._inside(fixed):
-                return None
-            self._study.enqueue_trial(fixed)
-        self._study.sampler = self._sampler(number)
-        return self._study.ask(self._space)
+    def _may_train(self, state: TrialState) -> bool:
+        """Whether no constraint is predicted to break; else the trial ends here, untrained."""
+        reason = broken(self._experiment, state.predicted, "predicted")
+        if reason is None or state.scored:
+            return True
+        state.ended, state.untrained, state.message = "failed", True, f"infeasible: {reason}"
+        self._ledger.append("infeasible", trial_id=state.trial_id, step=0, message=state.message)
+        record = TrialRecord(
+            trial_id=state.trial_id,
+            number=state.number,
+            recipe=state.recipe,
+            status="failed",
+            max_steps=self._experiment.train.max_steps,
+            failure=state.message,
+            trainable_parameters=int(state.predicted.get("trainable_parameters", 0)),
+        )
+        write_json(self._folder.trial(state.trial_id).record_file, record)
+        self._study.tell(state)
+        self._say(f"{state.trial_id} is not trained: {state.message}")
+        return False
 
-    def _sampler(self, number: int) -> optuna.samplers.BaseSampler:
-        seed = self._experiment.seed * 100_003 + number
-        searcher = self._sweep.searcher
-        if not isinstance(searcher, TpeSearcher):
-            return optuna.samplers.RandomSampler(seed=seed)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            return optuna.samplers.TPESampler(
-                seed=seed,
-                n_startup_trials=searcher.num_startup_trials,
-                multivariate=True,
-                constant_liar=True,
-            )
+    def tell(self, state: TrialState) -> None:
+        """Tell Optuna how a trial ended; called after the ledger has it."""
+        self._study.tell(state)
 
-    def _grid_point(self, number: int) -> dict[str, Any] | None:
-        if self._sweep.searcher.type != "grid":
-            return None
-        place = number - int(self._sweep.include_default)
-        values = [entry.corners() for entry in self._sweep.search_space.values()]
-        points = list(itertools.product(*values))
-        return dict(zip(self._space, points[place % len(points)], strict=True))
-
-    def _inside(self, recipe: dict[str, Any]) -> bool:
-        return all(_contains(self._space[key], value) for key, value in recipe.items())
+    def drop_interrupted(self) -> list[TrialState]:
+        """The trials that would be proposed again; now they are not."""
+        dropped, self._interrupted = self._interrupted, []
+        return dropped
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Nothing here: the callback writes scores to the ledger, `tell` reads them there."""
@@ -175,37 +159,6 @@ class OptunaSearcher(Searcher):
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
         """Told by Ray Tune that a trial is over; the callback notes how, then calls `tell`."""
-
-    def tell(self, state: TrialState) -> None:
-        """Tell Optuna how a trial ended; called after the ledger has it."""
-        asked = self._asked.pop(state.trial_id, None)
-        if asked is None:
-            return
-        for step, scores in sorted(state.scored.items()):
-            asked.report(scores[self._experiment.metric], step)
-        if state.ended == "finished":
-            self._study.tell(asked, self._value(state))
-        else:
-            self._study.tell(asked, state=OptunaState.PRUNED)
-
-    def _value(self, state: TrialState) -> float:
-        return state.scored[max(state.scored)][self._experiment.metric]
-
-    def _add_ended(self, state: TrialState) -> None:
-        """Put a trial that ended in an earlier life of the sweep into the study."""
-        if not self._inside(state.recipe):
-            return
-        metric = self._experiment.metric
-        finished = state.ended == "finished"
-        self._study.add_trial(
-            optuna.trial.create_trial(
-                state=OptunaState.COMPLETE if finished else OptunaState.PRUNED,
-                value=self._value(state) if finished else None,
-                params=state.recipe,
-                distributions=self._space,
-                intermediate_values={step: row[metric] for step, row in state.scored.items()},
-            )
-        )
 
     def __getstate__(self) -> dict[str, Any]:
         """Ray Tune pickles a snapshot of itself; the ledger is ours, so there is nothing to it."""
@@ -220,17 +173,3 @@ class OptunaSearcher(Searcher):
 
     def restore(self, checkpoint_path: str) -> None:
         """Nothing to restore."""
-
-
-def experiment_value(experiment: ExperimentConfig, dotted: str) -> Any:
-    """The experiment's own value of a dotted key."""
-    value: Any = experiment
-    for name in dotted.split("."):
-        value = getattr(value, name)
-    return value
-
-
-def _contains(distribution: BaseDistribution, value: Any) -> bool:
-    if isinstance(distribution, CategoricalDistribution):
-        return value in distribution.choices
-    return not isinstance(value, str) and bool(distribution._contains(value))

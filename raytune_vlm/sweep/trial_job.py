@@ -51,6 +51,7 @@ class TrialJob:
 
         worker = self.worker
         data = worker.setup.data
+        _forget_peak_memory()
         run = Run(
             worker.base,
             worker.splits["train"],
@@ -107,7 +108,8 @@ class TrialJob:
                 self._record(run, "finished")
             if last or rung not in self.job.reported:
                 notes = [*self.notes, *run.auditor.notes]
-                report = {"step": rung, **values, "done": last, "notes": notes}
+                costs = self._costs(run)
+                report = {"step": rung, **values, "done": last, "notes": notes, "costs": costs}
                 self.worker.report(self.job, report)
                 self.notes, run.auditor.notes = [], []
         return True
@@ -193,6 +195,16 @@ class TrialJob:
         most = max(shares.values(), default=1.0)
         return {step: value for step, value in self.scored.items() if shares[step] == most}
 
+    def _costs(self, run: Any) -> dict[str, float]:
+        """What the trial has cost by now; see `config.objectives.COSTS`."""
+        costs = {
+            "trainable_parameters": float(sum(run.trainable.values())),
+            "train_seconds": self.train_seconds,
+        }
+        if peak := _peak_memory_gb():
+            costs["peak_memory_gb"] = peak
+        return costs
+
     def _retain(self) -> None:
         if self.worker.world.rank == 0:
             self.retention.apply(self.folder.checkpoints, self._comparable(), self._is_regular)
@@ -222,6 +234,7 @@ class TrialJob:
             evaluate_seconds=self.evaluate_seconds,
             trainable_parameters=sum(run.trainable.values()),
             trainable_by_scope=run.trainable,
+            peak_memory_gb=_peak_memory_gb(),
             audit=run.auditor.checks,
             micro_batch=run.batches.lowered_as_json,
         )
@@ -237,3 +250,18 @@ def _append(file: Path, row: dict[str, Any]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a", encoding="utf-8") as stream:
         stream.write(json.dumps(row) + "\n")
+
+
+def _forget_peak_memory() -> None:
+    """Let the peak of this trial be measured, not that of the ones before."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _peak_memory_gb() -> float:
+    """Most memory of the GPU that tensors took, in 10^9 bytes; 0 without a GPU."""
+    import torch
+
+    return torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else 0.0

@@ -128,6 +128,20 @@ def predict(experiment: ExperimentConfig, samples: Sequence[Encoded] | None = No
     )
 
 
+def predict_trainable(experiment: ExperimentConfig) -> int:
+    """Trained parameters of an experiment's recipe, without a forward pass.
+
+    Raises
+    ------
+    ModelError
+        If the model is not found, or the adapter does not fit it.
+    """
+    family = check_model(experiment.model)
+    with torch.device("meta"):
+        adapted: Any = attach(meta_model(experiment.model), family, experiment.lora, seed=0)
+    return sum(trainable_by_scope(adapted, family).values())
+
+
 def _elsewhere(parts: Sequence[torch.nn.Module], experiment: ExperimentConfig) -> int:
     """Bytes of a base cut up among workers that one of them does not hold at any time.
 

@@ -1,0 +1,161 @@
+"""When a search ends before `num_trials`: its budget is used up, or nothing is left to decide."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import ray
+from ray import tune
+
+from raytune_vlm.evaluate.metrics import METRICS
+from raytune_vlm.evaluate.scoring import read_matrix
+from raytune_vlm.evaluate.statistics import indistinguishable
+from raytune_vlm.sweep.budget import Budget, expected_steps
+from raytune_vlm.sweep.constraints import broken, infeasible
+from raytune_vlm.sweep.ledger import TrialState, events
+from raytune_vlm.sweep.runner import Session
+
+
+class Closing:
+    """Watches what a search has used up and what it has found.
+
+    A search that was closed stays closed when it is resumed: the ledger says so.
+    """
+
+    def __init__(self, running: Session) -> None:
+        self._running, self._experiment = running, running.experiment
+        rows = events(running.folder.ledger_file)
+        closed = [row for row in rows if row["event"] == "closed"]
+        self._kind: str | None = closed[-1]["kind"] if closed else None
+        self._compared = [row["same"] for row in rows if row["event"] == "compared"]
+        self._budget = Budget(self._experiment, rows)
+        self._earlier = {
+            trial_id: state.costs[max(state.costs)].get("train_seconds", 0.0)
+            for trial_id, state in running.states.items()
+            if state.costs
+        }
+        self._started: dict[str, float] = {}
+        self._planned = False
+
+    def is_closed(self) -> bool:
+        """Whether no new trials shall be started; says why when that begins."""
+        if self._kind is None and (reason := self._budget.used_up()):
+            self.close("budget", reason)
+        return self._kind is not None
+
+    def ends_trials(self) -> bool:
+        """Whether running trials shall end at their next rung."""
+        return self.is_closed() and self._kind == "budget"
+
+    def close(self, kind: str, reason: str) -> None:
+        """No new trials from now on."""
+        self._kind = kind
+        ended = " and running ones end at their next rung" if kind == "budget" else ""
+        self._running.ledger.append("closed", kind=kind, message=reason)
+        self._running.monitor.say(f"sweep: no new trials{ended}: {reason}")
+
+    def costs(self, trial_id: str, result: dict[str, Any]) -> dict[str, float]:
+        """The costs in a report, with the time that the trial took before a resume."""
+        costs = dict(result.get("costs", {}))
+        if "train_seconds" in costs:
+            costs["train_seconds"] += self._earlier.get(trial_id, 0.0)
+        return costs
+
+    def started(self, state: TrialState) -> None:
+        """A trial starts."""
+        if not state.scored:
+            self._started[state.trial_id] = time.monotonic()
+
+    def scored(self, state: TrialState, step: int) -> None:
+        """A trial reached a rung; the first time it is said what is left."""
+        began = self._started.get(state.trial_id)
+        if self._planned or began is None:
+            return
+        self._planned = True
+        each = (time.monotonic() - began) / step
+        states = self._running.states.values()
+        done = sum(max(entry.scored, default=0) for entry in states)
+        whole = self._experiment.sweep.num_trials * expected_steps(self._experiment)
+        left = self._budget.left(each, max(0.0, whole - done))
+        self._running.monitor.say(
+            f"planner: {each:.3g} s a step with scoring at the first rung: {left}"
+        )
+
+    def ended(self, state: TrialState) -> None:
+        """A trial has ended: are those that cannot be told from the best still the same?"""
+        stable = self._experiment.sweep.stop_when_stable
+        if stable is None or self._kind is not None:
+            return
+        same = contenders(self._running)
+        self._compared.append(same)
+        self._running.ledger.append("compared", trial_id=state.trial_id, same=same)
+        last = self._compared[-stable.trials - 1 :]
+        if same and len(last) > stable.trials and all(entry == same for entry in last):
+            self.close(
+                "stable",
+                f"over the last {stable.trials} ended trials the {len(same)} that cannot be told "
+                f"from the best stayed the same: {', '.join(same)}",
+            )
+
+
+def contenders(running: Session) -> list[str]:
+    """The ended trials that cannot be told from the best one on `select`, by number."""
+    experiment = running.experiment
+    metric, sign = experiment.metric, 1 if experiment.mode == "max" else -1
+    best: list[tuple[float, str, int]] = []
+    for state in running.states.values():
+        ended = state.ended in ("finished", "stopped") and state.scored
+        if ended and infeasible(experiment, state) is None:
+            step = max(state.scored, key=lambda at: (sign * state.scored[at][metric], -at))
+            best.append((sign * state.scored[step][metric], state.trial_id, step))
+    if not best:
+        return []
+    files = [
+        running.folder.trial(trial_id).evaluation("select", step) / "predictions.parquet"
+        for _, trial_id, step in best
+    ]
+    values, weights, groups, _ = read_matrix(files, metric)
+    places = indistinguishable(
+        values,
+        weights,
+        groups,
+        winner=max(range(len(best)), key=lambda place: best[place][0]),
+        mode="max" if experiment.mode == "max" else "min",
+        confidence=experiment.evaluation.confidence,
+        num_bootstrap=experiment.evaluation.num_bootstrap,
+        seed=experiment.seed,
+        combine=METRICS[metric].combine,
+    )
+    return sorted(best[place][1] for place in places)
+
+
+class Limits(tune.Stopper):
+    """Stops a trial at a rung when the budget is used up, or when it is above a measured limit."""
+
+    def __init__(self, closing: Closing, running: Session, ids: Any) -> None:
+        self._closing, self._running, self._ids = closing, running, ids
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        costs = self._closing.costs(self._ids(trial_id), result)
+        above = broken(self._running.experiment, costs, "measured")
+        return above is not None or self._closing.ends_trials()
+
+    def stop_all(self) -> bool:
+        """Never: running trials reach their next rung."""
+        return False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Ray Tune pickles a snapshot of itself; the ledger is ours, so there is nothing to it."""
+        return {}
+
+
+def end_interrupted(running: Session, trials: list[TrialState]) -> None:
+    """End trials that an earlier life of the sweep left running, where its budget is used up."""
+    for state in trials:
+        state.ended = "stopped"
+        last = max(state.scored, default=0)
+        message = "the sweep's budget was used up"
+        running.ledger.append("stopped", trial_id=state.trial_id, step=last, message=None)
+        ray.get(running.board.stop.remote(state.trial_id))
+        running.monitor.say(f"{state.trial_id} stopped at step {last}: {message}")

@@ -1,0 +1,274 @@
+"""Constraints, budgets, objectives, warm start: what a search may use and what it starts from."""
+
+from __future__ import annotations
+
+import optuna
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from made import experiment
+from test_searchers import METRIC, NUMBERS, OBJECTIVES, Sweep, sampled
+
+from raytune_vlm.errors import ConfigError
+from raytune_vlm.records import SweepFolder, write_json
+from raytune_vlm.report.leaderboard import leaderboard
+from raytune_vlm.report.loading import load_view
+from raytune_vlm.sweep.budget import (
+    Budget,
+    cost,
+    expected_steps,
+    held_seconds,
+    planner_line,
+)
+from raytune_vlm.sweep.constraints import Predictor, check_constraints, infeasible
+from raytune_vlm.sweep.front import besides, front_of, pareto_front
+from raytune_vlm.sweep.ledger import Ledger, TrialState, replay
+from raytune_vlm.sweep.warm_start import WarmTrial, warm_trials
+
+RANKS = {
+    "lora.rank": {"type": "choice", "values": [1, 4, 64]},
+    "train.learning_rate": {"type": "loguniform", "lower": 1e-4, "upper": 1e-1},
+}
+
+
+@pytest.fixture(scope="module")
+def per_rank():
+    return Predictor(
+        experiment(lora={"rank": 1}, sweep={"constraints": {"max_trainable_parameters": 1}})
+    )({})["trainable_parameters"]
+
+
+def limited(per_rank, **sweep):
+    limits = {"max_trainable_parameters": int(per_rank * 16)}
+    plain = {"num_trials": 6, "search_space": RANKS, "constraints": limits, **sweep}
+    return experiment(lora={"rank": 4}, sweep=plain, train={"max_steps": 90})
+
+
+def test_an_infeasible_proposal_is_told_and_not_trained(tmp_path, per_rank):
+    config = limited(per_rank, searcher={"type": "random"})
+    write_json(
+        tmp_path / "experiment.json", {"experiment": config.model_dump(mode="json"), "data": "d"}
+    )
+    sweep = Sweep(tmp_path, config)
+    trained = sweep.run()
+    untrained = [state for state in sweep.states.values() if state.untrained]
+    assert len(trained) == 6 and untrained
+    assert all(recipe["lora.rank"] < 64 for _, recipe in trained)
+    assert len(sweep.said) == len(untrained)
+    assert "predicted trainable_parameters" in sweep.said[0]
+    study = optuna.load_study(study_name="test", storage=f"sqlite:///{tmp_path / 'study.db'}")
+    shown = {trial.user_attrs["trial"]: trial for trial in study.trials}[untrained[0].trial_id]
+    assert shown.constraints["trainable_parameters"] == pytest.approx(3, abs=1e-3)
+    assert shown.user_attrs["status"] == "infeasible" and shown.state.name == "PRUNED"
+
+    again = replay(tmp_path / "ledger.jsonl")
+    assert [state.untrained for state in again.values()] == [
+        state.untrained for state in sweep.states.values()
+    ]
+    assert Sweep(tmp_path, config).searcher.is_done
+    assert besides(config, again)["infeasible"].keys() == {s.trial_id for s in untrained}
+    row = next(r for r in leaderboard(load_view(tmp_path)) if r.trial_id == untrained[0].trial_id)
+    assert row.rank is None and row.outcome.startswith("infeasible: predicted trainable_param")
+
+
+def test_tpe_learns_what_is_infeasible_and_is_rebuilt_with_it(tmp_path, per_rank):
+    config = limited(per_rank, num_trials=8)
+    whole = Sweep(tmp_path / "whole", config).run()
+    broken: list = []
+    for most in (3, None):
+        broken += Sweep(tmp_path / "broken", config).run(most=most)
+    assert dict(broken) == dict(whole)
+
+
+def test_constraints_that_no_corner_keeps_are_refused(per_rank):
+    config = limited(per_rank)
+    check_constraints(config, Predictor(config))
+    hopeless = limited(per_rank, constraints={"max_trainable_parameters": 10})
+    with pytest.raises(
+        ConfigError, match=r"no trial of the search space can keep them: at least trainable_par"
+    ):
+        check_constraints(hopeless, Predictor(hopeless))
+
+
+def test_memory_is_predicted_where_it_is_limited():
+    config = experiment(sweep={"constraints": {"max_memory_gb": 1e-6}, "search_space": RANKS})
+    costs = Predictor(config)({"lora.rank": 1})
+    assert 0.01 < costs["peak_memory_gb"] < 100
+    assert Predictor(experiment())({"lora.rank": 1}) == {}
+
+
+def test_a_search_without_feasible_proposals_ends(tmp_path, per_rank, monkeypatch):
+    monkeypatch.setattr("raytune_vlm.sweep.searcher.MOST_INFEASIBLE", 3)
+    closed = []
+    config = limited(
+        per_rank,
+        constraints={"max_trainable_parameters": 10},
+        searcher={"type": "random"},
+    )
+    sweep = Sweep(tmp_path, config, close=lambda kind, reason: closed.append((kind, reason)))
+    assert sweep.start() is None
+    assert closed == [
+        ("infeasible", "the last 3 proposals were all predicted to break a constraint")
+    ]
+
+
+def state(number, value, seconds, parameters=100.0, ended="finished", step=90):
+    return TrialState(
+        f"t{number:04d}", number, {}, {step: {METRIC: value}}, ended,
+        costs={step: {"train_seconds": seconds, "trainable_parameters": parameters}},
+    )  # fmt: skip
+
+
+def test_a_measured_limit_makes_a_trial_infeasible():
+    config = experiment(sweep={"constraints": {"max_train_seconds": 10}})
+    assert infeasible(config, state(0, 1.0, 9)) is None
+    assert infeasible(config, state(0, 1.0, 12)) == (
+        "measured train_seconds 12 > max_train_seconds=10"
+    )
+
+
+def test_the_front_is_of_trials_that_may_win():
+    config = experiment(
+        sweep={"objectives": OBJECTIVES, "constraints": {"max_trainable_parameters": 200}}
+    )
+    states = [
+        state(0, 0.9, 50),
+        state(1, 0.8, 20),
+        state(2, 0.8, 30),
+        state(3, 0.95, 10, ended="failed"),
+        state(4, 0.99, 5, parameters=300),
+        state(5, 0.1, 5, ended="stopped"),
+    ]
+    found = besides(config, {entry.trial_id: entry for entry in states})
+    assert [row["trial_id"] for row in found["front"]] == ["t0000", "t0001", "t0005"]
+    assert found["front"][0] == {
+        "trial_id": "t0000", "step": 90, METRIC: 0.9, "train_seconds": 50,
+    }  # fmt: skip
+    assert found["objectives"] == {METRIC: "max", "train_seconds": "min"}
+    assert list(found["infeasible"]) == ["t0004"]
+    assert front_of(experiment(), {}) == []
+
+
+values = st.integers(-2, 2).map(float)
+
+
+@given(st.lists(st.tuples(values, values), max_size=12))
+def test_no_point_of_the_front_is_beaten_and_every_other_one_is(points):
+    rows = [{"a": a, "b": b} for a, b in points]
+    front = pareto_front(rows, {"a": "max", "b": "min"})
+
+    def beats(one, other):
+        return one != other and one["a"] >= other["a"] and one["b"] <= other["b"]
+
+    for place, row in enumerate(rows):
+        assert (place in front) == (not any(beats(other, row) for other in rows))
+
+
+def test_a_point_that_is_no_number_is_not_in_the_front():
+    rows = [{"a": 1.0, "b": float("nan")}, {"a": 0.0}, {"a": 0.0, "b": 1.0}]
+    assert pareto_front(rows, {"a": "max", "b": "min"}) == [2]
+
+
+def test_what_is_held_is_counted_over_resumes_without_the_gap():
+    rows = [
+        {"event": "proposed", "time": 100.0},
+        {"event": "scored", "time": 160.0},
+        {"event": "resumed", "time": 1000.0},
+        {"event": "scored", "time": 1030.0},
+    ]
+    assert held_seconds(rows, 1040.0) == 60 + 30 + 10
+
+
+def test_a_budget_ends_where_it_is_used_up():
+    train = {"gpus_per_worker": 1, "num_workers": 2, "batch_size": 8}
+    sweep = {"num_executors": 2, "max_gpu_hours": 4, "max_cost": 3, "cost_per_gpu_hour": 1.5}
+    config = experiment(train=train, sweep=sweep)
+    rows = [{"event": "proposed", "time": 0.0}, {"event": "scored", "time": 1700.0}]
+    assert cost(config, 3600) == 6
+    assert Budget(config, rows).used_up() is None
+    rows.append({"event": "scored", "time": 1801.0})
+    assert Budget(config, rows).used_up() == "sweep.max_cost=3 is used up (3)"
+    rows.append({"event": "scored", "time": 3601.0})
+    assert Budget(config, rows).used_up() == "sweep.max_gpu_hours=4 is used up (4)"
+    cpus = experiment(sweep={"max_cost": 1, "cost_per_cpu_hour": 2, "max_wall_time_s": 10})
+    assert "max_wall_time_s=10" in str(Budget(cpus, rows).used_up())
+
+
+def test_the_planner_tells_steps_with_and_without_stopping():
+    asha = {"type": "asha", "grace_period": 10, "reduction_factor": 3}
+    sweep = {"num_trials": 9, "num_executors": 2, "scheduler": asha, "search_space": RANKS}
+    config = experiment(train={"max_steps": 90}, sweep={**sweep, "max_wall_time_s": 60})
+    assert expected_steps(config) == pytest.approx(10 + 20 / 3 + 60 / 9)
+    assert planner_line(config) == (
+        "planner: 9 trials, 2 at once; 810 steps in all without early stopping, about 210 with it "
+        "(3.9 times less, if 1/3 of each rung go on); ends at sweep.max_wall_time_s=60"
+    )
+    fifo = experiment(sweep={**sweep, "scheduler": {"type": "fifo"}}, train={"max_steps": 90})
+    assert planner_line(fifo).endswith("810 steps in all without early stopping")
+
+
+@pytest.fixture(scope="module")
+def earlier(tmp_path_factory):
+    """An ended sweep's folder: experiment.json and ledger."""
+    folder = tmp_path_factory.mktemp("earlier")
+    config = sampled("random", num_trials=8)
+    Sweep(folder, config).run()
+    write_json(
+        folder / "experiment.json",
+        {"experiment": config.model_dump(mode="json"), "data": "digest"},
+    )
+    return folder
+
+
+def warm(config, tmp_path, digest="digest"):
+    said: list = []
+    file = SweepFolder(tmp_path).ledger_file
+    return warm_trials(config, digest, Ledger(file), file, said.append), said
+
+
+def test_a_sweep_starts_from_the_trials_of_another_one(earlier, tmp_path):
+    config = sampled("tpe", warm_start=[str(earlier)])
+    found, said = warm(config, tmp_path)
+    assert len(found) == 7 and "7 trials of" in said[0] and "1 left out: 1 without a s" in said[0]
+    assert isinstance(found[0], WarmTrial)
+    again, nothing = warm(config, tmp_path)  # from the ledger now
+    assert (again, nothing) == (found, [])
+    sweep = Sweep(tmp_path, config, warm=found)
+    warmed = sweep.run(most=4)
+    assert warmed[1:] != Sweep(tmp_path / "cold", sampled("tpe")).run(most=4)[1:]
+    study = optuna.load_study(study_name="test", storage=f"sqlite:///{tmp_path / 'study.db'}")
+    assert [trial.user_attrs.get("sweep") for trial in study.trials][:8] == ["test"] * 7 + [None]
+    rest = Sweep(tmp_path, config, warm=again).run()
+    whole = Sweep(tmp_path / "whole", config, warm=found).run()
+    assert dict(warmed + rest) == dict(whole)
+
+
+def test_trials_outside_the_present_space_are_left_out_and_counted(earlier, tmp_path):
+    fewer = {key: NUMBERS[key] for key in ("train.learning_rate", "lora.rank")}
+    found, said = warm(
+        sampled("tpe", warm_start=[str(earlier)], search_space=fewer), tmp_path / "fewer"
+    )
+    assert [entry.trial_id for entry in found] == ["t0000"]  # the default has our own dropout
+    assert "with another lora.dropout than the experiment" in said[0]
+    small = {**NUMBERS, "lora.rank": {"type": "choice", "values": [1, 2]}}
+    found, said = warm(
+        sampled("tpe", warm_start=[str(earlier)], search_space=small), tmp_path / "small"
+    )
+    assert "with another lora.rank than this space has" in said[0]
+
+
+def test_what_cannot_be_compared_is_refused(earlier, tmp_path):
+    other = experiment(
+        sweep={"warm_start": [str(earlier)], "search_space": NUMBERS},
+        evaluation={"metrics": ["cer@micro"]},
+    )
+    with pytest.raises(ConfigError, match=r"was decided by exact_match@strip, this sweep is by c"):
+        warm(other, tmp_path / "metric")
+    config = sampled("tpe", warm_start=[str(earlier)])
+    with pytest.raises(ConfigError, match=r"another data \(digest, here new\)"):
+        warm(config, tmp_path / "data", "new")
+    across = sampled("tpe", warm_start=[str(earlier)], warm_start_across_data=True)
+    assert len(warm(across, tmp_path / "across", "new")[0]) == 7
+    nothing = sampled("tpe", warm_start=[str(tmp_path)])
+    with pytest.raises(ConfigError, match="is not a sweep folder"):
+        warm(nothing, tmp_path / "none")
