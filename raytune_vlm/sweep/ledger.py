@@ -22,6 +22,8 @@ EVENTS = (
     "started",
     "noted",
     "scored",
+    "paused",
+    "promoted",
     "stopped",
     "failed",
     "finished",
@@ -42,6 +44,8 @@ class TrialState:
     """Step -> metric -> value on `select`."""
     ended: Ending | None = None
     message: str | None = None
+    promoted_to: int | None = None
+    """The rung that the scheduler let it train to, where one promotes; None: the first."""
 
 
 class Ledger:
@@ -84,6 +88,8 @@ def replay(file: Path) -> dict[str, TrialState]:
             trials[trial_id] = TrialState(trial_id, row["number"], row["recipe"])
         elif event == "scored":
             trials[trial_id].scored[row["step"]] = row["scores"]
+        elif event == "promoted":
+            trials[trial_id].promoted_to = row["step"]
         elif event in ("finished", "stopped", "failed"):
             trials[trial_id].ended = event
             trials[trial_id].message = row.get("message")

@@ -11,7 +11,8 @@ from raytune_vlm.sweep.jobs import Job
 
 
 class Proxy(tune.Trainable):
-    """One trial as Ray Tune sees it. `config` has `board`, `trial_id`, `recipe`, `reported`."""
+    """One trial as Ray Tune sees it. `config` has `board`, `trial_id`, `recipe`, `reported`,
+    and `until` where a scheduler pauses."""
 
     def setup(self, config: dict[str, Any]) -> None:
         self._board = config["board"]
@@ -29,6 +30,7 @@ class Proxy(tune.Trainable):
             trial_id=self._trial_id,
             recipe=config["recipe"],
             reported=tuple(config["reported"]),
+            until=config.get("until"),
         )
         ray.get(self._board.submit.remote(job))
 

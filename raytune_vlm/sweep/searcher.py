@@ -27,6 +27,7 @@ from raytune_vlm.config.experiment import ExperimentConfig
 from raytune_vlm.config.sweep import (
     Choice,
     Distribution,
+    HalvingScheduler,
     LogUniform,
     QUniform,
     RandInt,
@@ -140,8 +141,23 @@ class OptunaSearcher(Searcher):
             if not self._inside(fixed):
                 return None
             self._study.enqueue_trial(fixed)
+        elif isinstance(self._sweep.scheduler, HalvingScheduler):
+            self._study.enqueue_trial(self._knowing_paused(number))
         self._study.sampler = self._sampler(number)
         return self._study.ask(self._space)
+
+    def _knowing_paused(self, number: int) -> dict[str, Any]:
+        """What the sampler proposes when paused trials count as PRUNED at their rung.
+
+        In the study itself they are open, for Optuna does not let a trial go on that was told.
+        """
+        study = optuna.create_study(
+            direction=self._study.direction.name.lower(), sampler=self._sampler(number)
+        )
+        for state in self._states.values():
+            if self._inside(state.recipe):
+                study.add_trial(self._frozen(state))
+        return study.ask(self._space).params
 
     def _sampler(self, number: int) -> optuna.samplers.BaseSampler:
         seed = self._experiment.seed * 100_003 + number
@@ -195,16 +211,19 @@ class OptunaSearcher(Searcher):
         """Put a trial that ended in an earlier life of the sweep into the study."""
         if not self._inside(state.recipe):
             return
+        self._study.add_trial(self._frozen(state))
+
+    def _frozen(self, state: TrialState) -> optuna.trial.FrozenTrial:
+        """A trial as Optuna keeps it: COMPLETE, PRUNED at its last rung, or running without any."""
         metric = self._experiment.metric
-        finished = state.ended == "finished"
-        self._study.add_trial(
-            optuna.trial.create_trial(
-                state=OptunaState.COMPLETE if finished else OptunaState.PRUNED,
-                value=self._value(state) if finished else None,
-                params=state.recipe,
-                distributions=self._space,
-                intermediate_values={step: row[metric] for step, row in state.scored.items()},
-            )
+        finished, is_open = state.ended == "finished", state.ended is None and not state.scored
+        pruned = OptunaState.RUNNING if is_open else OptunaState.PRUNED
+        return optuna.trial.create_trial(
+            state=OptunaState.COMPLETE if finished else pruned,
+            value=self._value(state) if finished else None,
+            params=state.recipe,
+            distributions=self._space,
+            intermediate_values={step: row[metric] for step, row in state.scored.items()},
         )
 
     def __getstate__(self) -> dict[str, Any]:

@@ -37,7 +37,8 @@ class TrialJob:
         self.notes: list[str] = []
 
     def run(self) -> None:
-        """Train and score until the last rung, a stop, or an error; leaves the base as it was."""
+        """Train and score until the job's last rung, a stop, or an error; leaves the base as it
+        was."""
         from raytune_vlm.train.run import Run, TrainingData
 
         worker = self.worker
@@ -77,7 +78,7 @@ class TrialJob:
                 write_text(file, "".join(json.dumps(row) + "\n" for row in kept))
 
     def _rungs(self, run: Any) -> bool:
-        """Whether the last rung was reached (False: asked to stop)."""
+        """Whether the last rung was reached (False: asked to stop, or paused)."""
         for rung in self.experiment.rungs:
             if run.steps_done <= rung and not self._train_to(run, rung):
                 return False
@@ -94,8 +95,12 @@ class TrialJob:
             if last or rung not in self.job.reported:
                 notes = [*self.notes, *run.auditor.notes]
                 report = {"step": rung, **values, "done": last, "notes": notes}
+                if rung == self.job.until and not last:
+                    self._record(run, "stopped")  # unless it is promoted
                 self.worker.report(self.job, report)
                 self.notes, run.auditor.notes = [], []
+            if rung == self.job.until and not last:
+                return False
         return True
 
     def _train_to(self, run: Any, rung: int) -> bool:
