@@ -9,8 +9,8 @@ the work folder, so the command goes on where it was left, and several may work 
 `--part 0/2`, `--part 1/2`.
 
 The recipes are those of the demo's search space (rank, learning rate), and beyond it dropout,
-schedule, scope and batch size. Every one is trained for 72 steps on one thread and scored by what it
-generates at eight budgets, on 32 samples of `select`; at the end also on 64 samples of `report`,
+schedule, scope and batch size. Every one is trained for 72 steps on one thread and scored by what
+it generates at eight budgets, on 32 samples of `select`; at the end also on 64 samples of `report`,
 which stand for its true score.
 """
 

@@ -2,14 +2,16 @@
 
     python benchmarks/schedulers.py [--curves benchmarks/curves/demo.json.gz] [--seeds 100]
 
-Asynchronous simulation: four workers, a step takes as long for every trial, a trial's score at a rung
-is the recorded one on samples of `select` (`--samples` of them, drawn anew for each seed; all if not
-given). For each seed the recipes come in another random order, the same for all schedulers. A
-scheduler gets as many trials as it can end within the budget of steps. What it chooses is the trial
-with the best score that it saw; the regret is the best true score in the table less that trial's: the
-score of the complete trial on `report`, which no scheduler sees.
+Asynchronous simulation: four workers, a step takes as long for every trial, and a trial's score at
+a rung is the recorded one on samples of `select` (`--samples` of them, drawn anew for each seed).
+For each seed the recipes come in another random order, the same for all schedulers. A scheduler
+gets as many trials as it can end within the budget of steps. What it chooses is the trial with the
+best score that it saw; the regret is the best true score in the table less that trial's: the score
+of the complete trial on `report`, which no scheduler sees.
 
 Ray's rules are Ray's own classes, made by `build_scheduler` and driven with the recorded results.
+Its HyperBand is missing: its first brackets end at steps (72 / 27, 72 / 81) where nothing can be
+scored.
 """
 
 from __future__ import annotations
@@ -36,6 +38,10 @@ METRIC = "nted@donut"
 NUM_WORKERS = 4
 BUDGETS = (2, 4, 8, 16)
 """Budgets of a sweep, in complete trials."""
+LADDERS = ((2, 9), (2, 18), (3, 8), (3, 24))
+"""Reduction factors and first rungs."""
+PATIENCE = {"eager": 1, "breadth": None, "complete": 10_000}
+"""Name -> `min_results`."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,8 @@ class Played:
     """What a simulated sweep came to."""
 
     steps: int = 0
+    time: int = 0
+    """When the last trial ended, in steps of one worker."""
     states: dict[str, TrialState] = field(default_factory=dict)
 
     def chosen(self) -> int:
@@ -98,6 +106,7 @@ def play_halving(
     while True:
         action = decide(states.values(), rule)
         if action.kind == "end":
+            played.time = now
             return played
         if action.kind == "wait":
             now, _, trial_id = heapq.heappop(queue)
@@ -149,6 +158,7 @@ def play_stopping(
         begin(0)
     while queue:
         now, number, rung, trial = heapq.heappop(queue)
+        played.time = now
         value = float(scores[number, place[rungs[rung]]])
         played.states[trial.trial_id].scored[rungs[rung]] = {METRIC: value}
         result = {"step": rungs[rung], METRIC: value}
@@ -164,15 +174,15 @@ def play_stopping(
     return played
 
 
-def contestants(steps: int) -> dict[str, tuple[Simulate, dict[str, Any], int | None]]:
+def contestants() -> dict[str, tuple[Simulate, dict[str, Any], int | None]]:
     """Name -> how it is played, its section, and `evaluation.every` where it compares on a grid."""
     found: dict[str, tuple[Simulate, dict[str, Any], int | None]] = {}
-    for eta, grace in ((2, 9), (3, 8)):
+    for eta, grace in LADDERS:
         rungs = {"grace_period": grace, "reduction_factor": eta}
-        for name, least in (("eager", 1), ("delayed", 8), ("complete", 10_000)):
+        for name, least in PATIENCE.items():
             section = {"type": "halving", "min_results": least, **rungs}
-            found[f"halving {eta} {name}"] = (play_halving, section, None)
-        found[f"Ray asha {eta}"] = (play_stopping, {"type": "asha", **rungs}, None)
+            found[f"halving {eta}/{grace} {name}"] = (play_halving, section, None)
+        found[f"Ray asha {eta}/{grace}"] = (play_stopping, {"type": "asha", **rungs}, None)
     found["Ray median"] = (play_stopping, {"type": "median", "grace_period": 24}, 24)
     found["none"] = (play_stopping, {"type": "fifo"}, None)
     return found
@@ -216,8 +226,8 @@ def best_within(
 
 
 def regrets(table: Table, budget: int, seeds: int, samples: int | None) -> dict[str, Any]:
-    """Contestant -> regrets [seeds], numbers of trials and steps used."""
-    entries = contestants(table.budgets[-1])
+    """Contestant -> [seeds, 3]: regret, trials, share of the workers' time that they were idle."""
+    entries = contestants()
     found = {name: [] for name in entries}
     for seed in range(seeds):
         draw = np.random.default_rng(seed)
@@ -226,7 +236,8 @@ def regrets(table: Table, budget: int, seeds: int, samples: int | None) -> dict[
         for name, contestant in entries.items():
             played = best_within(contestant, scores, table, budget * table.budgets[-1])
             regret = table.true.max() - table.true[order[played.chosen()]]
-            found[name].append((regret, len(played.states), played.steps))
+            idle = 1 - played.steps / (NUM_WORKERS * played.time)
+            found[name].append((regret, len(played.states), idle))
     return {name: np.array(rows) for name, rows in found.items()}
 
 
@@ -246,24 +257,27 @@ def interval(values: NDArray[np.float64], seed: int = 0) -> tuple[float, float]:
 )
 @click.option("--seeds", default=100, show_default=True, help="Random orders of the recipes.")
 @click.option("--samples", type=int, help="Samples of a score at a rung; all if not given.")
-@click.option("--against", default="Ray asha 3", show_default=True, help="Paired differences to.")
-def main(curves: Path, seeds: int, samples: int | None, against: str) -> None:
+@click.option("--budgets", multiple=True, type=int, default=BUDGETS, help="In complete trials.")
+@click.option("--against", default="Ray asha 2/9", help="Paired differences of the others to this.")
+def main(
+    curves: Path, seeds: int, samples: int | None, budgets: tuple[int, ...], against: str
+) -> None:
     """Print mean regrets, and paired differences with intervals, at every budget."""
     table = Table.read(curves, METRIC)
     click.echo(
         f"{len(table.true)} curves, {METRIC}, best {table.true.max():.3f}, median "
         f"{np.median(table.true):.3f}, {seeds} seeds, samples {samples or table.sums.shape[2]}"
     )
-    for budget in BUDGETS:
+    for budget in budgets:
         found = regrets(table, budget, seeds, samples)
-        click.echo(f"budget of {budget} complete trials")
+        click.echo(f"budget of {budget} complete trials: regret, trials, idle, less Ray asha's")
         for name, rows in found.items():
-            difference = rows[:, 0] - found[against][:, 0]
+            regret, trials, idle = rows.mean(0)
+            line = f"  {name:22} {regret:.4f} {trials:5.1f} {idle:4.0%}"
+            rival = "Ray asha " + name.split(" ")[1] if name.startswith("halving") else against
+            difference = rows[:, 0] - found[rival][:, 0]
             low, high = interval(difference)
-            click.echo(
-                f"  {name:20} regret {rows[:, 0].mean():.4f}  less {against}: "
-                f"{difference.mean():+.4f} [{low:+.4f}, {high:+.4f}]  trials {rows[:, 1].mean():.1f}"
-            )
+            click.echo(f"{line}  {difference.mean():+.4f} [{low:+.4f}, {high:+.4f}] ({rival})")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -100,10 +101,14 @@ def test_only_the_best_of_a_rung_go_on_and_every_sweep_ends(game):
     states = play(game, sound)
     assert len(states) == rule.num_trials
     for state in states.values():
-        if any(math.isnan(row[METRIC]) for step, row in state.scored.items() if step != rule.rungs[-1]):
+        if any(
+            math.isnan(row[METRIC]) for step, row in state.scored.items() if step != rule.rungs[-1]
+        ):
             assert state.ended is None
     if not failing and not np.isnan(values).any():
-        assert any(state.ended == "finished" for state in states.values()), "nobody was trained whole"
+        assert any(state.ended == "finished" for state in states.values()), (
+            "nobody was trained whole"
+        )
 
 
 @settings(deadline=None, max_examples=60, derandomize=True)
@@ -132,8 +137,11 @@ def test_where_a_rung_is_complete_first_the_order_of_arrival_does_not_matter(gam
         for order in (seed, seed + 1)
     ]
     assert ends[0] == ends[1]
-    counts = [sum(rung in s.scored for s in play((patient, values, set(), 0)).values()) for rung in rule.rungs]
-    for there, gone in zip(counts, counts[1:], strict=False):
+    counts = [
+        sum(rung in s.scored for s in play((patient, values, set(), 0)).values())
+        for rung in rule.rungs
+    ]
+    for there, gone in itertools.pairwise(counts):
         assert gone <= max(1, math.floor(there / rule.reduction_factor))
 
 
@@ -146,9 +154,7 @@ def test_trials_that_were_paused_or_promoted_are_so_after_a_resume(tmp_path):
     ledger.append("promoted", trial_id="t1", step=20)
     states = replay(tmp_path / "ledger.jsonl")
     scheduler = {"type": "halving", "grace_period": 10, "reduction_factor": 2}
-    config = experiment(
-        train={"max_steps": 40}, sweep={"num_trials": 2, "scheduler": scheduler}
-    )
+    config = experiment(train={"max_steps": 40}, sweep={"num_trials": 2, "scheduler": scheduler})
     rule = Rule.of(config)
     assert rule.rungs == config.rungs == (10, 20, 40)
     assert rule.is_paused(states["t0"]) and rule.is_running(states["t1"])

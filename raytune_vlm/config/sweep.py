@@ -142,9 +142,10 @@ class HalvingScheduler(_Rungs):
     2020)."""
 
     type: Literal["halving"]
-    min_results: int = Field(default=1, ge=1)
-    """Results that the first rung must hold before the first promotion from it; the next rungs
-    reduction_factor times fewer each. More than `num_trials`: each rung is complete first."""
+    min_results: int | None = Field(default=None, ge=1)
+    """Results that the first rung must hold before the first promotion from it, the next rungs
+    reduction_factor times fewer each; 1: promote as soon as possible. None: those of all trials but
+    the ones that the other executors still train, so that new trials go first."""
 
 
 class AshaScheduler(_Rungs):

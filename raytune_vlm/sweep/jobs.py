@@ -24,8 +24,8 @@ class Job:
     reported
         Steps whose scores the ledger has already: not to be reported again.
     until
-        The rung at which a trial's job ends, to be put up again if the scheduler promotes the trial;
-        None: the last one.
+        The rung at which a trial's job ends, to be put up again if the trial is promoted; None: the
+        last one.
     split, step
         For `evaluate`: what to score, and which checkpoint (0 is the base model).
     attempt

@@ -7,9 +7,9 @@ stopping rule instead: it decides once, when a trial arrives, and never looks ba
 
 `decide` is a pure function of what the ledger says, so a sweep that was killed goes on with the
 same decisions, and paused trials stay paused. It differs from the paper in two ways, both for small
-sweeps: a rung has to hold `min_results` before the first promotion from it, and when no result can
-arrive at a rung any more, at least one of its trials is promoted, so that some trial is trained to
-the end.
+sweeps: a rung has to hold `min_results` before the first promotion from it (by default new trials
+go before promotions, since the number of trials is known), and when no result can arrive at a rung
+any more, at least one of its trials is promoted, so that some trial is trained to the end.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 from ray.tune.experiment import Trial
@@ -49,10 +50,13 @@ class Rule:
         sweep = experiment.sweep
         config = sweep.scheduler
         assert isinstance(config, HalvingScheduler)
+        least = config.min_results
+        if least is None:
+            least = max(1, sweep.num_trials - sweep.num_executors + 1)
         return cls(
             rungs=sweep.halving_rungs(experiment.train.max_steps),
             reduction_factor=config.reduction_factor,
-            min_results=config.min_results,
+            min_results=least,
             num_trials=sweep.num_trials,
             num_executors=sweep.num_executors,
             metric=experiment.metric,
@@ -96,7 +100,7 @@ def decide(states: Collection[TrialState], rule: Rule) -> Action:
         return Action("wait")
     is_complete = len(states) >= rule.num_trials
     promotable: list[Action] = []
-    for place, (rung, above) in enumerate(zip(rule.rungs, rule.rungs[1:], strict=False)):
+    for place, (rung, above) in enumerate(pairwise(rule.rungs)):
         is_complete = is_complete and all(rule.target(state) != rung for state in running)
         chosen = _chosen(states, rule, place, is_complete)
         waiting = [state for state in chosen if rule.target(state) == rung and not state.ended]
@@ -119,7 +123,9 @@ def _chosen(
     A rung where no further result can arrive chooses one at least.
     """
     rung, sign = rule.rungs[place], 1 if rule.mode == "max" else -1
-    there = [(sign * state.scored[rung][rule.metric], state) for state in states if rung in state.scored]
+    there = [
+        (sign * state.scored[rung][rule.metric], state) for state in states if rung in state.scored
+    ]
     least = rule.min_results / rule.reduction_factor**place
     count = math.floor(len(there) / rule.reduction_factor) if len(there) >= least else 0
     if is_complete:

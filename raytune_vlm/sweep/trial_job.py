@@ -33,6 +33,8 @@ class TrialJob:
         self.folder: TrialFolder = worker.folder.trial(job.trial_id)
         self.began = time.monotonic()
         self.train_seconds = self.evaluate_seconds = 0.0
+        # A trial that was paused, or whose worker died, has had time before.
+        self.earlier = self.folder.record() if self.folder.record_file.exists() else None
         self.best: tuple[float, int] | None = None
         self.notes: list[str] = []
 
@@ -181,9 +183,15 @@ class TrialJob:
             trainable_by_scope=run.trainable,
             audit=run.auditor.checks,
         )
-        if self.folder.record_file.exists():
-            # An earlier life of the trial made the audit of the first step.
-            record = replace(record, audit=self.folder.record().audit | record.audit)
+        if self.earlier is not None:
+            record = replace(
+                record,
+                seconds=self.earlier.seconds + record.seconds,
+                train_seconds=self.earlier.train_seconds + record.train_seconds,
+                evaluate_seconds=self.earlier.evaluate_seconds + record.evaluate_seconds,
+                # An earlier life of the trial made the audit of the first step.
+                audit=self.earlier.audit | record.audit,
+            )
         write_json(self.folder.record_file, record)
 
 
