@@ -10,9 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from made import experiment
+from ray.tune.experiment import Trial
 
+from raytune_vlm.records import read_json_lines
 from raytune_vlm.sweep.ledger import Ledger, TrialState, replay
-from raytune_vlm.sweep.scheduler import Rule, decide
+from raytune_vlm.sweep.scheduler import Halving, Rule, decide
 
 METRIC = "exact_match@strip"
 SCORES = st.one_of(
@@ -158,6 +160,56 @@ def test_trials_that_were_paused_or_promoted_are_so_after_a_resume(tmp_path):
     rule = Rule.of(config)
     assert rule.rungs == config.rungs == (10, 20, 40)
     assert rule.is_paused(states["t0"]) and rule.is_running(states["t1"])
+
+
+class TuneTrial:
+    """Ray Tune's trial and controller as far as a scheduler touches them."""
+
+    def __init__(self, trial_id):
+        self.config, self.status = {"trial_id": trial_id}, Trial.PENDING
+
+    def set_status(self, status):
+        self.status = status
+
+    def set_config(self, config):
+        self.config = config
+
+    @staticmethod
+    def stop_trial(trial):
+        trial.status = Trial.TERMINATED
+
+
+def test_ray_tune_pauses_promotes_and_stops_what_the_rule_says(tmp_path):
+    states = {
+        name: TrialState(name, number, {}, {1: {METRIC: value}})
+        for number, (name, value) in enumerate({"t0": 0.2, "t1": 0.9, "t2": 0.5}.items())
+    }
+    states["t3"] = TrialState("t3", 3, {})
+    rule = Rule((1, 3), 2, 1, 4, 2, METRIC, "max")
+    scheduler = Halving(rule, states, Ledger(tmp_path / "ledger.jsonl"))
+    trials = {name: TuneTrial(name) for name in states}
+    scheduler.on_trial_add(None, trials["t0"])
+    assert scheduler.choose_trial_to_run(TuneTrial) is None, "t1 is not known to Ray Tune yet"
+    for name in ("t1", "t2", "t3"):
+        scheduler.on_trial_add(None, trials[name])
+    assert [trial.status for trial in trials.values()] == [Trial.PAUSED] * 3 + [Trial.PENDING]
+    assert scheduler.choose_trial_to_run(TuneTrial) is trials["t1"]
+    assert trials["t1"].config["until"] == 3 and trials["t1"].config["reported"] == [1]
+    assert scheduler.choose_trial_to_run(TuneTrial) is None, "both executors are busy"
+    for name, step, expected in (("t3", 1, "PAUSE"), ("t1", 3, "CONTINUE")):
+        assert scheduler.on_trial_result(None, trials[name], {"step": step}) == expected
+    assert scheduler.on_trial_result(None, trials["t3"], {"failed": "error"}) == "CONTINUE"
+    states["t3"].scored[1], trials["t3"].status = {METRIC: 0.1}, Trial.PAUSED
+    assert scheduler.choose_trial_to_run(TuneTrial) is trials["t2"]
+    for name in ("t1", "t2"):
+        states[name].ended, trials[name].status = "finished", Trial.TERMINATED
+    assert scheduler.choose_trial_to_run(TuneTrial) is None
+    assert {trial.status for trial in trials.values()} == {Trial.TERMINATED}
+    rows = read_json_lines(tmp_path / "ledger.jsonl")
+    assert [(row["event"], row["trial_id"]) for row in rows] == [
+        ("promoted", "t1"),
+        ("promoted", "t2"),
+    ]
 
 
 @pytest.mark.parametrize("num_trials", [1, 2, 3, 8])

@@ -176,9 +176,9 @@ class Halving(TrialScheduler):
         """The trial to promote, if it is a promotion's turn; at the end, stop those that wait."""
         action = self.next_action()
         if action.kind == "promote":
-            state, trial = self._states[action.trial_id], self._trials[action.trial_id]
-            if trial.status != Trial.PAUSED:
-                return None  # its proxy is still being let go
+            state, trial = self._states[action.trial_id], self._trials.get(action.trial_id)
+            if trial is None or trial.status != Trial.PAUSED:
+                return None  # after a resume not known yet, or its proxy is still being let go
             state.promoted_to = action.step
             self._ledger.append("promoted", trial_id=state.trial_id, step=action.step)
             reported = sorted(state.scored)
