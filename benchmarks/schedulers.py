@@ -36,7 +36,7 @@ from raytune_vlm.sweep.search import build_scheduler
 
 METRIC = "nted@donut"
 NUM_WORKERS = 4
-BUDGETS = (2, 4, 8, 16)
+BUDGETS = (2, 4, 6)
 """Budgets of a sweep, in complete trials."""
 LADDERS = ((2, 9), (2, 18), (3, 8), (3, 24))
 """Reduction factors and first rungs."""

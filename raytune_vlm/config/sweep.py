@@ -190,7 +190,7 @@ class SweepConfig(Section):
     scheduler: Annotated[
         HalvingScheduler | AshaScheduler | MedianScheduler | FifoScheduler,
         Field(discriminator="type"),
-    ] = AshaScheduler(type="asha")
+    ] = HalvingScheduler(type="halving")
     """Who stops a trial early."""
     num_replicates: int = Field(default=0, ge=0)
     """Train the winner's recipe again with so many other seeds, to show how much of its score is

@@ -60,7 +60,7 @@ def test_a_sweep_killed_while_trials_are_paused_goes_on_with_the_same_decisions(
         stderr=subprocess.DEVNULL,
         env=cli_environment(),
     )
-    end = time.monotonic() + 240
+    end = time.monotonic() + 480
     while not (folder / "ledger.jsonl").exists() or len(events(folder, "paused")) < 4:
         assert driver.poll() is None and time.monotonic() < end
         time.sleep(0.02)
