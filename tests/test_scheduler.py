@@ -171,6 +171,9 @@ class TuneTrial:
     def set_status(self, status):
         self.status = status
 
+    def init_local_path(self):
+        pass
+
     def set_config(self, config):
         self.config = config
 

@@ -165,6 +165,8 @@ class Halving(TrialScheduler):
         if self.rule.is_paused(state):
             # Ray Tune starts whatever is pending without asking.
             trial.set_status(Trial.PAUSED)
+            # Its results are looked for at the end, also if it never goes on.
+            trial.init_local_path()
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         """Pause at the rung that the trial was allowed to reach; the end ends it by itself."""
