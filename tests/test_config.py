@@ -199,6 +199,13 @@ def test_the_first_rung_must_be_reached() -> None:
     )
 
 
+def test_a_median_rule_needs_scores_on_the_way() -> None:
+    median = {"type": "median", "grace_period": 20}
+    with pytest.raises(ValidationError, match=r"evaluation\.every=None .* at their end only"):
+        experiment(sweep={"scheduler": median, "search_space": SPACE})
+    experiment(sweep={"scheduler": median, "search_space": SPACE}, evaluation={"every": 20})
+
+
 @given(
     grace=st.integers(1, 50),
     factor=st.floats(1.1, 5),

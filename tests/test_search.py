@@ -155,6 +155,7 @@ def test_distributions_are_optuna_s_with_ray_s_meaning():
 class Trial:
     def __init__(self, trial_id):
         self.trial_id = trial_id
+        self.config = {"trial_id": trial_id}
 
 
 @pytest.mark.parametrize("metric", ["exact_match@strip", "cer@micro"])
@@ -179,6 +180,62 @@ def test_a_rebuilt_asha_stops_and_keeps_as_the_first_one_would(metric):
         result = {"step": 10, metric: sign * value}
         decisions.append(scheduler.on_trial_result(None, trial, result))
     assert decisions == [TrialScheduler.CONTINUE, TrialScheduler.STOP]
+
+
+def test_a_rebuilt_median_rule_decides_as_the_first_one_would():
+    metric = "exact_match@strip"
+    config = experiment(
+        train={"max_steps": 40},
+        evaluation={"metrics": [metric], "every": 10},
+        sweep={"scheduler": {"type": "median", "grace_period": 20}, "search_space": SPACE},
+    )
+    states = {
+        f"t{number}": TrialState(
+            f"t{number}", number, {}, {step: {metric: value} for step in (10, 20, 30)}
+        )
+        for number, value in enumerate([0.9, 0.8, 0.7])
+    }
+    states["t3"] = TrialState("t3", 3, {}, {10: {metric: 0.85}, 20: {metric: 0.1}})
+    whole = build_scheduler(config, {})
+    trials = {name: Trial(name) for name in states}
+    for name, state in states.items():
+        whole.on_trial_add(None, trials[name])
+        for step, scores in state.scored.items():
+            assert whole.on_trial_result(None, trials[name], {"step": step, **scores}) == "CONTINUE"
+        whole.on_trial_complete(None, trials[name], {"failed": "error"})
+    rebuilt = build_scheduler(config, states)
+    again = Trial("t3")
+    rebuilt.on_trial_add(None, again)
+    # Its best score of all, before the resume, is what the rule looks at.
+    low = {"step": 30, metric: 0.1}
+    assert whole.on_trial_result(None, trials["t3"], low) == TrialScheduler.CONTINUE
+    assert rebuilt.on_trial_result(None, again, low) == TrialScheduler.CONTINUE
+    for scheduler in (whole, rebuilt):
+        bad = Trial("bad")
+        scheduler.on_trial_add(None, bad)
+        result = {"step": 20, metric: 0.2}
+        assert scheduler.on_trial_result(None, bad, result) == TrialScheduler.STOP
+
+
+def test_paused_trials_count_as_pruned_for_the_sampler_and_stay_open_in_the_study(tmp_path):
+    scheduler = {"type": "halving", "grace_period": 30}
+    runs = []
+    for name, value in (("low", 0.1), ("high", 0.9)):
+        folder = tmp_path / name
+        folder.mkdir()
+        config, searcher, states, _ = setup(
+            folder, scheduler=scheduler, searcher={"type": "tpe", "num_startup_trials": 2}
+        )
+        for number in range(4):
+            state = states[searcher.suggest(f"tune-{number}")["trial_id"]]
+            better = number == 1
+            state.scored[30] = {"exact_match@strip": value if better else 1 - value}
+        runs.append([state.recipe for state in states.values()])
+        url = f"sqlite:///{folder / 'study.db'}"
+        study = optuna.load_study(study_name=config.name, storage=url)
+        assert [trial.state.name for trial in study.trials] == ["RUNNING"] * 4
+        assert [trial.params for trial in study.trials] == runs[-1]
+    assert runs[0][:2] == runs[1][:2] and runs[0][2:] != runs[1][2:]
 
 
 def test_rungs_are_where_asha_decides_and_at_the_end():

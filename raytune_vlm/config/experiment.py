@@ -12,7 +12,7 @@ from raytune_vlm.config.lora import LoraConfig
 from raytune_vlm.config.model import ModelConfig
 from raytune_vlm.config.objectives import COSTS, Objective
 from raytune_vlm.config.section import Section
-from raytune_vlm.config.sweep import AshaScheduler, SweepConfig
+from raytune_vlm.config.sweep import FifoScheduler, MedianScheduler, SweepConfig
 from raytune_vlm.config.train import WITHOUT_EFFECT, TrainConfig
 from raytune_vlm.errors import did_you_mean
 
@@ -72,7 +72,7 @@ class ExperimentConfig(Section):
     @model_validator(mode="after")
     def _first_rung_is_reached(self) -> "ExperimentConfig":
         scheduler, steps = self.sweep.scheduler, self.train.max_steps
-        if not self.sweep.search_space or not isinstance(scheduler, AshaScheduler):
+        if not self.sweep.search_space or isinstance(scheduler, FifoScheduler):
             return self
         if self.train.epochs is not None:
             return self  # asked again once the steps are known
@@ -81,6 +81,13 @@ class ExperimentConfig(Section):
                 f"sweep.scheduler.grace_period={scheduler.grace_period} must be at most "
                 f"train.max_steps={steps}, or no trial is ever stopped early; "
                 "lower it or set sweep.scheduler.type to fifo"
+            )
+        every = self.evaluation.every
+        if isinstance(scheduler, MedianScheduler) and (every is None or every >= steps):
+            raise ValueError(
+                "sweep.scheduler.type=median compares trials wherever they are scored, and with "
+                f"evaluation.every={every} that is at their end only: set it below "
+                f"train.max_steps={steps}"
             )
         return self
 

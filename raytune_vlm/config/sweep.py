@@ -18,14 +18,40 @@ from raytune_vlm.config.searchers import CONDITIONAL, LEARNING, SearcherConfig, 
 from raytune_vlm.config.section import Section
 
 
-class AshaScheduler(Section):
-    """Ray's asynchronous successive halving (Li et al. 2020) on our own step count."""
-
-    type: Literal["asha"]
+class _Rungs(Section):
     grace_period: int = Field(default=50, ge=1)
     """First rung, in optimizer steps."""
     reduction_factor: float = Field(default=3, gt=1)
     """The best 1 / reduction_factor of a rung go on; rungs are this factor apart."""
+
+
+class HalvingScheduler(_Rungs):
+    """Successive halving that pauses at every rung and promotes over the whole sweep (Li et al.
+    2020)."""
+
+    type: Literal["halving"]
+    min_results: int | None = Field(default=None, ge=1)
+    """Results that the first rung must hold before the first promotion from it, the next rungs
+    reduction_factor times fewer each; 1: promote as soon as possible. None: those of all trials but
+    the ones that the other executors still train, so that new trials go first."""
+
+
+class AshaScheduler(_Rungs):
+    """Ray's asynchronous successive halving: it stops a trial at a rung or never (not Li et al.'s
+    promotions)."""
+
+    type: Literal["asha"]
+
+
+class MedianScheduler(Section):
+    """Ray's median rule: a trial whose best score is below the median of the others' means stops
+    (Golovin et al. 2017)."""
+
+    type: Literal["median"]
+    grace_period: int = Field(default=50, ge=1)
+    """No trial is stopped before this step."""
+    min_samples_required: int = Field(default=3, ge=1)
+    """Other trials that must have come as far before one is stopped."""
 
 
 class FifoScheduler(Section):
@@ -51,9 +77,10 @@ class SweepConfig(Budget):
     """Make the experiment's own recipe the first trial, so that the winner has to beat it."""
     searcher: SearcherConfig = TpeSearcher(type="tpe")
     """Who proposes the next recipe."""
-    scheduler: Annotated[AshaScheduler | FifoScheduler, Field(discriminator="type")] = (
-        AshaScheduler(type="asha")
-    )
+    scheduler: Annotated[
+        HalvingScheduler | AshaScheduler | MedianScheduler | FifoScheduler,
+        Field(discriminator="type"),
+    ] = HalvingScheduler(type="halving")
     """Who stops a trial early."""
     num_replicates: int = Field(default=0, ge=0)
     """Train the winner's recipe again with so many other seeds, to show how much of its score is
@@ -222,14 +249,19 @@ class SweepConfig(Budget):
 
     def rungs(self, max_steps: int, every: int | None) -> tuple[int, ...]:
         """The steps at which a trial of `max_steps` is scored, in order."""
+        steps = set(self.halving_rungs(max_steps))
+        if every:
+            steps.update(range(every, max_steps, every))
+        return tuple(sorted(steps))
+
+    def halving_rungs(self, max_steps: int) -> tuple[int, ...]:
+        """The steps at which the scheduler compares trials, and the end, in order."""
         steps = {max_steps}
-        if isinstance(self.scheduler, AshaScheduler):
+        if isinstance(self.scheduler, _Rungs):
             rung = float(self.scheduler.grace_period)
             while rung < max_steps:
                 steps.add(math.ceil(rung))
                 rung *= self.scheduler.reduction_factor
-        if every:
-            steps.update(range(every, max_steps, every))
         return tuple(sorted(steps))
 
 

@@ -30,11 +30,8 @@ class Closing:
         self._kind: str | None = closed[-1]["kind"] if closed else None
         self._compared = [row["same"] for row in rows if row["event"] == "compared"]
         self._budget = Budget(self._experiment, rows)
-        self._earlier = {
-            trial_id: state.costs[max(state.costs)].get("train_seconds", 0.0)
-            for trial_id, state in running.states.items()
-            if state.costs
-        }
+        self._earlier: dict[str, float] = {}
+        """Trial -> seconds of training before its present job."""
         self._started: dict[str, float] = {}
         self._planned = False
 
@@ -56,14 +53,17 @@ class Closing:
         self._running.monitor.say(f"sweep: no new trials{ended}: {reason}")
 
     def costs(self, trial_id: str, result: dict[str, Any]) -> dict[str, float]:
-        """The costs in a report, with the time that the trial took before a resume."""
+        """The costs in a report, with the time that the trial took in earlier jobs."""
         costs = dict(result.get("costs", {}))
         if "train_seconds" in costs:
             costs["train_seconds"] += self._earlier.get(trial_id, 0.0)
         return costs
 
     def started(self, state: TrialState) -> None:
-        """A trial starts."""
+        """A trial starts, or goes on after a pause or a resume."""
+        if state.costs:
+            last = state.costs[max(state.costs)]
+            self._earlier[state.trial_id] = last.get("train_seconds", 0.0)
         if not state.scored:
             self._started[state.trial_id] = time.monotonic()
 

@@ -43,6 +43,9 @@ class Job:
         Dotted keys of the experiment that differ.
     reported
         Steps whose scores the ledger has already: not to be reported again.
+    until
+        The rung at which a trial's job ends, to be put up again if the trial is promoted; None: the
+        last one.
     split, step
         For `evaluate`: what to score, and which checkpoint (0 is the base model).
     benchmark
@@ -58,6 +61,7 @@ class Job:
     trial_id: str
     recipe: dict[str, Any]
     reported: tuple[int, ...] = ()
+    until: int | None = None
     split: str = "select"
     step: int = 0
     attempt: int = 1

@@ -22,6 +22,8 @@ EVENTS = (
     "started",
     "noted",
     "scored",
+    "paused",
+    "promoted",
     "stopped",
     "failed",
     "finished",
@@ -56,6 +58,8 @@ class TrialState:
     proposed_at: int = 0
     """Number of the event in the ledger; 0 if it was not read from one."""
     ended_at: int = 0
+    promoted_to: int | None = None
+    """The rung that the scheduler let it train to, where one promotes; None: the first."""
 
 
 class Ledger:
@@ -102,6 +106,8 @@ def replay(file: Path) -> dict[str, TrialState]:
         elif event == "scored":
             trials[trial_id].scored[row["step"]] = row["scores"]
             trials[trial_id].costs[row["step"]] = row.get("costs", {})
+        elif event == "promoted":
+            trials[trial_id].promoted_to = row["step"]
         elif event in ("finished", "stopped", "failed", "infeasible"):
             trials[trial_id].untrained = event == "infeasible"
             trials[trial_id].ended = "failed" if event == "infeasible" else event

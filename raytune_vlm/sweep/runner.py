@@ -1,6 +1,6 @@
 """Running and resuming a sweep, and training one recipe: the stages in order.
 
-prepare -> executors -> Ray Tune (proxies, Optuna, ASHA) -> decide -> report
+prepare -> executors -> Ray Tune (proxies, Optuna, scheduler) -> decide -> report
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""The search: Ray Tune over proxies, with Optuna proposing and ASHA (or nobody) stopping."""
+"""The search: Ray Tune over proxies, with Optuna proposing and a scheduler that pauses or stops."""
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -9,10 +10,16 @@ from typing import Any
 
 import ray
 from ray import tune
-from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
+from ray.tune.schedulers import (
+    AsyncHyperBandScheduler,
+    FIFOScheduler,
+    MedianStoppingRule,
+    TrialScheduler,
+)
+from ray.tune.search import Searcher
 
 from raytune_vlm.config.experiment import ExperimentConfig
-from raytune_vlm.config.sweep import AshaScheduler
+from raytune_vlm.config.sweep import AshaScheduler, HalvingScheduler, MedianScheduler
 from raytune_vlm.report.formatting import recipe_value
 from raytune_vlm.sweep.budget import planner_line
 from raytune_vlm.sweep.closing import Closing, Limits, end_interrupted
@@ -22,6 +29,7 @@ from raytune_vlm.sweep.ledger import TrialState, num_ended
 from raytune_vlm.sweep.progress import Watcher
 from raytune_vlm.sweep.proxy import Proxy
 from raytune_vlm.sweep.runner import Session, interrupted
+from raytune_vlm.sweep.scheduler import Gate, Halving, Rule
 from raytune_vlm.sweep.searcher import OptunaSearcher
 from raytune_vlm.sweep.warm_start import warm_trials
 
@@ -43,9 +51,26 @@ def search(running: Session) -> None:
     searcher = build_searcher(running, closing)
     if closing.ends_trials():
         end_interrupted(running, searcher.drop_interrupted())
-    if searcher.is_done:
-        return
-    scheduler = build_scheduler(experiment, states)
+    proposing: Searcher = searcher
+    most: int | None = experiment.sweep.num_executors
+    if isinstance(experiment.sweep.scheduler, HalvingScheduler):
+        num_known = sum(state.ended is None for state in states.values())
+        halving = Halving(
+            Rule.of(experiment),
+            states,
+            running.ledger,
+            is_exhausted=lambda: searcher.is_done,
+            ends_trials=closing.ends_trials,
+        )
+        if halving.next_action().kind == "end":
+            return
+        scheduler: TrialScheduler = halving
+        # Ray Tune's own limit counts paused trials; `decide` knows that of the executors.
+        proposing, most = Gate(searcher, halving, num_known), None
+    else:
+        if searcher.is_done:
+            return
+        scheduler = build_scheduler(experiment, states)
     # What Ray Tune writes, nobody reads: the ledger has it all.
     scratch = tempfile.mkdtemp(prefix="raytune_vlm-")
     running.monitor.say(planner_line(experiment))
@@ -56,10 +81,10 @@ def search(running: Session) -> None:
     tuner = tune.Tuner(
         tune.with_resources(Proxy, proxy_resources()),
         tune_config=tune.TuneConfig(
-            search_alg=searcher,
+            search_alg=proposing,
             scheduler=scheduler,
             num_samples=left,
-            max_concurrent_trials=experiment.sweep.num_executors,
+            max_concurrent_trials=most,
             reuse_actors=True,
         ),
         run_config=tune.RunConfig(
@@ -114,26 +139,50 @@ class _Replayed:
     trial_id: str
 
 
+class MedianRule(MedianStoppingRule):
+    """Ray's rule, with the results of an earlier life of a trial counted as its own."""
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        super().on_trial_add(tune_controller, trial)
+        if not isinstance(trial, _Replayed):
+            earlier = self._results.pop(_Replayed(trial.config["trial_id"]), None)
+            if earlier is not None:
+                self._results[trial] = earlier
+
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        """Nothing: Ray's own counts the last result twice, and fails where it has no score."""
+
+
 def build_scheduler(experiment: ExperimentConfig, states: dict[str, TrialState]) -> TrialScheduler:
-    """The scheduler, told everything that the ledger says (Ray's own snapshot forgets rungs)."""
-    config = experiment.sweep.scheduler
-    if not isinstance(config, AshaScheduler):
+    """A rule of Ray's, told everything that the ledger says (Ray's own snapshot forgets rungs)."""
+    config, metric, mode = experiment.sweep.scheduler, experiment.metric, experiment.mode
+    if isinstance(config, AshaScheduler):
+        scheduler: TrialScheduler = AsyncHyperBandScheduler(
+            time_attr="step",
+            metric=metric,
+            mode=mode,
+            max_t=experiment.train.max_steps,
+            grace_period=config.grace_period,
+            reduction_factor=config.reduction_factor,
+        )
+    elif isinstance(config, MedianScheduler):
+        scheduler = MedianRule(
+            time_attr="step",
+            metric=metric,
+            mode=mode,
+            grace_period=config.grace_period,
+            min_samples_required=config.min_samples_required,
+            # It would pause a trial for others to catch up; executors are never idle for long.
+            min_time_slice=math.inf,
+        )
+    else:
         return FIFOScheduler()
-    scheduler = AsyncHyperBandScheduler(
-        time_attr="step",
-        metric=experiment.metric,
-        mode=experiment.mode,
-        max_t=experiment.train.max_steps,
-        grace_period=config.grace_period,
-        reduction_factor=config.reduction_factor,
-    )
     for state in states.values():
         trial: Any = _Replayed(state.trial_id)
         controller: Any = None
         scheduler.on_trial_add(controller, trial)
         for step, scores in sorted(state.scored.items()):
-            result = {"step": step, experiment.metric: scores[experiment.metric]}
-            scheduler.on_trial_result(controller, trial, result)
+            scheduler.on_trial_result(controller, trial, {"step": step, metric: scores[metric]})
     return scheduler
 
 
@@ -183,6 +232,8 @@ class LedgerCallback(tune.Callback):
         self._running.ledger.append(
             "scored", trial_id=trial_id, step=step, scores=scores, costs=costs
         )
+        if step == trial.config.get("until") and step < self._experiment.train.max_steps:
+            self._running.ledger.append("paused", trial_id=trial_id, step=step)
         shown = ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
         self._running.monitor.say(f"{trial_id} step {step}: {shown}")
         self._closing.scored(state, step)

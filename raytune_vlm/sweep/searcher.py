@@ -112,7 +112,7 @@ class OptunaSearcher(Searcher):
 
     def _propose(self) -> TrialState:
         number = self._next
-        recipe = self._study.propose(number)
+        recipe = self._study.propose(number, self._states)
         state = TrialState(f"t{number:04d}", number, recipe, predicted=self._predict(recipe))
         predicted = {"predicted": state.predicted} if state.predicted else {}
         self._ledger.append(

@@ -14,7 +14,7 @@ of it, for optuna-dashboard, is written by `mirror.py` and never read back.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -86,9 +86,16 @@ class SweepStudy:
         """How many recipes there are in all, where they are known beforehand: with a grid."""
         return len(self._given) if self._sweep.searcher.type == "grid" else None
 
-    def propose(self, number: int) -> dict[str, Any]:
-        """The recipe of proposal `number`; ask in order."""
-        recipe, asked = self._ask(number, self._given.get(number))
+    def propose(self, number: int, states: Mapping[str, TrialState]) -> dict[str, Any]:
+        """The recipe of proposal `number`; ask in order.
+
+        `states` are the sweep's trials so far. Those that wait at a rung have not been told: Optuna
+        lets no trial go on that was. Samplers that keep nothing see them as PRUNED there.
+        """
+        given = self._given.get(number)
+        if given is None and self._sweep.searcher.type not in KEEP_STATE:
+            given = self._knowing_paused(number, states)
+        recipe, asked = self._ask(number, given)
         if asked is not None:
             self._asked[f"t{number:04d}"] = asked
         return recipe
@@ -99,6 +106,34 @@ class SweepStudy:
         if asked is not None:
             self._tell(asked, state)
             self._mirror.add(self._study.get_trials(deepcopy=False)[asked.number])
+
+    def _knowing_paused(
+        self, number: int, states: Mapping[str, TrialState]
+    ) -> dict[str, Any] | None:
+        """What is proposed when open trials with scores count as PRUNED; None without any."""
+        paused = {
+            asked.number: states[trial_id]
+            for trial_id, asked in self._asked.items()
+            if trial_id in states and states[trial_id].scored
+        }
+        if not paused or len(self._experiment.objectives) > 1:
+            return None
+        metric = self._experiment.metric
+        study = optuna.create_study(
+            storage=optuna.storages.InMemoryStorage(),
+            directions=self._study.directions,
+            sampler=sampler(self._sweep, self._experiment.seed, number),
+        )
+        for trial in self._study.get_trials(deepcopy=True):
+            if trial.number in paused:
+                scored = paused[trial.number].scored.items()
+                trial.state = OptunaState.PRUNED
+                trial.datetime_complete = trial.datetime_start
+                trial.intermediate_values = {
+                    step: row[metric] for step, row in scored if math.isfinite(row[metric])
+                }
+            study.add_trial(trial)
+        return suggest(study.ask(), self._space)
 
     def _given_recipes(self) -> dict[int, dict[str, Any]]:
         """Number -> recipe of the proposals that no sampler makes."""

@@ -35,6 +35,8 @@ class TrialJob:
         self.folder: TrialFolder = worker.folder.trial(job.trial_id)
         self.began = time.monotonic()
         self.train_seconds = self.evaluate_seconds = 0.0
+        # A trial that was paused, or whose worker died, has had time before.
+        self.earlier = self.folder.record() if self.folder.record_file.exists() else None
         self.scored: dict[int, float] = {}
         """Step -> the score that decides, of every rung that was scored in any life."""
         config = self.experiment.train
@@ -46,7 +48,8 @@ class TrialJob:
         self.tokens_per_second: float | None = None
 
     def run(self) -> None:
-        """Train and score until the last rung, a stop, or an error; leaves the base as it was."""
+        """Train and score until the job's last rung, a stop, or an error; leaves the base as it
+        was."""
         from raytune_vlm.train.run import Run, TrainingData
 
         worker = self.worker
@@ -92,7 +95,7 @@ class TrialJob:
                 write_text(file, "".join(json.dumps(row) + "\n" for row in kept))
 
     def _rungs(self, run: Any) -> bool:
-        """Whether the last rung was reached (False: asked to stop)."""
+        """Whether the last rung was reached (False: asked to stop, or paused)."""
         for rung in self.experiment.rungs:
             if run.steps_done <= rung and not self._train_to(run, rung):
                 return False
@@ -110,8 +113,12 @@ class TrialJob:
                 notes = [*self.notes, *run.auditor.notes]
                 costs = self._costs(run)
                 report = {"step": rung, **values, "done": last, "notes": notes, "costs": costs}
+                if rung == self.job.until and not last:
+                    self._record(run, "stopped")  # unless it is promoted
                 self.worker.report(self.job, report)
                 self.notes, run.auditor.notes = [], []
+            if rung == self.job.until and not last:
+                return False
         return True
 
     def _train_to(self, run: Any, rung: int) -> bool:
@@ -238,10 +245,17 @@ class TrialJob:
             audit=run.auditor.checks,
             micro_batch=run.batches.lowered_as_json,
         )
+        if self.earlier is not None:
+            record = replace(
+                record,
+                seconds=self.earlier.seconds + record.seconds,
+                train_seconds=self.earlier.train_seconds + record.train_seconds,
+                evaluate_seconds=self.earlier.evaluate_seconds + record.evaluate_seconds,
+                # An earlier life of the trial made the audit of the first step.
+                audit=self.earlier.audit | record.audit,
+            )
         if self.folder.record_file.exists():
-            # An earlier life of the trial made the audit of the first step.
-            before = self.folder.record()
-            record = replace(record, audit=before.audit | record.audit, notes=before.notes)
+            record = replace(record, notes=self.folder.record().notes)
         write_json(self.folder.record_file, record)
 
 
