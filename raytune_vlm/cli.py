@@ -68,11 +68,14 @@ def validate(
     _check_sources(resolved)
     if show:
         click.echo(render(resolved), nl=False)
-    rungs = ", ".join(str(rung) for rung in resolved.rungs)
+    train = resolved.train
+    length, scored = f"{train.max_steps} steps", ", ".join(map(str, resolved.rungs))
+    if train.epochs is not None:
+        length, scored = f"{train.epochs:g} epochs", "that the prepared data tells"
     click.echo(
         f"{experiment}: valid ({resolved.fingerprint()}): {resolved.model.name} "
         f"({family.model_type}), {resolved.sweep.num_trials} trials of up to "
-        f"{resolved.train.max_steps} steps, {resolved.metric} scored at steps {rungs}"
+        f"{length}, {resolved.metric} scored at steps {scored}"
     )
     if not quick:
         _predict(resolved)

@@ -228,6 +228,9 @@ class TrialRecord:
     trainable_parameters: int = 0
     trainable_by_scope: dict[str, int] = field(default_factory=dict)
     audit: dict[str, Any] = field(default_factory=dict)
+    micro_batch: dict[str, Any] | None = None
+    """`size` and `tokens` that stand in for the recipe's `train.micro_batch_size` and
+    `train.micro_batch_tokens`, if memory did not suffice for those."""
 
 
 @dataclass(frozen=True)
@@ -298,6 +301,8 @@ class TrialFolder:
         self.record_file = root / "trial.json"
         self.metrics_file = root / "metrics.jsonl"
         """One JSON object per logged step: step, loss, grad_norm, learning_rate, tokens, ..."""
+        self.micro_batch_file = root / "micro_batch.json"
+        """The smaller micro-batch that the trial goes on with, once it ran out of memory."""
         self.samples = root / "samples"
         """`rank_<r>.jsonl`: step and the ids of the samples that the rank was given in it."""
         self.checkpoints = root / "checkpoints"

@@ -47,6 +47,8 @@ class ExperimentConfig(Section):
         scheduler, steps = self.sweep.scheduler, self.train.max_steps
         if not self.sweep.search_space or not isinstance(scheduler, AshaScheduler):
             return self
+        if self.train.epochs is not None:
+            return self  # asked again once the steps are known
         if scheduler.grace_period > steps:
             raise ValueError(
                 f"sweep.scheduler.grace_period={scheduler.grace_period} must be at most "
@@ -117,6 +119,27 @@ class ExperimentConfig(Section):
             raise ValueError(
                 f"train.decay_share={self.train.decay_share} has no effect: "
                 f"train.schedule={self.train.schedule}, not wsd"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _epochs_are_the_same_steps(self) -> "ExperimentConfig":
+        for key in ("train.batch_size", "train.pack_tokens"):
+            if self.train.epochs is not None and key in self.sweep.search_space:
+                raise ValueError(
+                    f"train.epochs={self.train.epochs:g} and sweep.search_space.{key} exclude each "
+                    "other: trials are compared after equal numbers of steps; give train.max_steps"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _recomputed_is_trained(self) -> "ExperimentConfig":
+        copied = self._searched_scopes("lora.modules_to_save", self.lora.modules_to_save)
+        vision = self.train.activation_checkpointing.vision
+        if vision and "vision" not in self.lora_scopes() | copied:
+            raise ValueError(
+                "train.activation_checkpointing.vision=true has no effect: nothing of the vision "
+                f"tower is trained with lora.scope={self.lora.scope}, so nothing of it is kept"
             )
         return self
 

@@ -65,6 +65,10 @@ def render(experiment: ExperimentConfig) -> str:
     plain = experiment.model_dump(mode="json")
     if experiment.lora.alpha is not None:
         del plain["lora"]["alpha_ratio"]
+    if experiment.train.epochs is not None:
+        del plain["train"]["max_steps"]
+    if experiment.train.warmup_share is not None:
+        del plain["train"]["warmup_steps"]
     return write_yaml(plain)
 
 
@@ -91,6 +95,10 @@ def _said_twice(plain: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if lora.get("alpha") is not None and "alpha_ratio" in lora:
         why = "is not used when alpha is set; give one of the two"
         yield "lora.alpha_ratio", why
+    train = plain.get("train") or {}
+    for own, other in (("epochs", "max_steps"), ("warmup_share", "warmup_steps")):
+        if train.get(own) is not None and other in train:
+            yield f"train.{other}", f"is not used when {own} is set; give one of the two"
 
 
 def _line(key: str, why: str, origins: Mapping[str, str]) -> str:

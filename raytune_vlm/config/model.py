@@ -24,8 +24,6 @@ class ModelConfig(Section):
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """Attention implementation, as transformers names it; `auto` takes the one that transformers
     takes for the family: sdpa where the family has it."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more compute."""
     image_backend: Literal["auto", "pil", "torchvision"] = "auto"
     """Whose resampling the pixels are equal to, bit for bit: Pillow's or torchvision's (which need
     not be installed); `auto` takes the one that transformers would take here. They differ a little,

@@ -17,6 +17,8 @@ from raytune_vlm.errors import did_you_mean
 
 SHARED_TRAIN_KEYS = (
     "train.max_steps",
+    "train.epochs",
+    "train.compile",
     "train.backend",
     "train.num_workers",
     "train.cpus_per_worker",

@@ -14,6 +14,8 @@ WITHOUT_EFFECT = frozenset(
         "micro_batch_size",
         "micro_batch_tokens",
         "pad_to_tokens",
+        "activation_checkpointing",
+        "compile",
         "log_every",
         "log_samples",
     }
@@ -32,11 +34,24 @@ class LearningRateByScope(Section):
     """Peak learning rate of the vision tower."""
 
 
+class ActivationCheckpointing(Section):
+    """Scopes whose layers are computed again in the backward pass instead of kept in memory."""
+
+    text: bool = False
+    """The language model's layers: less memory, about a third more compute of theirs."""
+    vision: bool = False
+    """The vision tower's layers; of use where something in the tower is trained."""
+
+
 class TrainConfig(Section):
     """One run: what the optimizer does and on how many workers."""
 
     max_steps: int = Field(default=200, ge=1)
     """Optimizer steps of a complete run."""
+    epochs: float | None = Field(default=None, gt=0, le=10_000)
+    """Passes over the training samples of a complete run, instead of `max_steps`: so many steps
+    that every sample (or pack, as the plan makes them) was used so often. Known once the data is
+    prepared; rungs, schedule and warm-up follow."""
     batch_size: int = Field(default=16, ge=1)
     """Samples per optimizer step, over all workers."""
     micro_batch_size: int = Field(default=16, ge=1)
@@ -64,10 +79,18 @@ class TrainConfig(Section):
     """Share of `max_steps` over which `wsd` (warm-up, stable, decay; Hu et al. 2024) decays."""
     warmup_steps: int = Field(default=10, ge=0)
     """Steps over which the learning rate rises from zero."""
+    warmup_share: float | None = Field(default=None, ge=0, lt=1)
+    """The same as a share of the steps of a complete run, instead of `warmup_steps`."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay (AdamW)."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients with a larger global norm are scaled down to it."""
+    activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing()
+    """Where activations are recomputed: `activation_checkpointing: {text: true}`. Results are the
+    same, bit for bit on CPU."""
+    compile: bool = False
+    """Compile the language model's layers with `torch.compile`: the first steps of every trial take
+    long (a C++ compiler is needed on CPU), the others less; for `backend: ddp`."""
     backend: Literal["ddp", "fsdp2", "deepspeed"] = "ddp"
     """How workers share the frozen base model: each holds all of it (`ddp`), or each a part, by
     `fully_shard` (`fsdp2`) or ZeRO-3 (`deepspeed`). Adapters are megabytes: they are whole on every
@@ -98,11 +121,28 @@ class TrainConfig(Section):
                 f"backend={self.backend} has no effect with num_workers=1: it cuts the model up "
                 "among workers; use ddp, or more workers"
             )
-        if self.warmup_steps >= self.max_steps:
+        if self.compile and self.backend != "ddp":
             raise ValueError(
-                f"warmup_steps={self.warmup_steps} must be below max_steps={self.max_steps}"
+                f"compile=true and backend={self.backend} exclude each other: the compiler does "
+                "not see the messages between workers inside a layer; use backend=ddp"
             )
+        for own, other in (("epochs", "max_steps"), ("warmup_share", "warmup_steps")):
+            given = getattr(self, other) != type(self).model_fields[other].default
+            if getattr(self, own) is not None and given:
+                raise ValueError(
+                    f"{own}={getattr(self, own):g} and {other}={getattr(self, other)} exclude each "
+                    "other: give one of the two"
+                )
+        if self.epochs is None and self.warmup >= self.max_steps:
+            raise ValueError(f"warmup_steps={self.warmup} must be below max_steps={self.max_steps}")
         return self
+
+    @property
+    def warmup(self) -> int:
+        """Steps of the warm-up."""
+        if self.warmup_share is None:
+            return self.warmup_steps
+        return round(self.warmup_share * self.max_steps)
 
     def peak_of(self, scope: str) -> float:
         """The peak learning rate of a scope."""

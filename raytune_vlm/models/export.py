@@ -68,7 +68,7 @@ def write_merged(checkpoint: Path, model: ModelConfig, folder: Path) -> None:
     config = AutoConfig.from_pretrained(model_path(model), **options)
     if getattr(config, "quantization_config", None) is not None:
         raise _quantised(model)
-    base = load_base(model.model_copy(update={"gradient_checkpointing": False}))
+    base = load_base(model)
     adapted = PeftModel.from_pretrained(base.model, str(checkpoint), torch_device="cpu")
     if not all(weight.is_floating_point() for weight in _adapted_weights(adapted)):
         raise _quantised(model)

@@ -218,10 +218,6 @@ def _frozen(model: Any, config: ModelConfig, family: Family) -> torch.nn.Module:
     model.requires_grad_(False)
     model.eval()
     _attend_both_ways(model, family)
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        # PEFT lets the embeddings require gradients anew each time an adapter is put on.
-        model.disable_input_require_grads()
     return model
 
 

@@ -164,8 +164,6 @@ def attach(model: torch.nn.Module, family: Family, config: LoraConfig, *, seed: 
     torch.manual_seed(seed)
     adapted = peft.get_peft_model(model, _peft_config(config, targets, copied))
     try:
-        if getattr(model, "is_loaded_in_4bit", False) and model.is_activation_checkpointing:
-            model.enable_input_require_grads()  # PEFT leaves quantised models without it
         _check_targets(adapted, family, targets, copied, config)
         for layer in _layers(adapted).values() if from_weights else ():
             _start_from_weight(layer, config.init, adapted.peft_config[ADAPTER])
@@ -182,8 +180,6 @@ def detach(model: PeftModel) -> torch.nn.Module:
     for wrapper in _copies(model).values():
         wrapper.set_adapter([])  # else PEFT leaves the trained copy in the base
     base: torch.nn.Module = model.unload()
-    if getattr(base, "_require_grads_hooks", None):
-        base.disable_input_require_grads()  # PEFT adds them each time
     base.requires_grad_(False)
     base.eval()
     return base

@@ -85,13 +85,7 @@ class Collation:
     def parts(self, plan: Plan, lengths: np.ndarray, number: int) -> list[Part]:
         """The micro-batches of this rank in a step."""
         units, first = plan.step(number), number * plan.spec.batch_size
-        batches = micro_batches(
-            units,
-            lengths,
-            world_size=self.world_size,
-            max_units=self.micro_batch_size,
-            max_tokens=self.micro_batch_tokens,
-        )
+        batches = self._places(units, lengths)
         rounds = -(-len(batches) // self.world_size)
         parts = []
         for place in range(self.rank, rounds * self.world_size, self.world_size):
@@ -101,6 +95,19 @@ class Collation:
             draws = tuple(first + unit for unit in chosen for _ in units[unit])
             parts.append(Part(rows, draws, counts))
         return parts
+
+    def largest(self, plan: Plan, lengths: np.ndarray, number: int) -> int:
+        """Units of the largest micro-batch of a step, on whichever rank it is."""
+        return max(map(len, self._places(plan.step(number), lengths)))
+
+    def _places(self, units: list[np.ndarray], lengths: np.ndarray) -> list[list[int]]:
+        return micro_batches(
+            units,
+            lengths,
+            world_size=self.world_size,
+            max_units=self.micro_batch_size,
+            max_tokens=self.micro_batch_tokens,
+        )
 
     def collate(self, part: Part, samples: Sequence[Encoded]) -> MicroBatch:
         """The micro-batch of the samples of a part."""

@@ -9,6 +9,7 @@ a step that reaches the end of an epoch goes on into the next one, so nothing is
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -58,6 +59,15 @@ def plan_spec(experiment: ExperimentConfig) -> PlanSpec:
         group_by_length=experiment.train.group_by_length,
         weights=tuple(source.weight or 0.0 for source in sources) if weighted else None,
     )
+
+
+def resolved_steps(experiment: ExperimentConfig, plan: Plan) -> int:
+    """Optimizer steps of a complete run, be it by `train.max_steps` or by `train.epochs`.
+
+    A pure function of experiment and prepared data: a resumed sweep finds the same.
+    """
+    epochs = experiment.train.epochs
+    return experiment.train.max_steps if epochs is None else plan.num_steps(epochs)
 
 
 @dataclass(frozen=True)
@@ -125,6 +135,16 @@ class Plan:
                     return units
             epoch, wanted = epoch + 1, first + len(content)
         return units
+
+    def num_steps(self, epochs: float) -> int:
+        """The steps that use every unit of so many epochs; at least one."""
+        whole, rest = int(epochs), epochs % 1
+        if self.spec.pack_length is None:
+            units = epochs * len(self._lengths)
+        else:
+            units = float(sum(len(self.epoch(number)) for number in range(whole)))
+            units += rest * len(self.epoch(whole)) if rest else 0
+        return max(1, math.ceil(units / self.spec.batch_size - 1e-9))
 
     def rows(self, number: int) -> np.ndarray:
         """All samples of a step, in the order of its units."""

@@ -53,7 +53,9 @@ class Watcher:
     def _line(self, entry: dict[str, Any]) -> str:
         step, most = entry.get("step"), entry.get("max_steps")
         place = f" {step}/{most}" if most else f" step {step}"
-        return f"{entry.get('trial_id')} {entry.get('stage')}{place}"
+        speed = entry.get("tokens_per_second")
+        rate = f" {speed:,.0f} tokens/s" if speed else ""
+        return f"{entry.get('trial_id')} {entry.get('stage')}{place}{rate}"
 
     def _steps(self, status: dict[str, dict[str, Any]]) -> int:
         """Steps accounted for: an ended trial counts whole, since it needs no more time."""

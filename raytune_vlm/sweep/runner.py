@@ -16,12 +16,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from raytune_vlm.config.experiment import ExperimentConfig
+from raytune_vlm.config.search_space import search_space_problems
 from raytune_vlm.errors import ConfigError, DataError, EvaluationError, SweepInterrupted
 from raytune_vlm.models.location import check_model
 from raytune_vlm.models.trust import with_trust
 from raytune_vlm.monitor import Monitor
-from raytune_vlm.prepare.plan import Plan, plan_spec
+from raytune_vlm.prepare.plan import Plan, plan_spec, resolved_steps
 from raytune_vlm.prepare.prepare import (
     PreparedData,
     list_shards,
@@ -101,9 +104,10 @@ def run_sweep(experiment: ExperimentConfig, *, command: str, monitor: Monitor) -
     with ray_session(experiment):
         data = prepare_data(experiment, jobs, monitor)
         require_splits(data, "select", "report")
+        resolved = with_steps(experiment, data, monitor)
         write_head(folder, experiment, data, command)
         with Lease(folder.lease_file):
-            return _drive(experiment, folder, data, monitor)
+            return _drive(resolved, folder, data, monitor)
 
 
 def resume_sweep(root: Path, *, monitor: Monitor, trust: str | None = None) -> SweepFolder:
@@ -135,7 +139,7 @@ def resume_sweep(root: Path, *, monitor: Monitor, trust: str | None = None) -> S
                 f"the data of {root} changed since the sweep began (was {before}, is "
                 f"{data.manifest.digest}): its trials could not be compared; start a new sweep"
             )
-        return _drive(experiment, folder, data, monitor)
+        return _drive(with_steps(experiment, data, monitor), folder, data, monitor)
 
 
 def recorded_experiment(folder: SweepFolder, trust: str | None) -> ExperimentConfig:
@@ -297,6 +301,33 @@ def prepare_data(
     return data
 
 
+def with_steps(
+    experiment: ExperimentConfig, data: PreparedData, monitor: Monitor
+) -> ExperimentConfig:
+    """The experiment with `train.max_steps` in place of `train.epochs`; see `resolved_steps`.
+
+    Raises
+    ------
+    ConfigError
+        If rungs or warm-up do not fit so many steps.
+    """
+    if experiment.train.epochs is None:
+        return experiment
+    steps = resolved_steps(experiment, _plan(experiment, data))
+    monitor.say(f"train: {experiment.train.epochs:g} epochs are {steps} steps")
+    try:
+        resolved = experiment.with_recipe({"train.epochs": None, "train.max_steps": steps})
+    except ValidationError as error:
+        problems = [str(entry["msg"]) for entry in error.errors()]
+    else:
+        problems = [f"{key}: {why}" for key, why in search_space_problems(resolved)]
+    if problems:
+        raise ConfigError(
+            f"train.epochs={experiment.train.epochs:g} are {steps} steps: {'; '.join(problems)}"
+        )
+    return resolved
+
+
 def require_splits(data: PreparedData, *names: str) -> None:
     """Raise DataError for a split without samples."""
     for name in names:
@@ -315,7 +346,7 @@ def write_head(
     leaves no sweep folder."""
     folder.root.mkdir(parents=True, exist_ok=True)
     write_json(folder.manifest_file, data.manifest)
-    write_json(folder.plan_file, _plan(experiment, data))
+    write_json(folder.plan_file, _plan_record(experiment, data))
     write_quarantine(folder.quarantine_file, data.quarantine)
     packages = ("ray", "torch", "transformers", "peft", "optuna", "pyarrow", "pillow", "numpy")
     write_json(
@@ -335,15 +366,20 @@ def write_head(
     )
 
 
-def _plan(experiment: ExperimentConfig, data: PreparedData) -> dict[str, Any]:
-    """What `data/plan.json` says: which samples make up which step follows from it."""
+def _plan(experiment: ExperimentConfig, data: PreparedData) -> Plan:
     split, spec = data.split("train"), plan_spec(experiment)
-    plan = Plan(split.lengths, split.sources, spec, data_digest=data.manifest.digest)
+    return Plan(split.lengths, split.sources, spec, data_digest=data.manifest.digest)
+
+
+def _plan_record(experiment: ExperimentConfig, data: PreparedData) -> dict[str, Any]:
+    """What `data/plan.json` says: which samples make up which step follows from it."""
+    plan = _plan(experiment, data)
     return {
         "digest": plan.digest,
         "data": data.manifest.digest,
-        "num_samples": len(split),
-        **asdict(spec),
+        "num_samples": len(data.split("train")),
+        "num_steps": resolved_steps(experiment, plan),
+        **asdict(plan.spec),
     }
 
 

@@ -46,14 +46,15 @@ def train_one(experiment: ExperimentConfig, *, command: str, monitor: Monitor) -
     with ray_session(single):
         data = runner.prepare_data(single, jobs, monitor)
         runner.require_splits(data, "select")
+        resolved = runner.with_steps(single, data, monitor)
         runner.write_head(folder, single, data, command)
-        with Lease(folder.lease_file), runner.session(single, folder, data, monitor) as running:
+        with Lease(folder.lease_file), runner.session(resolved, folder, data, monitor) as running:
             states = running.states or {TRAINED: TrialState(TRAINED, 0, {})}
             state = states[TRAINED]
             if not running.states:
                 running.ledger.append("proposed", trial_id=TRAINED, number=0, recipe={})
             if state.ended != "finished":
-                with Watcher(monitor, running.board, single, states, 1):
+                with Watcher(monitor, running.board, resolved, states, 1):
                     _follow(running, state)
     found, _ = newest(folder.trial(TRAINED).checkpoints)
     assert found is not None

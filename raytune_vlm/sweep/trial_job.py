@@ -35,6 +35,9 @@ class TrialJob:
         self.train_seconds = self.evaluate_seconds = 0.0
         self.best: tuple[float, int] | None = None
         self.notes: list[str] = []
+        self.unlogged: list[Any] = []
+        """Metrics of the steps since the last line of metrics.jsonl."""
+        self.tokens_per_second: float | None = None
 
     def run(self) -> None:
         """Train and score until the last rung, a stop, or an error; leaves the base as it was."""
@@ -48,6 +51,7 @@ class TrialJob:
             self.experiment,
             worker.world,
             TrainingData(data.digest, data.store, worker.setup.index_file, data.tier),
+            limit_file=self.folder.micro_batch_file,
         )
         status, failure = "failed", None
         try:
@@ -109,15 +113,18 @@ class TrialJob:
                     stage="training",
                     step=run.steps_done,
                     max_steps=config.max_steps,
+                    tokens_per_second=self.tokens_per_second,
                 ):
                     return False
                 metrics = run.step()
+                self.unlogged.append(metrics)
+                self.tokens_per_second = metrics.tokens_per_second
                 if config.log_samples:
                     ids = self.worker.splits["train"].sample_ids
                     row = {"step": metrics.step, "ids": [ids[row] for row in run.delivered]}
                     _append(self.folder.samples / f"rank_{self.worker.world.rank}.jsonl", row)
                 if metrics.step % config.log_every == 0 or metrics.step in (1, rung):
-                    self._log(metrics)
+                    self._log()
                 every = config.checkpoint_every
                 if metrics.step < rung and every and metrics.step % every == 0:
                     run.save(self.folder.checkpoint(metrics.step))
@@ -154,9 +161,12 @@ class TrialJob:
             keep = self.experiment.train.keep_checkpoints
             retain(self.folder.checkpoints, keep, {self.best[1]})
 
-    def _log(self, metrics: Any) -> None:
+    def _log(self) -> None:
+        from raytune_vlm.train.step_metrics import merged
+
         if self.worker.world.rank == 0:
-            _append(self.folder.metrics_file, asdict(metrics))
+            _append(self.folder.metrics_file, asdict(merged(self.unlogged)))
+        self.unlogged = []
 
     def _record(self, run: Any, status: Any, failure: str | None = None) -> None:
         if self.worker.world.rank != 0:
@@ -175,6 +185,7 @@ class TrialJob:
             trainable_parameters=sum(run.trainable.values()),
             trainable_by_scope=run.trainable,
             audit=run.auditor.checks,
+            micro_batch=run.batches.lowered_as_json,
         )
         if self.folder.record_file.exists():
             # An earlier life of the trial made the audit of the first step.

@@ -12,9 +12,9 @@ from __future__ import annotations
 import hashlib
 import shutil
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -37,6 +37,12 @@ class RunState:
     plan_digest: str
     recipe_digest: str
     samples_seen: int
+    skipped_steps: int = 0
+    overflowed_steps: int = 0
+    micro_batch: dict[str, Any] | None = None
+    """The `MicroBatchLimit` in force, if memory did not suffice for the recipe's own."""
+    scaler: dict[str, float] = field(default_factory=dict)
+    """State of the gradient scaler of a float16 base; empty for any other."""
 
 
 def rng_state(device: str) -> dict[str, torch.Tensor]:

@@ -31,7 +31,8 @@ from raytune_vlm.models.lora import attach, trainable_by_scope
 from raytune_vlm.models.quantization import quantized_modules
 from raytune_vlm.models.shapes import ShapeRun
 from raytune_vlm.train.backends.fsdp2 import blocks
-from raytune_vlm.train.run import summed_cross_entropy
+from raytune_vlm.train.layers import change_layers
+from raytune_vlm.train.losses import summed_cross_entropy
 
 IMAGE_SIDE = 1024
 """Side in pixels of the image of the sample that is made up for a prediction."""
@@ -96,6 +97,8 @@ def predict(experiment: ExperimentConfig, samples: Sequence[Encoded] | None = No
     saved = sum(round(p.nbytes - p.numel() * BITS_OF_NF4 / 8) for p in packed)
     with torch.device("meta"):
         adapted: Any = attach(model, family, experiment.lora, seed=0)
+    # Nothing is compiled on shapes; it would keep less, if anything.
+    change_layers(adapted, family, experiment.train.model_copy(update={"compile": False}))
     trained = [p for p in adapted.parameters() if p.requires_grad]
     adapter = sum(p.nbytes for p in trained)
     tensors = {id(t): t for t in (*adapted.parameters(), *adapted.buffers())}

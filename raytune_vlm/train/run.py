@@ -13,78 +13,50 @@ from __future__ import annotations
 import math
 import time
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.functional import cross_entropy
 
-from raytune_vlm.collate.arrays import IGNORED
 from raytune_vlm.collate.batch import PixelTable
 from raytune_vlm.collate.packed import SEGMENTS
-from raytune_vlm.collate.pixels import PixelMaker
 from raytune_vlm.collate.positions import with_positions
 from raytune_vlm.config.experiment import ExperimentConfig, digest_of
 from raytune_vlm.config.train import WITHOUT_EFFECT
-from raytune_vlm.errors import CheckpointError, TrialDiverged, TrialInfeasible
+from raytune_vlm.errors import (
+    CheckpointError,
+    InfrastructureError,
+    ModelError,
+    TrialDiverged,
+    TrialInfeasible,
+)
 from raytune_vlm.models.adapter_file import start_tensors
 from raytune_vlm.models.audit import check_merge, check_reload, last_logits
 from raytune_vlm.models.loading import Base
 from raytune_vlm.models.lora import attach, detach, trainable_by_scope
-from raytune_vlm.prepare.blank import blank_sample
-from raytune_vlm.prepare.feed import Arrays, CachedFeed, Collation, Feed, MicroBatch, Part
-from raytune_vlm.prepare.plan import Plan, PlanSpec, plan_spec
+from raytune_vlm.prepare.feed import Arrays, Part
 from raytune_vlm.prepare.store import PreparedSplit
-from raytune_vlm.prepare.stream import (
-    Augmenting,
-    Decoding,
-    DecodingFeed,
-    StreamSource,
-    stored_blocks,
-    streamed_blocks,
-)
 from raytune_vlm.train import checkpoint
 from raytune_vlm.train.auditor import Auditor
 from raytune_vlm.train.backends import BACKENDS
+from raytune_vlm.train.batches import Batches, MicroBatchLimit, TrainingData
+from raytune_vlm.train.layers import change_layers
+from raytune_vlm.train.losses import summed_cross_entropy
+from raytune_vlm.train.measure import Measure
 from raytune_vlm.train.optimizer import parameter_groups
+from raytune_vlm.train.random_state import random_state, restore_random_state
 from raytune_vlm.train.schedule import learning_rate
+from raytune_vlm.train.step_metrics import StepMetrics, Sums
 from raytune_vlm.train.world import World
 
 MAX_SKIPPED_STEPS = 3
 """Optimizer steps with a loss or gradient that is not finite before a trial counts as diverged."""
 
+__all__ = ["MAX_SKIPPED_STEPS", "Run", "StepMetrics", "TrainingData", "summed_cross_entropy"]
 
-@dataclass(frozen=True)
-class StepMetrics:
-    """What one optimizer step did."""
-
-    step: int
-    """Steps done, this one included."""
-    loss: float
-    """Cross-entropy per labelled token of the global batch, in nats."""
-    grad_norm: float
-    """Global norm of the gradients before clipping."""
-    learning_rate: float
-    """Of what has no rate of its own (`train.learning_rate_by_scope`, `lora.loraplus_ratio`)."""
-    labelled_tokens: int
-    tokens: int
-    """Tokens of the global batch, padding not counted."""
-    seconds: float
-    skipped: bool
-    time: float
-    """Unix time at the end of the step."""
-
-
-@dataclass(frozen=True)
-class TrainingData:
-    """The prepared data as a run needs to know it."""
-
-    digest: str
-    store: str = ""
-    index_file: str = ""
-    tier: Literal["pixels", "encoded"] = "pixels"
+NAMED_SAMPLES = 5
+"""So many samples of a batch are named where something is wrong with it."""
 
 
 class Run:
@@ -102,6 +74,8 @@ class Run:
         This worker's place.
     data
         Where the prepared data lies and how it is consumed.
+    limit_file
+        Where a smaller micro-batch is kept for the next life of this trial; None: nowhere.
     """
 
     def __init__(
@@ -111,6 +85,8 @@ class Run:
         experiment: ExperimentConfig,
         world: World,
         data: TrainingData,
+        *,
+        limit_file: Path | None = None,
     ) -> None:
         self.experiment = experiment
         self.config = experiment.train
@@ -122,30 +98,23 @@ class Run:
         self._pixels = PixelTable(
             base.processor.image_processor, base.family, world.device, backend=base.image_backend
         )
-        self._collation = Collation(
-            model_type=base.family.model_type,
-            pad_token_id=base.processor.tokenizer.pad_token_id,
-            micro_batch_size=self.config.micro_batch_size,
-            micro_batch_tokens=self.config.micro_batch_tokens,
-            rank=world.rank,
-            world_size=world.size,
-            packed=self.config.pack_tokens is not None,
-            pad_to=self.config.pad_to_tokens or 0,
-            blank=blank_sample(base, split) if backend.is_sharded(self.config) else None,
-        )
-        self._skipped = 0
+        self._is_sharded = backend.is_sharded(self.config)
+        self._skipped = self._overflowed = 0
         self._samples_seen = 0
-        spec = plan_spec(experiment)
-        self.plan = Plan(split.lengths, split.sources, spec, data_digest=data.digest)
-        self._feed: Feed = (
-            CachedFeed(split, self.plan, self._collation)
-            if data.tier == "pixels"
-            else self._decoding(spec, data)
+        self.batches = Batches(
+            base, split, experiment, world, data, sharded=self._is_sharded, limit_file=limit_file
         )
+        self.plan = self.batches.plan
         # Last, because from here on the base is wrapped until `close`.
         with self._whole(experiment.lora.reads_weights):
             self.model = attach(base.model, base.family, experiment.lora, seed=experiment.seed)
         self._is_attached = True
+        try:
+            self._restore_layers = change_layers(self.model, base.family, self.config)
+        except ModelError:
+            base.model = detach(self.model)
+            raise
+        self._measure = Measure(self.model, base.family, split, world)
         self.trainable = trainable_by_scope(self.model, base.family)
         self.auditor = Auditor(self.model, self.trainable, experiment.lora)
         optimizer = torch.optim.AdamW(
@@ -167,30 +136,6 @@ class Run:
         """The base's weights are whole inside, if putting an adapter on reads them."""
         return BACKENDS[self.config.backend].whole(self._base) if needed else nullcontext()
 
-    def _decoding(self, spec: PlanSpec, data: TrainingData) -> DecodingFeed:
-        """The feed of the `encoded` tier."""
-        config, base, split = self.experiment.data, self._base, self._split
-        steps = self.config.max_steps
-        if config.consumption == "streaming":
-            source = StreamSource(data.store, data.index_file, spec, data.digest, self._collation)
-            blocks = streamed_blocks(source, split, steps)
-        else:
-            blocks = stored_blocks(split, self.plan, self._collation, steps)
-        changing = None
-        if config.augmentation is not None:
-            changing = Augmenting(config.augmentation, self.experiment.seed, split.sample_ids)
-        maker = PixelMaker(
-            base.processor.image_processor, base.family, base.image_backend, config.image_limits
-        )
-        return DecodingFeed(
-            blocks,
-            Decoding(self._collation, maker, changing),
-            self.plan,
-            split.lengths,
-            num_threads=config.decode_threads or max(1, int(self.config.cpus_per_worker)),
-            stall_timeout_s=config.stall_timeout_s,
-        )
-
     @property
     def recipe_digest(self) -> str:
         """Digest of what a checkpoint must agree with to be continued."""
@@ -205,61 +150,67 @@ class Run:
         TrialDiverged
             If the loss or the gradients were not finite more than `MAX_SKIPPED_STEPS` times.
         TrialInfeasible
-            If the accelerator is out of memory.
+            If memory does not suffice for a single row, or for the update.
+        InfrastructureError
+            If a rank of a sharded base ran out of memory: the others wait for it inside the model,
+            so all have to start again, with smaller micro-batches.
         AuditFailed
             At the first step (with images, if there are any), if the adapter does not train or has
             no effect.
         """
         began = time.monotonic()
         rows = self.plan.rows(self.steps_done)
-        labelled = int(self._split.num_labelled[rows].sum())
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.steps_done, group["peak"])
         self.model.train()
+        sums = self._backward(int(self._split.num_labelled[rows].sum()))
         try:
-            micro_batches = self._feed.step(self.steps_done)
-            self.delivered = tuple(
-                row for entry in micro_batches if entry.counts for row in entry.rows
-            )
-            loss = self._backward(micro_batches, labelled)
+            norm = self._backend.clip()
+            finite = math.isfinite(sums.loss) and math.isfinite(norm)
+            self._update(rows, sums.loss, norm, finite=finite)
         except torch.OutOfMemoryError as error:
             raise TrialInfeasible(
-                f"out of memory at micro_batch_size={self.config.micro_batch_size}: {error}"
+                f"out of memory in the update of step {self.steps_done + 1}: {_first_line(error)}"
             ) from None
-        norm = self._backend.clip()
+        return self._measure.metrics(
+            rows,
+            sums,
+            time.monotonic() - began,
+            step=self.steps_done,
+            loss=sums.loss,
+            grad_norm=norm,
+            learning_rate=learning_rate(self.config, self.steps_done - 1),
+            skipped=not finite,
+            skipped_steps=self._skipped,
+            overflowed_steps=self._overflowed,
+            micro_batch_size=self.batches.limit.size,
+        )
+
+    def _update(self, rows: np.ndarray, loss: float, norm: float, *, finite: bool) -> None:
+        """Use or drop the gradients; audit them where that is due."""
         # A step without images says nothing of a vision tower; unless all are so, wait for one.
-        with_images = rows[self._split.num_images[rows] > 0]
-        due = self.auditor.is_due and (len(with_images) > 0 or not self._split.num_images.any())
-        finite = math.isfinite(loss) and math.isfinite(norm)
+        images = self._split.num_images
+        due = finite and self.auditor.is_due and (images[rows].any() or not images.any())
         if finite:
             if due:
                 self.auditor.before_update()
             self._backend.step()
+        elif self._backend.skip() and math.isfinite(loss):
+            self._overflowed += 1
         else:
-            self._count_skip(loss, norm)
+            self._count_skip(rows, loss, norm)
         self._backend.zero_grad()
         self.steps_done += 1
         self._samples_seen += len(rows)
-        if due and finite:
+        if due:
             self.auditor.after_update(self._probe(rows))
-        return StepMetrics(
-            step=self.steps_done,
-            loss=loss,
-            grad_norm=norm,
-            learning_rate=learning_rate(self.config, self.steps_done - 1),
-            labelled_tokens=labelled,
-            tokens=int(self._split.lengths[rows].sum()),
-            seconds=time.monotonic() - began,
-            skipped=not finite,
-            time=time.time(),
-        )
 
     def _probe(self, rows: np.ndarray) -> dict[str, torch.Tensor]:
         """A small batch of the rows, of those with images if there are any, without labels."""
         with_images = rows[self._split.num_images[rows] > 0]
         few = tuple(int(row) for row in (with_images if len(with_images) else rows)[:2])
         part = Part(few, tuple(range(len(few))))
-        batch = self._collation.collate(part, [self._split.encoded(row) for row in few])
+        batch = self.batches.collation.collate(part, [self._split.encoded(row) for row in few])
         return self._on_device(batch.arrays)[0]
 
     def audit_end(self, folder: Path) -> None:
@@ -280,18 +231,73 @@ class Run:
             found["reload"] = check_reload(self._base.model, folder, batch, expected)
         self.auditor.end(self._world.broadcast(found))
 
-    def _backward(self, micro_batches: list[MicroBatch], labelled: int) -> float:
-        """Accumulate gradients of the global batch's loss; returns that loss, on every rank."""
+    def _backward(self, labelled: int) -> Sums:
+        """Accumulate gradients of the global batch's loss, in micro-batches that memory holds.
+
+        Returns the sums over all ranks; the gradients are those of all ranks too.
+        """
+        random = random_state(self._world.device)
+        while True:
+            mine, failure = self._forward_and_backward(labelled)
+            sums = mine.over_ranks(self._world)
+            if not sums.out_of_memory:
+                self._backend.add_up()
+                return sums
+            self._backend.zero_grad()
+            self._shrink(failure or "on another worker")
+            restore_random_state(random, self._world.device)
+
+    def _forward_and_backward(self, labelled: int) -> tuple[Sums, str | None]:
+        """This rank's sums, and why it ran out of memory if it did.
+
+        Ranks do not wait for each other in here, unless the base is sharded.
+        """
+        sums, failure = Sums(), None
         total = torch.zeros((), device=self._world.device)
-        for number, micro_batch in enumerate(micro_batches, start=1):
-            batch, labels = self._on_device(micro_batch.arrays)
-            summed = summed_cross_entropy(self.model(**batch).logits, labels) / labelled
-            self._backend.backward(summed, last=number == len(micro_batches))
-            total += summed.detach()
-        if self._world.size > 1:
-            torch.distributed.all_reduce(total)
-        self._backend.add_up()
-        return float(total)
+        try:
+            began = time.monotonic()
+            micro_batches = self.batches.step(self.steps_done)
+            sums.waited = time.monotonic() - began
+            self.delivered = tuple(
+                row for entry in micro_batches if entry.counts for row in entry.rows
+            )
+            for number, micro_batch in enumerate(micro_batches, start=1):
+                batch, labels = self._on_device(micro_batch.arrays)
+                self._measure.forward_begins()
+                logits = self.model(**batch).logits
+                self._measure.forward_ends(sums, micro_batch.arrays["input_ids"].size)
+                summed = summed_cross_entropy(logits, labels) / labelled
+                self._backend.backward(summed, last=number == len(micro_batches))
+                total += summed.detach()
+            sums.loss = float(total)
+        except torch.OutOfMemoryError as error:
+            failure, sums.out_of_memory = _first_line(error), 1.0
+        if failure is not None and self._is_sharded:
+            self._leave(failure)
+        return sums, failure
+
+    def _shrink(self, failure: str) -> None:
+        """Halve the micro-batch, the same on every rank."""
+        before, limit = self.batches.limit, self.batches.halved(self.steps_done)
+        if self._world.device.startswith("cuda"):
+            torch.cuda.empty_cache()
+        self.batches.lower(limit)
+        if self._world.rank == 0:
+            self.batches.remember(limit)
+        self.auditor.notes.append(
+            f"step {self.steps_done + 1}: out of memory: micro-batch {before} -> "
+            f"{limit}, at the same batch_size ({failure})"
+        )
+
+    def _leave(self, failure: str) -> None:
+        """End this life of the trial: the other ranks wait inside the model."""
+        limit = self.batches.halved(self.steps_done)
+        self.batches.remember(limit)
+        raise InfrastructureError(
+            f"out of memory on rank {self._world.rank} at step {self.steps_done + 1} with backend="
+            f"{self.config.backend}: the trial starts again with micro-batch {limit} "
+            f"({failure})"
+        )
 
     def _on_device(self, arrays: Arrays) -> tuple[dict[str, Any], torch.Tensor]:
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
@@ -303,13 +309,17 @@ class Run:
         # A cache costs memory, and hides from transformers that a row is packed.
         return {**batch, "use_cache": False}, labels
 
-    def _count_skip(self, loss: float, norm: float) -> None:
+    def _count_skip(self, rows: np.ndarray, loss: float, norm: float) -> None:
         self._skipped += 1
+        ids = [self._split.sample_ids[row] for row in rows[:NAMED_SAMPLES]]
+        more = f" and {len(rows) - len(ids)} more" if len(rows) > len(ids) else ""
+        what = (
+            f"step {self.steps_done + 1}: loss {loss} and gradient norm {norm}, samples "
+            f"{', '.join(ids)}{more}"
+        )
         if self._skipped > MAX_SKIPPED_STEPS:
-            raise TrialDiverged(
-                f"loss {loss} and gradient norm {norm} at step {self.steps_done + 1}: "
-                f"more than {MAX_SKIPPED_STEPS} steps were not finite"
-            )
+            raise TrialDiverged(f"more than {MAX_SKIPPED_STEPS} steps were not finite; {what}")
+        self.auditor.notes.append(f"no update at {what}")
 
     def save(self, folder: Path) -> None:
         """Write a checkpoint; every rank calls it, rank 0 writes."""
@@ -320,6 +330,10 @@ class Run:
                 plan_digest=self.plan.digest,
                 recipe_digest=self.recipe_digest,
                 samples_seen=self._samples_seen,
+                skipped_steps=self._skipped,
+                overflowed_steps=self._overflowed,
+                micro_batch=self.batches.lowered_as_json,
+                scaler=self._backend.scaler_state(),
             )
             checkpoint.save(folder, self.model, self._optimizer, state, states)
         self._world.broadcast(None)  # nobody looks for it before it is there
@@ -343,30 +357,25 @@ class Run:
             if getattr(state, f"{name}_digest") != ours:
                 raise CheckpointError(f"{folder} was made with another {name}")
         self.steps_done, self._samples_seen = state.step, state.samples_seen
+        self._skipped, self._overflowed = state.skipped_steps, state.overflowed_steps
+        self._backend.restore_scaler(state.scaler)
+        if state.micro_batch is not None:
+            self.batches.lower(MicroBatchLimit(**state.micro_batch))
 
     def close(self) -> None:
         """Take the adapter off; the base model is again what it was."""
         try:
-            self._feed.close()
+            self.batches.close()
         finally:
             self._backend.zero_grad()
             self._take_off()
 
     def _take_off(self) -> None:
         if self._is_attached:
+            self._measure.close()
+            self._restore_layers()
             self._base.model, self._is_attached = detach(self.model), False
 
 
-def summed_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Sum of the next-token cross-entropy over labelled positions, in float32.
-
-    Parameters
-    ----------
-    logits
-        `[batch, length, vocabulary]`.
-    labels
-        int64 `[batch, length]`, not shifted, -100 where there is no loss.
-    """
-    targets = labels[:, 1:]
-    chosen = targets != IGNORED
-    return cross_entropy(logits[:, :-1][chosen].float(), targets[chosen], reduction="sum")
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or repr(error)).splitlines()[0]

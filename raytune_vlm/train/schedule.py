@@ -10,14 +10,14 @@ from raytune_vlm.config.train import TrainConfig
 def learning_rate(config: TrainConfig, step: int, peak: float | None = None) -> float:
     """The learning rate of optimizer step `step` (from 0); `peak` replaces `train.learning_rate`.
 
-    Linear warm-up over `warmup_steps`, then constant, linear to zero, half a cosine to zero
+    Linear warm-up over the warm-up, then constant, linear to zero, half a cosine to zero
     (Loshchilov & Hutter 2017, without restarts), or constant and linear to zero over the last
     `decay_share` of the steps (Hu et al. 2024), at `max_steps`.
     """
     peak = config.learning_rate if peak is None else peak
-    if step < config.warmup_steps:
-        return peak * (step + 1) / config.warmup_steps
-    done = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
+    if step < config.warmup:
+        return peak * (step + 1) / config.warmup
+    done = (step - config.warmup) / max(1, config.max_steps - config.warmup)
     if config.schedule == "constant":
         return peak
     if config.schedule == "linear":

@@ -60,10 +60,26 @@ class Backend(Protocol):
         """Let every rank have the sum of the ranks' gradients."""
 
     def clip(self) -> float:
-        """Scale the gradients down to `train.max_grad_norm`; their global norm before that."""
+        """Scale the gradients down to `train.max_grad_norm`; their global norm before that.
+
+        The true one: what a gradient scaler has put on is taken off first. Called once a step,
+        after `add_up`, so that every rank finds the same.
+        """
 
     def step(self) -> None:
         """One update of all that is trained."""
+
+    def skip(self) -> bool:
+        """No update, as the gradients are not finite; whether only the loss scale was too large.
+
+        It is then smaller in the next step.
+        """
+
+    def scaler_state(self) -> dict[str, float]:
+        """The gradient scaler's state; empty where there is none."""
+
+    def restore_scaler(self, state: dict[str, float]) -> None:
+        """Go on with a state of `scaler_state`."""
 
     def zero_grad(self) -> None:
         """Forget the gradients."""

@@ -27,6 +27,9 @@ class Ddp:
     ) -> None:
         self.optimizer = optimizer
         self._parameters = [p for p in model.parameters() if p.requires_grad]
+        half = any(p.dtype == torch.float16 for p in model.parameters())
+        # Small gradients of activations would be zero in float16 (Micikevicius et al. 2018).
+        self._scaler = torch.amp.GradScaler(world.device.partition(":")[0], enabled=half)
         self._world, self._config = world, config
 
     @staticmethod
@@ -45,7 +48,7 @@ class Ddp:
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         """See `Backend`."""
-        loss.backward()
+        self._scaler.scale(loss).backward()
 
     def add_up(self) -> None:
         """See `Backend`. What has a gradient on no rank keeps none, as on a single worker."""
@@ -69,11 +72,30 @@ class Ddp:
 
     def clip(self) -> float:
         """See `Backend`."""
+        self._scaler.unscale_(self.optimizer)
         return float(torch.nn.utils.clip_grad_norm_(self._parameters, self._config.max_grad_norm))
 
     def step(self) -> None:
         """See `Backend`."""
-        self.optimizer.step()
+        self._scaler.step(self.optimizer)
+        self._scaler.update()
+
+    def skip(self) -> bool:
+        """See `Backend`. At a scale of 1 there is nothing left to blame on it."""
+        if not self._scaler.is_enabled():
+            return False
+        scaled = self._scaler.get_scale() > 1
+        self._scaler.update()
+        return scaled
+
+    def scaler_state(self) -> dict[str, float]:
+        """See `Backend`."""
+        return dict(self._scaler.state_dict())
+
+    def restore_scaler(self, state: dict[str, float]) -> None:
+        """See `Backend`. A run goes on from a checkpoint without one with a fresh scaler."""
+        if state:
+            self._scaler.load_state_dict(state)
 
     def zero_grad(self) -> None:
         """See `Backend`."""
