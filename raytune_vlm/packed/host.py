@@ -87,20 +87,13 @@ class Host:
                 layer.train()
         sums = [Sums() for _ in slots]
         feeds = [slot.run.micro_batches(own) for slot, own in zip(slots, sums, strict=True)]
-        losses = torch.zeros(len(slots), device=slots[0].run.device)
         for turn in zip_longest(*feeds):
             part = [(n, entry) for n, entry in enumerate(turn) if entry is not None]
-            found = self._forward([(slots[n], entry) for n, entry in part])
-            scaled = torch.stack(
-                [loss / labelled[n] for (n, _), loss in zip(part, found, strict=True)]
-            )
-            scaled.sum().backward()
-            for (n, entry), loss in zip(part, scaled.detach(), strict=True):
-                losses[n] += loss
-                sums[n].fed_tokens += entry.arrays["input_ids"].size
+            found = self._pass([(slots[n], entry, sums[n], labelled[n]) for n, entry in part])
+            for (n, _), loss in zip(part, found.tolist(), strict=True):
+                sums[n].loss += loss
         outcomes: list[Outcome] = []
-        for slot, own, loss in zip(slots, sums, losses.tolist(), strict=True):
-            own.loss = loss
+        for slot, own in zip(slots, sums, strict=True):
             with slot.mounted() as run:
                 try:
                     outcomes.append(run.finish(own, began))
@@ -108,18 +101,30 @@ class Host:
                     outcomes.append(error)
         return outcomes
 
-    def _forward(self, parts: Sequence[tuple[Slot, MicroBatch]]) -> list[torch.Tensor]:
-        """The summed loss of each slot's micro-batch, from one pass over the base."""
-        arrays = [entry.arrays for _, entry in parts]
+    def _pass(self, parts: Sequence[tuple[Slot, MicroBatch, Sums, int]]) -> torch.Tensor:
+        """Forward and backward for a micro-batch of each slot; their losses, float32 `[slots]`."""
+        arrays = [entry.arrays for _, entry, _, _ in parts]
         pad = self._base.processor.tokenizer.pad_token_id
-        batch, labels = parts[0][0].run.on_device(
-            joined(arrays, self._base.family, pad_token_id=pad)
-        )
+        together = joined(arrays, self._base.family, pad_token_id=pad)
+        batch, labels = parts[0][0].run.on_device(together)
         shares, begin = [], 0
-        for (slot, _), own in zip(parts, arrays, strict=True):
+        for (slot, *_), own in zip(parts, arrays, strict=True):
             rows = slice(begin, begin + num_rows(own))
             shares.append(Share(slot.layers, rows, length(own), slot.random))
             begin = rows.stop
+        for slot, *_ in parts:
+            slot.run.measure.forward_begins()
         with routed(self._base.model, shares):
             logits = self._base.model(**batch).logits
-        return [summed_cross_entropy(logits[own.rows], labels[own.rows]) for own in shares]
+            for (slot, entry, sums, _), share in zip(parts, shares, strict=True):
+                fed = entry.arrays["input_ids"].size
+                part = (share.rows.stop - share.rows.start) / begin
+                slot.run.measure.forward_ends(sums, fed, part)
+            losses = torch.stack(
+                [
+                    summed_cross_entropy(logits[share.rows], labels[share.rows]) / labelled
+                    for (*_, labelled), share in zip(parts, shares, strict=True)
+                ]
+            )
+            losses.sum().backward()
+        return losses.detach()

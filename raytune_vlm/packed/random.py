@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
 from raytune_vlm.train.random_state import random_state, restore_random_state
 
 
 class RandomState:
-    """What torch draws inside `with` comes from this state and moves it on, and no other.
+    """What torch draws inside `drawing` comes from this state and moves it on, and no other.
 
     It begins as the process's own at the time.
     """
@@ -15,11 +20,24 @@ class RandomState:
         self._device = device
         self.state = random_state(device)
 
-    def __enter__(self) -> RandomState:
-        self._outer = random_state(self._device)
-        restore_random_state(self.state, self._device)
-        return self
+    @contextmanager
+    def drawing(self) -> Iterator[None]:
+        """Draw from this state, and leave it where that ends."""
+        with self._set(self.state):
+            yield
+            self.state = random_state(self._device)
 
-    def __exit__(self, *_: object) -> None:
-        self.state = random_state(self._device)
-        restore_random_state(self._outer, self._device)
+    @contextmanager
+    def repeating(self, state: list[torch.Tensor]) -> Iterator[None]:
+        """Draw again what was drawn from a state, and leave this one as it is."""
+        with self._set(state):
+            yield
+
+    @contextmanager
+    def _set(self, state: list[torch.Tensor]) -> Iterator[None]:
+        outer = random_state(self._device)
+        restore_random_state(state, self._device)
+        try:
+            yield
+        finally:
+            restore_random_state(outer, self._device)

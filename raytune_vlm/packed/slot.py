@@ -35,7 +35,7 @@ class Slot:
             self._base.set_submodule(name, layer)
         self._base.peft_config = self._config
         try:
-            with self.random:
+            with self.random.drawing():
                 yield self.run
         finally:
             self._park()
