@@ -165,7 +165,7 @@ def attach(model: torch.nn.Module, family: Family, config: LoraConfig, *, seed: 
     adapted = peft.get_peft_model(model, _peft_config(config, targets, copied))
     try:
         _check_targets(adapted, family, targets, copied, config)
-        for layer in _layers(adapted).values() if from_weights else ():
+        for layer in lora_layers(adapted).values() if from_weights else ():
             _start_from_weight(layer, config.init, adapted.peft_config[ADAPTER])
         for wrapper in _copies(adapted).values():
             _train_in_float32(wrapper.modules_to_save[ADAPTER])
@@ -213,7 +213,7 @@ def _peft_config(config: LoraConfig, targets: dict[str, list[str]], copied: list
     )
 
 
-def _layers(model: PeftModel) -> dict[str, Any]:
+def lora_layers(model: PeftModel) -> dict[str, Any]:
     """Full name in the base -> its LoRA layer."""
     from peft.tuners.lora import LoraLayer
 
@@ -242,7 +242,8 @@ def _check_targets(
         scale = config.alpha_of(scope) / (math.sqrt(rank) if config.rslora else rank)
         asked |= dict.fromkeys(names, (rank, scale))
     found = {
-        name: (layer.r[ADAPTER], layer.scaling[ADAPTER]) for name, layer in _layers(adapted).items()
+        name: (layer.r[ADAPTER], layer.scaling[ADAPTER])
+        for name, layer in lora_layers(adapted).items()
     }
     strays = sorted(name for name in asked.keys() | found if asked.get(name) != found.get(name))
     strays += sorted(set(copied) ^ _copies(adapted).keys())

@@ -37,11 +37,11 @@ class Measure:
         """Forget what came since the last pass: the backward pass may have repeated layers."""
         self._counter.take()
 
-    def forward_ends(self, sums: Sums, fed_tokens: int) -> None:
-        """Add what a forward pass took."""
+    def forward_ends(self, sums: Sums, fed_tokens: int, share: float = 1.0) -> None:
+        """Add what a forward pass took, or the share of it that was for this run."""
         vision, projector = self._counter.take()
-        sums.vision_rows += vision
-        sums.projector_rows += projector
+        sums.vision_rows += vision * share
+        sums.projector_rows += projector * share
         sums.fed_tokens += fed_tokens
 
     def metrics(self, rows: np.ndarray, sums: Sums, seconds: float, **update: Any) -> StepMetrics:

@@ -35,7 +35,7 @@ from raytune_vlm.models.adapter_file import start_tensors
 from raytune_vlm.models.audit import check_merge, check_reload, last_logits
 from raytune_vlm.models.loading import Base
 from raytune_vlm.models.lora import attach, detach, trainable_by_scope
-from raytune_vlm.prepare.feed import Arrays, Part
+from raytune_vlm.prepare.feed import Arrays, MicroBatch, Part
 from raytune_vlm.prepare.store import PreparedSplit
 from raytune_vlm.train import checkpoint, random_state
 from raytune_vlm.train.auditor import Auditor
@@ -113,7 +113,7 @@ class Run:
         except ModelError:
             base.model = detach(self.model)
             raise
-        self._measure = Measure(self.model, base.family, split, world)
+        self.measure = Measure(self.model, base.family, split, world)
         self.trainable = trainable_by_scope(self.model, base.family)
         self.auditor = Auditor(self.model, self.trainable, experiment.lora)
         optimizer = torch.optim.AdamW(
@@ -158,11 +158,18 @@ class Run:
             no effect.
         """
         began = time.monotonic()
-        rows = self.plan.rows(self.steps_done)
+        return self.finish(self._backward(self.begin()), began)
+
+    def begin(self) -> int:
+        """Make ready for the plan's next global batch; returns how many labels it has."""
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.steps_done, group["peak"])
         self.model.train()
-        sums = self._backward(int(self._split.num_labelled[rows].sum()))
+        return int(self._split.num_labelled[self.plan.rows(self.steps_done)].sum())
+
+    def finish(self, sums: Sums, began: float) -> StepMetrics:
+        """Use the gradients; `began` is the monotonic time of `begin`. See `step`."""
+        rows = self.plan.rows(self.steps_done)
         try:
             norm = self._backend.clip()
             finite = math.isfinite(sums.loss) and math.isfinite(norm)
@@ -171,7 +178,7 @@ class Run:
             raise TrialInfeasible(
                 f"out of memory in the update of step {self.steps_done + 1}: {_first_line(error)}"
             ) from None
-        return self._measure.metrics(
+        return self.measure.metrics(
             rows,
             sums,
             time.monotonic() - began,
@@ -210,7 +217,7 @@ class Run:
         few = tuple(int(row) for row in (with_images if len(with_images) else rows)[:2])
         part = Part(few, tuple(range(len(few))))
         batch = self.batches.collation.collate(part, [self._split.encoded(row) for row in few])
-        return self._on_device(batch.arrays)[0]
+        return self.on_device(batch.arrays)[0]
 
     def audit_end(self, folder: Path) -> None:
         """The checks of a trial's end, on its last checkpoint; every rank calls it.
@@ -254,17 +261,12 @@ class Run:
         sums, failure = Sums(), None
         total = torch.zeros((), device=self._world.device)
         try:
-            began = time.monotonic()
-            micro_batches = self.batches.step(self.steps_done)
-            sums.waited = time.monotonic() - began
-            self.delivered = tuple(
-                row for entry in micro_batches if entry.counts for row in entry.rows
-            )
+            micro_batches = self.micro_batches(sums)
             for number, micro_batch in enumerate(micro_batches, start=1):
-                batch, labels = self._on_device(micro_batch.arrays)
-                self._measure.forward_begins()
+                batch, labels = self.on_device(micro_batch.arrays)
+                self.measure.forward_begins()
                 logits = self.model(**batch).logits
-                self._measure.forward_ends(sums, micro_batch.arrays["input_ids"].size)
+                self.measure.forward_ends(sums, micro_batch.arrays["input_ids"].size)
                 summed = summed_cross_entropy(logits, labels) / labelled
                 self._backend.backward(summed, last=number == len(micro_batches))
                 total += summed.detach()
@@ -274,6 +276,18 @@ class Run:
         if failure is not None and self._is_sharded:
             self._leave(failure)
         return sums, failure
+
+    def micro_batches(self, sums: Sums) -> list[MicroBatch]:
+        """This rank's part of the global batch; the time of waiting goes into the sums."""
+        began = time.monotonic()
+        found = self.batches.step(self.steps_done)
+        sums.waited = time.monotonic() - began
+        self.delivered = tuple(row for entry in found if entry.counts for row in entry.rows)
+        return found
+
+    def forget_gradients(self) -> None:
+        """As if the step had not begun."""
+        self._backend.zero_grad()
 
     def _shrink(self, failure: str) -> None:
         """Halve the micro-batch, the same on every rank."""
@@ -298,7 +312,8 @@ class Run:
             f"({failure})"
         )
 
-    def _on_device(self, arrays: Arrays) -> tuple[dict[str, Any], torch.Tensor]:
+    def on_device(self, arrays: Arrays) -> tuple[dict[str, Any], torch.Tensor]:
+        """What the model takes, pixels as floats, and the labels."""
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
         batch = {name: tensor.to(self._world.device) for name, tensor in tensors.items()}
         labels = batch.pop("labels")
@@ -384,7 +399,7 @@ class Run:
 
     def _take_off(self) -> None:
         if self._is_attached:
-            self._measure.close()
+            self.measure.close()
             self._restore_layers()
             self._base.model, self._is_attached = detach(self.model), False
 

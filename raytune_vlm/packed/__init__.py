@@ -1,0 +1,1 @@
+"""Packed execution: many trials' adapters on one frozen base, each as if it were alone."""

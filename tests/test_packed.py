@@ -1,0 +1,193 @@
+"""Packed execution: every slot ends where an isolated PEFT run ends, whoever its neighbours are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from made import experiment
+
+from raytune_vlm.packed.host import Host
+from raytune_vlm.packed.routing import _Adding
+from raytune_vlm.packed.slot import Slot
+from raytune_vlm.train.batches import TrainingData
+from raytune_vlm.train.layers import change_layers
+from raytune_vlm.train.run import Run
+from raytune_vlm.train.world import World
+
+STEPS = 3
+FAMILIES = pytest.mark.parametrize("model_type", ["idefics3", "qwen2_5_vl", "gemma3", "llava"])
+RECIPES = [
+    {},
+    {"lora.rank": 8, "lora.alpha": 4.0, "lora.dropout": 0.1, "train.learning_rate": 3e-3},
+    {"lora.rank": 2, "lora.rslora": True, "train.batch_size": 4, "train.micro_batch_size": 4},
+    {"train.weight_decay": 0.1, "train.schedule": "constant", "seed": 3},
+    {"train.micro_batch_size": 3, "lora.loraplus_ratio": 4.0},
+    {"lora.init": "gaussian", "lora.dropout": 0.3, "seed": 5},
+    {"lora.init": "olora", "train.max_grad_norm": 0.01},
+    {"train.batch_size": 2, "train.micro_batch_size": 1, "lora.rank": 1, "train.warmup_steps": 0},
+]
+
+
+@pytest.fixture
+def make(tiny_base, tiny_split):
+    """Makes runs and slots, and takes them off the bases at the end."""
+    opened = []
+
+    def run(model_type, recipe, **lora):
+        config = experiment(
+            lora={"rank": 4, **lora},
+            train={"max_steps": 12, "warmup_steps": 2, "batch_size": 8, "micro_batch_size": 8},
+        ).with_recipe(recipe)
+        return Run(
+            tiny_base(model_type), tiny_split(model_type), config, World(), TrainingData("d")
+        )
+
+    def slot(model_type, recipe):
+        opened.append(Slot(run(model_type, recipe), "cpu"))
+        return opened[-1]
+
+    def close(slot):
+        opened.remove(slot)
+        slot.close()
+
+    run.slot, run.close = slot, close
+    yield run
+    for slot in opened:
+        slot.close()
+
+
+def weights(layers_or_run):
+    model = layers_or_run.run.model if isinstance(layers_or_run, Slot) else layers_or_run.model
+    if isinstance(layers_or_run, Slot):
+        with layers_or_run.mounted():
+            return trained(model)
+    return trained(model)
+
+
+def trained(model):
+    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def alone(make, model_type, recipe, steps=STEPS):
+    run = make(model_type, recipe)
+    losses = [run.step().loss for _ in range(steps)]
+    found = weights(run)
+    run.close()
+    return losses, found
+
+
+def distance(found, expected):
+    """Largest relative difference of a matrix (Frobenius norms)."""
+    assert found.keys() == expected.keys()
+    return max(
+        float((found[name] - expected[name]).norm() / expected[name].norm().clamp_min(1e-12))
+        for name in expected
+    )
+
+
+@FAMILIES
+def test_eight_slots_end_where_they_would_alone(model_type, make, tiny_base):
+    expected = [alone(make, model_type, recipe) for recipe in RECIPES]
+    for mode, tolerance in (("exact", 0.0), ("fast", 1e-4)):
+        slots = [make.slot(model_type, recipe) for recipe in RECIPES]
+        host = Host(tiny_base(model_type), mode)
+        steps = [host.step(slots) for _ in range(STEPS)]
+        for number, (slot, (losses, adapter)) in enumerate(zip(slots, expected, strict=True)):
+            assert [step[number].loss for step in steps] == pytest.approx(losses, rel=tolerance)
+            assert distance(weights(slot), adapter) <= tolerance, (mode, number)
+            make.close(slot)
+
+
+def test_neighbours_that_come_and_go_change_nothing(make, tiny_base):
+    _, expected = alone(make, "idefics3", RECIPES[1], steps=5)
+    host = Host(tiny_base("idefics3"), "fast")
+    slot, first, second = (make.slot("idefics3", RECIPES[n]) for n in (1, 2, 4))
+    for neighbours in ([first], [first, second], [second], [], [second]):
+        host.step([*neighbours, slot])
+    assert distance(weights(slot), expected) <= 1e-4
+
+
+def test_a_dropout_gradient_without_its_mask_is_found(make, tiny_base, monkeypatch):
+    """The negative control: the tolerance above is tight enough to see mLoRA's mistake."""
+    _, expected = alone(make, "idefics3", RECIPES[5])
+    given = _Adding._given
+
+    def unmasked(self, number, layer, inputs):
+        right = given(self, number, layer, inputs)
+        plain = inputs[self._shares[number].rows].to(right.dtype)
+        return plain + (right - plain).detach()
+
+    monkeypatch.setattr(_Adding, "_given", unmasked)
+    slots = [make.slot("idefics3", RECIPES[n]) for n in (5, 0)]
+    host = Host(tiny_base("idefics3"), "fast")
+    for _ in range(STEPS):
+        host.step(slots)
+    assert distance(weights(slots[0]), expected) > 1e-2
+
+
+def test_a_slot_that_is_not_finite_does_not_touch_its_neighbours(make, tiny_base):
+    expected = [alone(make, "idefics3", RECIPES[number])[1] for number in (0, 2)]
+    slots = [make.slot("idefics3", RECIPES[number]) for number in (0, 3, 2)]
+    with torch.no_grad():
+        next(iter(slots[1].layers.values())).lora_B["default"].weight.fill_(float("nan"))
+    host = Host(tiny_base("idefics3"), "fast")
+    for _ in range(STEPS):
+        outcomes = host.step(slots)
+    assert [outcome.skipped for outcome in outcomes] == [False, True, False]
+    for slot, adapter in zip((slots[0], slots[2]), expected, strict=True):
+        assert distance(weights(slot), adapter) <= 1e-4
+    assert "diverged" in type(host.step(slots)[1]).__name__.lower()
+
+
+def test_out_of_memory_packs_fewer_slots_and_the_results_stay(make, tiny_base):
+    expected = [alone(make, "idefics3", RECIPES[number])[1] for number in (0, 1, 3, 5)]
+    base = tiny_base("idefics3")
+    slots = [make.slot("idefics3", RECIPES[number]) for number in (0, 1, 3, 5)]
+
+    def out_of_memory(module, args, kwargs):
+        if len(kwargs["input_ids"]) > 16:
+            raise torch.OutOfMemoryError("more than 16 rows")
+
+    hook = base.model.register_forward_pre_hook(out_of_memory, with_kwargs=True)
+    host = Host(base, "fast")
+    try:
+        for _ in range(STEPS):
+            host.step(slots)
+    finally:
+        hook.remove()
+    assert len(host.notes) == 1 and "2 from here on" in host.notes[0]
+    for slot, adapter in zip(slots, expected, strict=True):
+        assert distance(weights(slot), adapter) <= 1e-4
+
+
+def test_recomputed_activations_draw_the_same_dropout(make, tiny_base):
+    expected = [alone(make, "qwen2_5_vl", RECIPES[number])[1] for number in (1, 5)]
+    base = tiny_base("qwen2_5_vl")
+    slots = [make.slot("qwen2_5_vl", RECIPES[number]) for number in (1, 5)]
+    recomputing = experiment(train={"activation_checkpointing": {"text": True}}).train
+    restore = change_layers(base.model, base.family, recomputing)
+    try:
+        for _ in range(STEPS):
+            Host(base, "fast").step(slots)
+    finally:
+        restore()
+    for slot, adapter in zip(slots, expected, strict=True):
+        assert distance(weights(slot), adapter) <= 1e-4
+
+
+def test_a_slot_goes_on_alone_from_its_checkpoint(make, tiny_base, tmp_path):
+    _, expected = alone(make, "idefics3", RECIPES[1], steps=4)
+    slots = [make.slot("idefics3", RECIPES[number]) for number in (1, 0)]
+    host = Host(tiny_base("idefics3"), "fast")
+    for _ in range(2):
+        host.step(slots)
+    with slots[0].mounted() as run:
+        run.save(tmp_path / "step_000002")
+    for slot in slots:
+        make.close(slot)
+    run = make("idefics3", RECIPES[1])
+    run.restore(tmp_path / "step_000002")
+    for _ in range(2):
+        run.step()
+    assert distance(weights(run), expected) <= 1e-4
+    run.close()
