@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from raytune_vlm.train.random_state import random_state, restore_random_state
+from raytune_vlm.train import random_state
 
 
 class RandomState:
@@ -18,26 +18,26 @@ class RandomState:
 
     def __init__(self, device: str) -> None:
         self._device = device
-        self.state = random_state(device)
+        self.state = random_state.of_torch(device)
 
     @contextmanager
     def drawing(self) -> Iterator[None]:
         """Draw from this state, and leave it where that ends."""
         with self._set(self.state):
             yield
-            self.state = random_state(self._device)
+            self.state = random_state.of_torch(self._device)
 
     @contextmanager
-    def repeating(self, state: list[torch.Tensor]) -> Iterator[None]:
+    def repeating(self, state: dict[str, torch.Tensor]) -> Iterator[None]:
         """Draw again what was drawn from a state, and leave this one as it is."""
         with self._set(state):
             yield
 
     @contextmanager
-    def _set(self, state: list[torch.Tensor]) -> Iterator[None]:
-        outer = random_state(self._device)
-        restore_random_state(state, self._device)
+    def _set(self, state: dict[str, torch.Tensor]) -> Iterator[None]:
+        outer = random_state.of_torch(self._device)
+        random_state.restore(state, self._device)
         try:
             yield
         finally:
-            restore_random_state(outer, self._device)
+            random_state.restore(outer, self._device)

@@ -56,7 +56,7 @@ class _Adding:
         self._rows, self._longest = shares[-1].rows.stop, max(share.length for share in shares)
         self._shares = [share for share in shares if name in share.layers]
         self._covers = len(self._shares) == len(shares) > 1
-        self._before: list[list[torch.Tensor] | None] = [None] * len(self._shares)
+        self._before: list[dict[str, torch.Tensor] | None] = [None] * len(self._shares)
         """The random state that each share's dropout began with, once it has."""
 
     def __call__(

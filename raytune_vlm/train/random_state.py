@@ -38,8 +38,13 @@ def capture(device: str) -> dict[str, torch.Tensor]:
         "python_normal": _normal(normal),
         "numpy": torch.tensor([*twister["key"].tolist(), twister["pos"]], dtype=torch.int64),
         "numpy_normal": _normal(legacy["gauss"] if legacy["has_gauss"] else None),
-        "cpu": torch.get_rng_state(),
     }
+    return found | of_torch(device)
+
+
+def of_torch(device: str) -> dict[str, torch.Tensor]:
+    """The part of it that is torch's: what dropout draws from."""
+    found = {"cpu": torch.get_rng_state()}
     if device.startswith("cuda"):
         found["cuda"] = torch.cuda.get_rng_state(device)
     return found
