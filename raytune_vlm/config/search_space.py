@@ -18,6 +18,10 @@ from raytune_vlm.errors import did_you_mean
 SHARED_TRAIN_KEYS = (
     "train.max_steps",
     "train.backend",
+    "train.fsdp2.shard_size",
+    "train.fsdp2.compute_dtype",
+    "train.deepspeed.stage",
+    "train.deepspeed.offload_optimizer",
     "train.num_workers",
     "train.cpus_per_worker",
     "train.gpus_per_worker",

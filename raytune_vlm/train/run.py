@@ -194,7 +194,7 @@ class Run:
     @property
     def recipe_digest(self) -> str:
         """Digest of what a checkpoint must agree with to be continued."""
-        train = self.config.model_dump(exclude={*WITHOUT_EFFECT, "checkpoint_every"})
+        train = self.config.model_dump(exclude={**WITHOUT_EFFECT, "checkpoint_every": True})
         return digest_of({"lora": self.experiment.lora.model_dump(), "train": train})
 
     def step(self) -> StepMetrics:
@@ -233,6 +233,7 @@ class Run:
         finite = math.isfinite(loss) and math.isfinite(norm)
         if finite:
             if due:
+                self._backend.reveal()
                 self.auditor.before_update()
             self._backend.step()
         else:
@@ -274,10 +275,11 @@ class Run:
         """
         batch = self._probe(self.plan.rows(self.steps_done - 1))
         expected = last_logits(self.model, batch)
-        found = {"merge": check_merge(self.model, batch)}
+        dtype = self.config.fsdp2.compute_dtype
+        found = {"merge": check_merge(self.model, batch, dtype)}
         self._take_off()
         with self._whole(self.experiment.lora.dora):
-            found["reload"] = check_reload(self._base.model, folder, batch, expected)
+            found["reload"] = check_reload(self._base.model, folder, batch, expected, dtype)
         self.auditor.end(self._world.broadcast(found))
 
     def _backward(self, micro_batches: list[MicroBatch], labelled: int) -> float:
@@ -313,6 +315,7 @@ class Run:
 
     def save(self, folder: Path) -> None:
         """Write a checkpoint; every rank calls it, rank 0 writes."""
+        self._backend.collect()
         states = self._world.gather(checkpoint.rng_state(self._world.device))
         if self._world.rank == 0:
             state = checkpoint.RunState(
@@ -349,7 +352,7 @@ class Run:
         try:
             self._feed.close()
         finally:
-            self._backend.zero_grad()
+            self._backend.close()
             self._take_off()
 
     def _take_off(self) -> None:

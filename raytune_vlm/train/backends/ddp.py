@@ -73,8 +73,29 @@ class Ddp:
 
     def step(self) -> None:
         """See `Backend`."""
+        self._fill_in()
         self.optimizer.step()
 
     def zero_grad(self) -> None:
         """See `Backend`."""
         self.optimizer.zero_grad(set_to_none=True)
+
+    def reveal(self) -> None:
+        """They are whole."""
+
+    def collect(self) -> None:
+        """It is whole."""
+
+    def close(self) -> None:
+        """See `Backend`."""
+        self.zero_grad()
+
+    def _fill_in(self) -> None:
+        """Let a missing gradient be zero, which it is.
+
+        AdamW would leave out what has none, such as a vision tower in a step of text alone; where
+        models are cut up a blank image gives a gradient of zero, and moments decay.
+        """
+        for parameter in self._parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
