@@ -6,11 +6,13 @@ with them some batches of a rank, have no image.
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,7 +28,7 @@ from raytune_vlm.collate.encoded import SampleRefused
 from raytune_vlm.collate.pixels import PIXEL_NAMES
 from raytune_vlm.config.evaluation import EvaluationConfig
 from raytune_vlm.config.model import ModelConfig
-from raytune_vlm.config.train import Fsdp2Config
+from raytune_vlm.config.train import DeepSpeedConfig, Fsdp2Config
 from raytune_vlm.errors import ConfigError
 from raytune_vlm.evaluate.generate import generate
 from raytune_vlm.images import encode_png
@@ -314,6 +316,35 @@ def test_every_family_answers_the_same_when_it_is_cut_up(
     blocks = [name for name, p in base.model.named_parameters() if isinstance(p, DTensor)]
     assert any(scope_of(name, base.family) == "text" for name in blocks)
     assert not any(scope_of(name, base.family) == "projector" for name in blocks)
+
+
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
+@pytest.mark.parametrize("setting", ["deepspeed-1", "deepspeed-2-offload"])
+@pytest.mark.filterwarnings("ignore")  # of torch, when DeepSpeed is imported
+def test_an_engine_that_is_gone_takes_nothing_with_it(
+    setting, group, tiny_base, tiny_split, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("LOCAL_RANK", "0")  # which Ray sets
+    base, split = tiny_base("idefics3"), tiny_split("idefics3")
+    plain = experiment(
+        lora={"rank": 2, "loraplus_ratio": 2}, train={"max_steps": 5, "warmup_steps": 1}
+    )
+    for name in ("one", setting):
+        chosen = {"backend": "ddp"}
+        if name == setting:
+            chosen = {"backend": "deepspeed"}
+            chosen["deepspeed"] = DeepSpeedConfig(**SETTINGS[setting]["deepspeed"])
+        config = plain.model_copy(update={"train": plain.train.model_copy(update=chosen)})
+        run = Run(base, split, config, World(), TrainingData("d"))
+        for step in range(1, 6):
+            run.step()
+            if step in (2, 5):
+                gc.collect()
+                run.save(tmp_path / name / "engine" / str(step))
+        run.close()
+    runs = SimpleNamespace(folder=tmp_path)
+    for step in (2, 5):
+        compare(runs, "engine", step, setting)
 
 
 @pytest.mark.parametrize("model_type", ["idefics3", "qwen2_5_vl", "gemma3"])

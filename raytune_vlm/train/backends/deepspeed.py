@@ -98,9 +98,8 @@ class DeepSpeed(Ddp):
         present = present.to(self._world.device)
         torch.distributed.all_reduce(present)
         self._present = [bool(count) for count in present.tolist()]
-        for parameter, wanted in zip(self._parameters, self._present, strict=True):
-            if wanted and parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
+        # All of them: what is left out keeps the last step's gradient in an offloaded buffer.
+        self._fill_in()
         with self._engine.coalesce_grad_reduction():
             pass  # reduces what has been accumulated when it is left
         self._is_pending = True
