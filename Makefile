@@ -44,7 +44,7 @@ $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP_INSTALL) --editable ".[dev]"
+	DS_BUILD_OPS=0 $(PIP_INSTALL) --editable ".[dev,deepspeed]"
 	@touch $@
 
 clean:

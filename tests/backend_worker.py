@@ -1,14 +1,15 @@
-"""The runs of `test_backends.py`: by one worker in its own process, or by two that it starts.
+"""The runs of `test_backends.py`: by one worker in its own process, or by some that it starts.
 
 python -m torch.distributed.run --nproc-per-node 2 backend_worker.py JOBS.json
 
-JOBS.json holds a model, a prepared split and for each backend a list of runs, which one resident
-base does one after the other, as in an executor. A run has `train` and `lora` sections, the step to
-stop at, a checkpoint to begin from and one to write.
+JOBS.json holds a model, a prepared split and for each setting of a backend a list of runs, which
+one resident base does one after the other, as in an executor. A run has `train` and `lora`
+sections, the step to stop at, perhaps a checkpoint to begin from, and checkpoints to write.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from made import experiment
+from torch.distributed.tensor import DTensor
 
 from raytune_vlm.collate.pixels import PixelMaker
 from raytune_vlm.config.data import ImageLimits
@@ -39,9 +41,34 @@ def carry_out(jobs: dict[str, Any], runs: list[dict[str, Any]], world: World) ->
     split, prompts = (
         open_split(store, store / "index.arrow", name, maker.decode) for name in ("train", "report")
     )
-    train = experiment(train=runs[0]["train"]).train
+    train = experiment(lora=runs[0]["lora"], train=runs[0]["train"]).train
     BACKENDS[train.backend].place(base, world, train)
-    return {run["name"]: one_run(base, split, prompts, run, world) for run in runs}
+    found, left = {}, []
+    for run in runs:
+        found[run["name"]] = one_run(base, split, prompts, run, world)
+        left.append(left_behind(base))
+    # The first trial may set up what the others use.
+    return {**found, "left": left[1:]}
+
+
+def left_behind(base: Base) -> dict[str, Any]:
+    """What a trial could leave behind: hooks, process groups, engines, changed weights."""
+    gc.collect()
+    kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+    modules = list(base.model.modules())
+    names = [type(entry).__name__ for entry in gc.get_objects()]
+    weights = 0.0
+    for parameter in base.model.parameters():
+        part = getattr(parameter, "ds_tensor", parameter).detach()
+        weights += float((part.to_local() if isinstance(part, DTensor) else part).double().sum())
+    return {
+        "hooks": sum(len(getattr(module, kind)) for module in modules for kind in kinds),
+        "groups": len(dist.distributed_c10d._world.pg_map) if dist.is_initialized() else 0,
+        "engines": names.count("DeepSpeedEngine"),
+        "optimizers": names.count("DeepSpeedZeroOptimizer") + names.count("AdamW"),
+        "adapters": sum("lora" in type(module).__module__ for module in modules),
+        "weights": weights,
+    }
 
 
 def one_run(
@@ -50,23 +77,27 @@ def one_run(
     """Train, save, answer, audit."""
     config = experiment(lora=job["lora"], train=job["train"])
     run = Run(base, split, config, world, TrainingData("d"))
+    saves = {int(step): Path(folder) for step, folder in job["saves"].items()}
+    steps, images, answers = [], [], []
     try:
         if "start" in job:
             run.restore(Path(job["start"]))
-        steps = [run.step() for _ in range(run.steps_done, job["until"])]
-        run.save(Path(job["save"]))
-        together = None
-        if BACKENDS[config.train.backend].is_sharded(config.train):
-            together = Together(lambda count: max(world.gather(count)), blank_sample(base, prompts))
-        rows = list(range(len(prompts.lengths)))[world.rank :: world.size]
-        settings = EvaluationConfig(max_new_tokens=3, batch_size=2)
-        answers = generate(run.model, base, prompts, rows, settings, together=together)
-        run.audit_end(Path(job["save"]))
+        while run.steps_done < job["until"]:
+            steps.append(step(run, poisoned=run.steps_done + 1 == job.get("poisoned")))
+            images.append(int(split.num_images[list(run.delivered)].sum()))
+            if run.steps_done in saves:
+                run.save(saves[run.steps_done])
+        if job.get("answers"):
+            answers = answered(run, base, prompts, world)
+        run.audit_end(saves[job["until"]])
     finally:
         run.close()
+    by_rank = torch.tensor(world.gather(images))
     return {
         "losses": [metrics.loss for metrics in steps],
         "norms": [metrics.grad_norm for metrics in steps],
+        "skipped": [metrics.step for metrics in steps if metrics.skipped],
+        "text_only": [int((by_rank == 0).all(0).sum()), int((by_rank == 0).any(0).sum())],
         "answers": {
             entry.sample_id: entry.text for part in world.gather(answers) for entry in part
         },
@@ -76,8 +107,30 @@ def one_run(
     }
 
 
+def step(run: Run, *, poisoned: bool) -> Any:
+    """An optimizer step; with a weight of the adapter that is not a number, if `poisoned`."""
+    weight = next(p for p in run.model.parameters() if p.requires_grad)
+    kept = weight.detach().clone()
+    if poisoned:
+        weight.data.fill_(torch.nan)
+    metrics = run.step()
+    if poisoned:
+        weight.data.copy_(kept)
+    return metrics
+
+
+def answered(run: Run, base: Base, prompts: PreparedSplit, world: World) -> list[Any]:
+    """This rank's answers."""
+    train, together = run.config, None
+    if BACKENDS[train.backend].is_sharded(train):
+        together = Together(lambda count: max(world.gather(count)), blank_sample(base, prompts))
+    rows = list(range(len(prompts.lengths)))[world.rank :: world.size]
+    settings = EvaluationConfig(max_new_tokens=3, batch_size=2)
+    return generate(run.model, base, prompts, rows, settings, together=together)
+
+
 def main(file: Path) -> None:
-    """Do the jobs of a file; rank 0 writes what came of a backend's runs beside it."""
+    """Do the jobs of a file; rank 0 writes what came of a setting's runs beside it."""
     torch.set_num_threads(1)
     deepspeed.WHOLE_BELOW = 0  # the tiny model has nothing larger
     dist.init_process_group("gloo")

@@ -190,18 +190,18 @@ class ExperimentConfig(Section):
 
     @model_validator(mode="after")
     def _backend_fits(self) -> "ExperimentConfig":
-        backend, lora = self.train.backend, self.lora
-        if backend == "ddp":
-            return self
+        backend, lora, is_cut_up = self.train.backend, self.lora, self.train.holders > 1
         refused = {}
-        if self.model.quantization != "none":
+        if backend == "deepspeed" and self.model.dtype == "float16":
+            refused["model.dtype=float16"] = "gradients would need DeepSpeed's own loss scale"
+        if is_cut_up and self.model.quantization != "none":
             refused[f"model.quantization={self.model.quantization}"] = "4-bit weights stay whole"
         copied = set(lora.full_scopes) - ({"projector"} if backend == "fsdp2" else set())
-        if copied:
+        if is_cut_up and copied:
             refused[f"lora.modules_to_save={lora.modules_to_save}"] = (
                 "a copy of what is cut up cannot be trained"
             )
-        if backend == "deepspeed" and lora.dora:
+        if is_cut_up and backend == "deepspeed" and lora.dora:
             refused["lora.dora=true"] = "it reads weights that ZeRO-3 has not gathered"
         for setting, reason in refused.items():
             raise ValueError(
@@ -291,7 +291,7 @@ class ExperimentConfig(Section):
                     "decode_threads",
                     "stall_timeout_s",
                 },
-                "train": set(WITHOUT_EFFECT),
+                "train": WITHOUT_EFFECT,
                 "sweep": {"max_wait_s"},
             },
         )

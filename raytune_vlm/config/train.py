@@ -1,29 +1,30 @@
 """`train`: the recipe of one fine-tuning run and the workers that carry it out."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from raytune_vlm.config.section import Section
 
-WITHOUT_EFFECT = frozenset(
-    {
-        "backend",
-        "num_workers",
-        "cpus_per_worker",
-        "micro_batch_size",
-        "micro_batch_tokens",
-        "pad_to_tokens",
-        "activation_checkpointing",
-        "compile",
-        "log_every",
-        "log_samples",
-        "keep_best",
-        "hang_timeout_s",
-        "grace_s",
-    }
-)
-"""Keys of `train` that results do not depend on: a run may be continued with others."""
+WITHOUT_EFFECT: dict[str, Any] = {
+    "deepspeed": True,
+    "fsdp2": {"shard_size": True},
+    "backend": True,
+    "num_workers": True,
+    "cpus_per_worker": True,
+    "micro_batch_size": True,
+    "micro_batch_tokens": True,
+    "pad_to_tokens": True,
+    "activation_checkpointing": True,
+    "compile": True,
+    "log_every": True,
+    "log_samples": True,
+    "keep_best": True,
+    "hang_timeout_s": True,
+    "grace_s": True,
+}
+"""Keys of `train` that results do not depend on, as pydantic's `exclude` takes them: a run may be
+continued with others."""
 
 
 class LearningRateByScope(Section):
@@ -44,6 +45,28 @@ class ActivationCheckpointing(Section):
     """The language model's layers: less memory, about a third more compute of theirs."""
     vision: bool = False
     """The vision tower's layers; of use where something in the tower is trained."""
+
+
+class Fsdp2Config(Section):
+    """How `train.backend: fsdp2` cuts up the frozen base model."""
+
+    shard_size: int | None = Field(default=None, ge=2)
+    """Workers that hold one copy of the base together; `num_workers` is a multiple of it. Fewer
+    than all: every group of them holds a copy and gathers layers within itself (hybrid sharding),
+    for groups that are better connected inside than to each other. None: all workers hold one."""
+    compute_dtype: Literal["bfloat16", "float16"] | None = None
+    """What the base computes in, whatever it is stored in; the adapter stays float32. None: as
+    stored."""
+
+
+class DeepSpeedConfig(Section):
+    """What `train.backend: deepspeed` divides among the workers; results do not depend on it."""
+
+    stage: Literal[1, 2, 3] = 3
+    """Stage of ZeRO. 1: the moments of AdamW and a second copy of what is trained; 2: its gradients
+    too; 3: the frozen base model too."""
+    offload_optimizer: bool = False
+    """Keep what stage 1 divides in the host's memory and update it there."""
 
 
 class TrainConfig(Section):
@@ -96,8 +119,12 @@ class TrainConfig(Section):
     long (a C++ compiler is needed on CPU), the others less; for `backend: ddp`."""
     backend: Literal["ddp", "fsdp2", "deepspeed"] = "ddp"
     """How workers share the frozen base model: each holds all of it (`ddp`), or each a part, by
-    `fully_shard` (`fsdp2`) or ZeRO-3 (`deepspeed`). Adapters are megabytes: they are whole on every
+    `fully_shard` (`fsdp2`) or ZeRO (`deepspeed`). Adapters are megabytes: they are whole on every
     worker, in every checkpoint, and results do not depend on the backend."""
+    fsdp2: Fsdp2Config = Fsdp2Config()
+    """Of `backend: fsdp2`."""
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+    """Of `backend: deepspeed`."""
     num_workers: int = Field(default=1, ge=1)
     """Ray Train workers of one executor."""
     cpus_per_worker: float = Field(default=1.0, gt=0)
@@ -131,6 +158,9 @@ class TrainConfig(Section):
                 f"backend={self.backend} has no effect with num_workers=1: it cuts the model up "
                 "among workers; use ddp, or more workers"
             )
+        size = self.fsdp2.shard_size
+        if size is not None and self.num_workers % size:
+            raise ValueError(f"fsdp2.shard_size={size} must divide num_workers={self.num_workers}")
         if self.compile and self.backend != "ddp":
             raise ValueError(
                 f"compile=true and backend={self.backend} exclude each other: the compiler does "
@@ -147,12 +177,31 @@ class TrainConfig(Section):
             raise ValueError(f"warmup_steps={self.warmup} must be below max_steps={self.max_steps}")
         return self
 
+    @model_validator(mode="after")
+    def _sections_are_used(self) -> "TrainConfig":
+        for backend, section in (("fsdp2", self.fsdp2), ("deepspeed", self.deepspeed)):
+            changed = section.model_dump(exclude_defaults=True)
+            if self.backend != backend and changed:
+                key, value = next(iter(changed.items()))
+                raise ValueError(
+                    f"{backend}.{key}={value} has no effect with backend={self.backend}; "
+                    f"set backend: {backend}"
+                )
+        return self
+
     @property
     def warmup(self) -> int:
         """Steps of the warm-up."""
         if self.warmup_share is None:
             return self.warmup_steps
         return round(self.warmup_share * self.max_steps)
+
+    @property
+    def holders(self) -> int:
+        """Workers that hold one copy of the base model together."""
+        if self.backend == "fsdp2":
+            return self.fsdp2.shard_size or self.num_workers
+        return self.num_workers if self.backend == "deepspeed" and self.deepspeed.stage == 3 else 1
 
     def peak_of(self, scope: str) -> float:
         """The peak learning rate of a scope."""

@@ -126,7 +126,9 @@ def _effect(first: torch.Tensor, second: torch.Tensor, message: str) -> Check:
     return {"passed": value > 0, "value": value, **({} if value > 0 else {"message": message})}
 
 
-def check_merge(model: PeftModel, batch: dict[str, torch.Tensor]) -> Check:
+def check_merge(
+    model: PeftModel, batch: dict[str, torch.Tensor], compute_dtype: str | None = None
+) -> Check:
     """The model with the adapter merged into its weights answers as the one with the adapter on.
 
     Merging in place and back again is not exact in floating point, and the base is shared by all
@@ -141,15 +143,19 @@ def check_merge(model: PeftModel, batch: dict[str, torch.Tensor]) -> Check:
     with _merged_layer_by_layer(model):
         merged = last_logits(model, batch)
     value = _largest_difference(adapted, merged)
-    tolerance = merge_tolerance(model, adapted)
+    tolerance = merge_tolerance(model, adapted, compute_dtype)
     check: Check = {"passed": value <= tolerance, "value": value, "tolerance": tolerance}
     if not check["passed"]:
         check["message"] = "merging the adapter into the base's weights changes the logits"
     return check
 
 
-def merge_tolerance(model: torch.nn.Module, logits: torch.Tensor) -> float:
+def merge_tolerance(
+    model: torch.nn.Module, logits: torch.Tensor, compute_dtype: str | None = None
+) -> float:
     """The largest difference of a logit that rounding explains.
+
+    `compute_dtype` names the dtype that the base computes in; None: the one it is stored in.
 
     `W + BA` is rounded to the dtype of the base once, where `Wx` and `BAx` were rounded apart: an
     error of some units of rounding (`torch.finfo(dtype).eps`) in each layer, relative to what
@@ -161,13 +167,17 @@ def merge_tolerance(model: torch.nn.Module, logits: torch.Tensor) -> float:
     import torch
 
     frozen = (p for p in model.parameters() if not p.requires_grad and p.is_floating_point())
-    dtype = next(frozen).dtype
-    roundings = MERGE_ROUNDINGS[str(dtype).removeprefix("torch.")]
-    return roundings * torch.finfo(dtype).eps * max(1.0, float(logits.abs().max()))
+    name = compute_dtype or str(next(frozen).dtype).removeprefix("torch.")
+    rounding = MERGE_ROUNDINGS[name] * torch.finfo(getattr(torch, name)).eps
+    return rounding * max(1.0, float(logits.abs().max()))
 
 
 def check_reload(
-    base: torch.nn.Module, folder: Path, batch: dict[str, torch.Tensor], expected: torch.Tensor
+    base: torch.nn.Module,
+    folder: Path,
+    batch: dict[str, torch.Tensor],
+    expected: torch.Tensor,
+    compute_dtype: str | None = None,
 ) -> Check:
     """The adapter files of a checkpoint, on the bare base, answer as the adapter in memory did.
 
@@ -187,7 +197,7 @@ def check_reload(
     fresh = PeftModel.from_pretrained(base, str(folder), torch_device=str(device))
     try:
         value = _largest_difference(last_logits(fresh, batch), expected)
-        tolerance = merge_tolerance(fresh, expected)
+        tolerance = merge_tolerance(fresh, expected, compute_dtype)
     finally:
         detach(fresh)
     check: Check = {"passed": value <= tolerance, "value": value, "tolerance": tolerance}

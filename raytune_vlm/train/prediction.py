@@ -23,6 +23,7 @@ from raytune_vlm.collate.encode import Encoder
 from raytune_vlm.collate.encoded import Encoded
 from raytune_vlm.config.experiment import ExperimentConfig
 from raytune_vlm.config.lora import LoraConfig
+from raytune_vlm.config.train import TrainConfig
 from raytune_vlm.models.families import Family
 from raytune_vlm.models.image_backends import image_backend
 from raytune_vlm.models.loading import load_processor, meta_model
@@ -54,7 +55,7 @@ class Prediction:
     """What is trained: adapters, and copies of modules that are trained in full."""
     gradients: int
     optimizer: int
-    """Two moments of each trained parameter."""
+    """Two moments of each trained parameter; with DeepSpeed a share of them and of a copy."""
     activations: int | None
     """All else at the peak; None where it cannot be found."""
     num_samples: int
@@ -103,8 +104,14 @@ def predict(experiment: ExperimentConfig, samples: Sequence[Encoded] | None = No
     adapter = sum(p.nbytes for p in trained)
     tensors = {id(t): t for t in (*adapted.parameters(), *adapted.buffers())}
     weights = sum(t.nbytes for t in tensors.values()) - adapter - saved
-    if experiment.train.backend != "ddp":
-        weights -= _elsewhere(blocks(adapted.get_base_model(), family), experiment)
+    parts = blocks(adapted.get_base_model(), family)
+    if experiment.train.holders > 1:
+        weights -= _elsewhere(parts, experiment)
+    dtype = experiment.train.fsdp2.compute_dtype
+    if dtype is not None:  # weights, which are counted, are in another one
+        computing = meta_model(experiment.model.model_copy(update={"dtype": dtype}))
+        with torch.device("meta"):
+            adapted = attach(computing, family, experiment.lora, seed=0)
     activations, obstacle = None, ""
     try:
         peak = _peak_of_passes(adapted, _batch(experiment, samples, processor, family), experiment)
@@ -120,7 +127,7 @@ def predict(experiment: ExperimentConfig, samples: Sequence[Encoded] | None = No
         weights=weights,
         adapter=adapter,
         gradients=adapter,
-        optimizer=2 * adapter,
+        optimizer=_optimizer(adapter, experiment.train),
         activations=activations,
         num_samples=len(samples),
         num_tokens=max(len(sample.input_ids) for sample in samples),
@@ -145,11 +152,24 @@ def predict_trainable(experiment: ExperimentConfig) -> int:
 def _elsewhere(parts: Sequence[torch.nn.Module], experiment: ExperimentConfig) -> int:
     """Bytes of a base cut up among workers that one of them does not hold at any time.
 
-    It holds its share of the blocks, and two blocks whole: the one in use and the next.
+    It holds its share of the blocks, and two blocks whole: the one in use and the next, in the
+    dtype of the computation.
     """
-    sizes = [sum(p.nbytes for p in part.parameters() if not p.requires_grad) for part in parts]
-    others = sum(sizes) - sum(sizes) // experiment.train.num_workers
-    return max(0, others - sum(sorted(sizes)[-2:]))
+    dtype = getattr(torch, experiment.train.fsdp2.compute_dtype or "", None)
+    frozen = [[p for p in part.parameters() if not p.requires_grad] for part in parts]
+    sizes = [sum(p.nbytes for p in found) for found in frozen]
+    whole = [sum(p.numel() * (dtype or p.dtype).itemsize for p in found) for found in frozen]
+    others = sum(sizes) - sum(sizes) // experiment.train.holders
+    return max(0, others - sum(sorted(whole)[-2:]))
+
+
+def _optimizer(adapter: int, train: TrainConfig) -> int:
+    """Bytes on the worker's device of AdamW's moments, and of the copy that DeepSpeed updates."""
+    if train.backend != "deepspeed":
+        return 2 * adapter
+    if train.deepspeed.offload_optimizer and train.gpus_per_worker:
+        return 0
+    return -(-3 * adapter // train.num_workers)
 
 
 def describe(prediction: Prediction, lora: LoraConfig) -> str:

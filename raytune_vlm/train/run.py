@@ -138,7 +138,7 @@ class Run:
     @property
     def recipe_digest(self) -> str:
         """Digest of what a checkpoint must agree with to be continued."""
-        train = self.config.model_dump(exclude={*WITHOUT_EFFECT, "checkpoint_every"})
+        train = self.config.model_dump(exclude={**WITHOUT_EFFECT, "checkpoint_every": True})
         return digest_of({"lora": self.experiment.lora.model_dump(), "train": train})
 
     def step(self) -> StepMetrics:
@@ -199,6 +199,7 @@ class Run:
         due = finite and self.auditor.is_due and (images[rows].any() or not images.any())
         if finite:
             if due:
+                self._backend.reveal()
                 self.auditor.before_update()
             self._backend.step()
         elif self._backend.skip() and math.isfinite(loss):
@@ -231,10 +232,11 @@ class Run:
         """
         batch = self._probe(self.plan.rows(self.steps_done - 1))
         expected = last_logits(self.model, batch)
-        found = {"merge": check_merge(self.model, batch)}
+        dtype = self.config.fsdp2.compute_dtype
+        found = {"merge": check_merge(self.model, batch, dtype)}
         self._take_off()
         with self._whole(self.experiment.lora.dora):
-            found["reload"] = check_reload(self._base.model, folder, batch, expected)
+            found["reload"] = check_reload(self._base.model, folder, batch, expected, dtype)
         self.auditor.end(self._world.broadcast(found))
 
     def _backward(self, labelled: int) -> Sums:
@@ -343,6 +345,7 @@ class Run:
         CheckpointError
             On every rank, if it cannot be written.
         """
+        self._backend.collect()
         states = self._world.gather(random_state.capture(self._world.device))
         failure = None
         if self._world.rank == 0:
@@ -394,7 +397,7 @@ class Run:
         try:
             self.batches.close()
         finally:
-            self._backend.zero_grad()
+            self._backend.close()
             self._take_off()
 
     def _take_off(self) -> None:

@@ -1,6 +1,7 @@
 """`Backend`: how the workers of an executor share a model, and how gradients become one update.
 
-Every backend leaves the adapter whole on every rank. An adapter is megabytes where its base is
+Every backend leaves the adapter whole on every rank, and all but `deepspeed` its gradients and
+moments. An adapter is megabytes where its base is
 gigabytes, so there is nothing to gain from cutting it up, and what stands on disk, what is merged
 and what is scored is the same whatever the backend. What is cut up is the frozen base, once for all
 trials of an executor, before the first adapter is put on it: `fully_shard` and ZeRO-3 then know
@@ -57,7 +58,10 @@ class Backend(Protocol):
         """Accumulate the gradients of a part of the global batch's loss; `last`: of this step."""
 
     def add_up(self) -> None:
-        """Let every rank have the sum of the ranks' gradients."""
+        """Let every rank have the sum of the ranks' gradients, or its share of that."""
+
+    def reveal(self) -> None:
+        """Let the gradient of every tensor be the whole sum: for the audit."""
 
     def clip(self) -> float:
         """Scale the gradients down to `train.max_grad_norm`; their global norm before that.
@@ -67,7 +71,7 @@ class Backend(Protocol):
         """
 
     def step(self) -> None:
-        """One update of all that is trained."""
+        """One update of all that is trained; what has no gradient has one of zero."""
 
     def skip(self) -> bool:
         """No update, as the gradients are not finite; whether only the loss scale was too large.
@@ -83,3 +87,9 @@ class Backend(Protocol):
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
+
+    def collect(self) -> None:
+        """Let `optimizer.state` be whole: for a checkpoint. Every rank calls it."""
+
+    def close(self) -> None:
+        """The end of the trial; no rank waits for another."""

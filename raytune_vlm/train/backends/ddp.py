@@ -27,7 +27,9 @@ class Ddp:
     ) -> None:
         self.optimizer = optimizer
         self._parameters = [p for p in model.parameters() if p.requires_grad]
-        half = any(p.dtype == torch.float16 for p in model.parameters())
+        half = config.fsdp2.compute_dtype == "float16" or any(
+            p.dtype == torch.float16 for p in model.parameters()
+        )
         # Small gradients of activations would be zero in float16 (Micikevicius et al. 2018).
         self._scaler = torch.amp.GradScaler(world.device.partition(":")[0], enabled=half)
         self._world, self._config = world, config
@@ -77,6 +79,7 @@ class Ddp:
 
     def step(self) -> None:
         """See `Backend`."""
+        self._fill_in()
         self._scaler.step(self.optimizer)
         self._scaler.update()
 
@@ -100,3 +103,23 @@ class Ddp:
     def zero_grad(self) -> None:
         """See `Backend`."""
         self.optimizer.zero_grad(set_to_none=True)
+
+    def reveal(self) -> None:
+        """They are whole."""
+
+    def collect(self) -> None:
+        """It is whole."""
+
+    def close(self) -> None:
+        """See `Backend`."""
+        self.zero_grad()
+
+    def _fill_in(self) -> None:
+        """Let a missing gradient be zero, which it is.
+
+        AdamW would leave out what has none, such as a vision tower in a step of text alone; where
+        models are cut up a blank image gives a gradient of zero, and moments decay.
+        """
+        for parameter in self._parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)

@@ -4,6 +4,9 @@
 become DTensors that are gathered block by block in forward and backward, the adapter's are plain
 tensors. The weights that a linear layer of PEFT computes with are whole then, because it lies
 inside a block.
+
+With `train.fsdp2.shard_size` below the number of workers each group of so many holds a whole base
+(HSDP). Nothing passes between the groups: the base has no gradients to be summed.
 """
 
 from __future__ import annotations
@@ -12,8 +15,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 
 from raytune_vlm.config.train import TrainConfig
 from raytune_vlm.models.families import Family
@@ -38,11 +46,15 @@ class Fsdp2(Ddp):
         The projector stays whole: it is small, and `lora.modules_to_save` trains copies of it.
         """
         model, family = base.model, base.family
-        mesh = init_device_mesh(world.device.partition(":")[0], (world.size,))
+        mesh = _mesh(world, config.fsdp2.shard_size or world.size)
+        dtype = getattr(torch, config.fsdp2.compute_dtype or "", None)
+        policy = MixedPrecisionPolicy(param_dtype=dtype)
         kept = {p for name, p in model.named_parameters() if scope_of(name, family) == "projector"}
+        for parameter in kept if dtype is not None else ():
+            parameter.data = parameter.data.to(dtype)
         for block in blocks(model, family):
-            fully_shard(block, mesh=mesh, ignored_params=kept)
-        fully_shard(model, mesh=mesh, ignored_params=kept)
+            fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=kept)
+        fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=kept)
         model.to(world.device)
         # PEFT calls `forward` past the hooks of the module, `generate` encodes images before it.
         for method in ("forward", "generate"):
@@ -60,6 +72,15 @@ class Fsdp2(Ddp):
         finally:
             for module in modules:
                 module.reshard()
+
+
+def _mesh(world: World, shard_size: int) -> DeviceMesh:
+    """All workers, or groups of `shard_size` neighbours beside each other."""
+    device = world.device.partition(":")[0]
+    if shard_size == world.size:
+        return init_device_mesh(device, (world.size,))
+    shape = (world.size // shard_size, shard_size)
+    return init_device_mesh(device, shape, mesh_dim_names=("copies", "shards"))
 
 
 def blocks(model: torch.nn.Module, family: Family) -> list[torch.nn.Module]:
