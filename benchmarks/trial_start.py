@@ -26,7 +26,7 @@ from raytune_vlm.config.loader import load_experiment
 from raytune_vlm.demo.data import write_demo_data
 from raytune_vlm.monitor import Monitor
 from raytune_vlm.records import SweepFolder, read_json_lines
-from raytune_vlm.sweep import runner
+from raytune_vlm.sweep import preparing, runner
 from raytune_vlm.sweep.cluster import ray_session
 from raytune_vlm.sweep.jobs import Job
 from raytune_vlm.sweep.worker import ExecutorSetup
@@ -100,7 +100,7 @@ def main(repetitions: int, output: Path | None) -> None:
     """Measure both ways in turn and print the medians and their ratio."""
     scratch = Path(tempfile.mkdtemp(prefix="raytune_vlm-benchmark-"))
     write_demo_data(scratch / "data")
-    experiment = runner.located(
+    experiment = preparing.located(
         load_experiment(
             EXPERIMENT,
             [
@@ -116,7 +116,7 @@ def main(repetitions: int, output: Path | None) -> None:
     )
     times: dict[str, list[float]] = {"nested": [], "resident": []}
     with Monitor() as monitor, ray_session(experiment):
-        data = runner.prepare_data(experiment, runner.plan_of(experiment), monitor)
+        data = preparing.prepare_data(experiment, preparing.plan_of(experiment), monitor)
         folder = SweepFolder(scratch / "benchmark")
         folder.root.mkdir()
         setup = ExecutorSetup(

@@ -15,10 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from raytune_vlm.errors import EvaluationError
+from raytune_vlm.evaluate.matrix import read_matrix
 from raytune_vlm.evaluate.metrics import METRICS
 from raytune_vlm.evaluate.scoring import (
     Prediction,
-    read_matrix,
     rescore,
     score,
     write_evaluation,

@@ -46,8 +46,8 @@ _TYPES = dict.fromkeys(PREDICTION_COLUMNS, pa.string()) | {
     "truncated": pa.bool_(),
 }
 _METADATA_KEY = b"raytune_vlm"
-_WEIGHT = "/weight"
-_SUMS = "/sums"
+WEIGHT = "/weight"
+SUMS = "/sums"
 _EXTRACTED = "/extracted"
 
 
@@ -108,7 +108,7 @@ def score(
     EvaluationError
         There are no predictions, a sample stands twice, or a metric is unknown.
     """
-    _refuse_repeats([prediction.sample_id for prediction in predictions], f"{trial_id} on {split}")
+    refuse_repeats([prediction.sample_id for prediction in predictions], f"{trial_id} on {split}")
     if not predictions:
         raise EvaluationError(f"{trial_id} at step {step} has no predictions on {split!r}")
     chosen = {name: _metric(name) for name in metrics}
@@ -222,7 +222,7 @@ def rescore(
         `folder` has no readable predictions of ours, or a metric is unknown.
     """
     table, origin = _stored(folder)
-    stored = _metrics_in(table.column_names)
+    stored = metrics_in(table.column_names)
     predictions = _predictions(table)
     extracted = {
         name.removesuffix(_EXTRACTED): table[name].to_pylist()
@@ -256,7 +256,7 @@ def read_predictions(folder: Path) -> list[Prediction]:
 def _stored(folder: Path) -> tuple[pa.Table, dict[str, Any]]:
     """The table of an evaluation folder, and of which trial, step and split it is."""
     file = folder / PREDICTIONS_FILE
-    table = _read(file)
+    table = read_table(file)
     origin = json.loads((table.schema.metadata or {}).get(_METADATA_KEY, b"null"))
     missing = [name for name in PREDICTION_COLUMNS if name not in table.column_names]
     if origin is None or missing:
@@ -289,55 +289,15 @@ def stored_metrics(folder: Path) -> list[str]:
         `folder` has no readable predictions.
     """
     try:
-        return _metrics_in(pq.read_schema(folder / PREDICTIONS_FILE).names)
+        return metrics_in(pq.read_schema(folder / PREDICTIONS_FILE).names)
     except (OSError, pa.ArrowInvalid) as error:
         file = folder / PREDICTIONS_FILE
         raise EvaluationError(f"cannot read the predictions {file}: {error}") from error
 
 
-def _metrics_in(names: Sequence[str]) -> list[str]:
-    return [name.removesuffix(_WEIGHT) for name in names if name.endswith(_WEIGHT)]
-
-
-def read_matrix(
-    files: Sequence[Path], metric: str
-) -> tuple[NDArray[np.float64], NDArray[np.float64], list[str], list[str]]:
-    """One metric of many trials on the same samples.
-
-    Parameters
-    ----------
-    files
-        T files of predictions.
-
-    Returns
-    -------
-    values [T, S] or sums [T, S, K], weights [T, S], groups [S], sample_ids [S]
-        In the order of the first file's samples. Sums for a metric with `combine`, which the
-        functions of `statistics` then need as well.
-
-    Raises
-    ------
-    EvaluationError
-        There is no file, one cannot be read or lacks the metric, or two differ in their samples or
-        in how these are grouped.
-    """
-    if not files:
-        raise EvaluationError(f"there are no predictions to compare by {metric}")
-    values, weights = [], []
-    reference: dict[str, str] = {}
-    for file in files:
-        table = _read_metric(file, metric)
-        ids, groups = table["sample_id"].to_pylist(), table["group_id"].to_pylist()
-        _refuse_repeats(ids, str(file))
-        grouped = dict(zip(ids, groups, strict=True))
-        reference = reference or grouped
-        if grouped != reference:
-            raise EvaluationError(_difference(files[0], reference, file, grouped))
-        rows = {sample_id: row for row, sample_id in enumerate(ids)}
-        order = np.array([rows[sample_id] for sample_id in reference], dtype=int)
-        values.append(_values(table, metric)[order])
-        weights.append(table[metric + _WEIGHT].to_numpy()[order])
-    return np.stack(values), np.stack(weights), list(reference.values()), list(reference)
+def metrics_in(names: Sequence[str]) -> list[str]:
+    """The metric variants among the columns of predictions."""
+    return [name.removesuffix(WEIGHT) for name in names if name.endswith(WEIGHT)]
 
 
 def _metric(name: str) -> Metric:
@@ -366,7 +326,7 @@ def _text_columns(predictions: Sequence[Prediction], parsed: list[bool]) -> dict
     return columns
 
 
-def _read(file: Path, columns: list[str] | None = None) -> pa.Table:
+def read_table(file: Path, columns: list[str] | None = None) -> pa.Table:
     """All columns, or those of the named ones that the file has."""
     try:
         with pq.ParquetFile(file) as parquet:
@@ -375,64 +335,21 @@ def _read(file: Path, columns: list[str] | None = None) -> pa.Table:
         raise EvaluationError(f"cannot read the predictions {file}: {error}") from error
 
 
-def paired_values(tables: Sequence[pa.Table], metric: str) -> tuple[Floats, Floats]:
-    """Values [T, S] (or sums [T, S, K]) and weights [T, S] of tables of the same samples."""
-    return (
-        np.stack([_values(table, metric) for table in tables]),
-        np.stack([table[metric + _WEIGHT].to_numpy() for table in tables]),
-    )
-
-
 def _metric_columns(name: str, results: Sequence[SampleScore]) -> dict[str, pa.Array]:
     """The columns that keep the samples' scores."""
     columns = {
         name: pa.array([x.value for x in results], pa.float64()),
-        name + _WEIGHT: pa.array([x.weight for x in results], pa.float64()),
+        name + WEIGHT: pa.array([x.weight for x in results], pa.float64()),
     }
     if results[0].sums:
-        columns[name + _SUMS] = pa.array([x.sums for x in results], pa.list_(pa.float64()))
+        columns[name + SUMS] = pa.array([x.sums for x in results], pa.list_(pa.float64()))
     return columns
 
 
-def _values(table: pa.Table, metric: str) -> NDArray[np.float64]:
-    """The samples' values [S], or their sums [S, K] where the file has them."""
-    if metric + _SUMS in table.column_names:
-        return np.array(table[metric + _SUMS].to_pylist(), dtype=np.float64)
-    values: NDArray[np.float64] = table[metric].to_numpy()
-    return values
-
-
-def _read_metric(file: Path, metric: str) -> pa.Table:
-    """The columns of one metric, and the samples they belong to."""
-    wanted = ["sample_id", "group_id", metric, metric + _WEIGHT]
-    table = _read(file, [*wanted, metric + _SUMS])
-    if missing := [name for name in wanted if name not in table.column_names]:
-        known = _metrics_in(pq.read_schema(file).names)
-        hint = did_you_mean(metric, known) if missing[0] == metric else ""
-        raise EvaluationError(f"{file} has no column {missing[0]!r}{hint}")
-    return table
-
-
-def _refuse_repeats(sample_ids: Sequence[str], where: str) -> None:
+def refuse_repeats(sample_ids: Sequence[str], where: str) -> None:
+    """Raise EvaluationError where a sample stands twice."""
     repeated = [name for name, count in Counter(sample_ids).items() if count > 1]
     if repeated:
         raise EvaluationError(
             f"{where}: {len(repeated)} samples stand more than once, the first is {repeated[0]!r}"
         )
-
-
-def _difference(first: Path, expected: dict[str, str], second: Path, found: dict[str, str]) -> str:
-    """In words, how two files differ in their samples or groups."""
-    lacking = [name for name in expected if name not in found]
-    added = [name for name in found if name not in expected]
-    if lacking or added:
-        example = (lacking or added)[0]
-        return (
-            f"{first} and {second} are not of the same samples: {len(lacking)} only in the first, "
-            f"{len(added)} only in the second, for example {example!r}"
-        )
-    moved = next(name for name, group in expected.items() if found[name] != group)
-    return (
-        f"{first} and {second} group the sample {moved!r} differently: "
-        f"{expected[moved]!r} and {found[moved]!r}"
-    )

@@ -106,7 +106,7 @@ class Host:
         arrays = [entry.arrays for _, entry, _, _ in parts]
         pad = self._base.processor.tokenizer.pad_token_id
         together = joined(arrays, self._base.family, pad_token_id=pad)
-        batch, labels = parts[0][0].run.on_device(together)
+        batch, labels = parts[0][0].run.batches.on_device(together)
         shares, begin = [], 0
         for (slot, *_), own in zip(parts, arrays, strict=True):
             rows = slice(begin, begin + num_rows(own))

@@ -26,7 +26,7 @@ from raytune_vlm.records import SweepFolder, by_kind, read_json, write_json
 from raytune_vlm.sources.containers import CONTAINERS
 from raytune_vlm.sources.hugging_face import HUB, split_of_file
 from raytune_vlm.sources.remote import is_remote
-from raytune_vlm.sweep import runner
+from raytune_vlm.sweep import preparing, runner
 from raytune_vlm.sweep.jobs import PreparedBenchmark
 
 FIXTURES = "fixtures"
@@ -205,7 +205,7 @@ def prepare_suite(suite: Suite, monitor: Monitor) -> tuple[list[PreparedBenchmar
         If a benchmark has no row that can be asked, with the reason of the first.
     """
     experiment = suite.experiment
-    whole = runner.prepare_data(experiment, list_shards(experiment), monitor, for_training=False)
+    whole = preparing.prepare_data(experiment, list_shards(experiment), monitor, for_training=False)
     model = model_state(experiment)
     prepared = []
     for chosen, sources in suite.members:

@@ -8,8 +8,8 @@ from typing import Any
 import ray
 from ray import tune
 
+from raytune_vlm.evaluate.matrix import read_matrix
 from raytune_vlm.evaluate.metrics import METRICS
-from raytune_vlm.evaluate.scoring import read_matrix
 from raytune_vlm.evaluate.statistics import indistinguishable
 from raytune_vlm.sweep.budget import Budget, expected_steps
 from raytune_vlm.sweep.constraints import broken, infeasible

@@ -129,8 +129,9 @@ class Comparing:
         folder: Path,
     ) -> Comparison:
         """Both scores and the paired tests, altered minus plain; rank 0 writes the altered ones."""
+        from raytune_vlm.evaluate.matrix import paired_values
         from raytune_vlm.evaluate.metrics import METRICS
-        from raytune_vlm.evaluate.scoring import paired_values, write_evaluation
+        from raytune_vlm.evaluate.scoring import write_evaluation
         from raytune_vlm.evaluate.statistics import paired_test
 
         config = self.evaluation.worker.experiment.evaluation

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from raytune_vlm.evaluate.matrix import read_matrix
 from raytune_vlm.evaluate.metrics import METRICS
-from raytune_vlm.evaluate.scoring import read_matrix
 from raytune_vlm.evaluate.statistics import holm, paired_test
 from raytune_vlm.records import BASE_TRIAL, MetricEstimate, PairedTest
 from raytune_vlm.sweep.detect import base_scores, detectable

@@ -16,8 +16,8 @@ import ray
 
 from raytune_vlm.config.loader import render
 from raytune_vlm.errors import EvaluationError
+from raytune_vlm.evaluate.matrix import read_matrix
 from raytune_vlm.evaluate.metrics import METRICS
-from raytune_vlm.evaluate.scoring import read_matrix
 from raytune_vlm.evaluate.statistics import (
     corrected_winner,
     indistinguishable,

@@ -16,7 +16,7 @@ from raytune_vlm.evaluate.benchmarks.card import Card, make_card
 from raytune_vlm.evaluate.benchmarks.submissions import write_submission
 from raytune_vlm.monitor import Monitor
 from raytune_vlm.records import BASE_TRIAL, Scores, SweepFolder, read_json, write_json, write_text
-from raytune_vlm.sweep import runner
+from raytune_vlm.sweep import preparing, runner
 from raytune_vlm.sweep.benchmarks import (
     check_adapter,
     prepare_suite,
@@ -60,7 +60,7 @@ def evaluate_model(
     ConfigError, DataError, ModelError
         Model, adapter or a benchmark's data are not there.
     """
-    experiment = runner.located(experiment)
+    experiment = preparing.located(experiment)
     if adapter is not None:
         adapter = check_adapter(adapter, experiment)
     folder = model_folder(experiment) if output is None else SweepFolder(output.resolve())
@@ -94,7 +94,7 @@ def evaluate_trial(
         If there is no such trial, or it has no checkpoint.
     """
     folder = SweepFolder(root.resolve())
-    experiment = runner.located(overrides(runner.recorded_experiment(folder, trust)))
+    experiment = preparing.located(overrides(runner.recorded_experiment(folder, trust)))
     known, step = replay(folder.ledger_file), 0
     if trial_id == BEST:
         result = folder.result()
@@ -128,7 +128,7 @@ def _evaluate(
     monitor: Monitor,
 ) -> Card:
     suite = suite_of(experiment, chosen, data=data, limit=limit)
-    runner.plan_of(suite.experiment)
+    preparing.plan_of(suite.experiment)
     with Lease(folder.lease_file), ray_session(suite.experiment):
         prepared, whole = prepare_suite(suite, monitor)
         scorings = scorings_of(scoring, prepared)

@@ -11,8 +11,8 @@ from dataclasses import replace
 
 from raytune_vlm.config.experiment import ExperimentConfig
 from raytune_vlm.evaluate.benchmarks import find_benchmark
+from raytune_vlm.evaluate.matrix import read_matrix
 from raytune_vlm.evaluate.metrics import METRICS
-from raytune_vlm.evaluate.scoring import read_matrix
 from raytune_vlm.evaluate.statistics import paired_test
 from raytune_vlm.monitor import Monitor
 from raytune_vlm.records import GuardScore, PairedTest, Scores, read_json

@@ -5,42 +5,38 @@ prepare -> executors -> Ray Tune (proxies, Optuna, scheduler) -> decide -> repor
 
 from __future__ import annotations
 
-import platform
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from raytune_vlm.config.experiment import ExperimentConfig
-from raytune_vlm.config.search_space import search_space_problems
 from raytune_vlm.errors import ConfigError, DataError, EvaluationError, SweepInterrupted
-from raytune_vlm.models.location import check_model
 from raytune_vlm.models.trust import with_trust
 from raytune_vlm.monitor import Monitor
-from raytune_vlm.prepare.overlap import write_overlaps
-from raytune_vlm.prepare.plan import Plan, plan_spec, resolved_steps
 from raytune_vlm.prepare.prepare import (
     PreparedData,
-    list_shards,
-    prepare,
-    write_quarantine,
 )
-from raytune_vlm.prepare.shard import ShardJob
-from raytune_vlm.records import BASE_TRIAL, Scores, SweepFolder, read_json, write_json
+from raytune_vlm.records import BASE_TRIAL, SweepFolder, read_json
 from raytune_vlm.sweep.cluster import ray_session
-from raytune_vlm.sweep.detect import base_scores, detectable_lines
+from raytune_vlm.sweep.detect import base_scores
 from raytune_vlm.sweep.jobs import Job, PreparedBenchmark
 from raytune_vlm.sweep.lease import Lease
 from raytune_vlm.sweep.ledger import Ledger, TrialState, replay
+from raytune_vlm.sweep.preparing import (
+    located,
+    plan_of,
+    prepare_data,
+    require_splits,
+    say_detectable,
+    with_steps,
+    write_head,
+)
 from raytune_vlm.sweep.rungs import check_rungs
-from raytune_vlm.train.packages import check_packages, check_searcher
 
 
 @dataclass
@@ -55,36 +51,6 @@ class Session:
     ledger: Ledger
     states: dict[str, TrialState]
     began: float
-
-
-def located(experiment: ExperimentConfig) -> ExperimentConfig:
-    """The experiment with absolute local paths: Ray's workers run in folders of their own."""
-    model, data = experiment.model, experiment.data
-    local = model.name != "demo" and Path(model.name).is_dir()
-    name = str(Path(model.name).resolve()) if local else model.name
-    return experiment.model_copy(
-        update={
-            "storage_path": str(Path(experiment.storage_path).resolve()),
-            "model": model.model_copy(update={"name": name}),
-            "data": data.model_copy(update={"root": str(Path(data.root).resolve())}),
-        }
-    )
-
-
-def plan_of(experiment: ExperimentConfig) -> list[ShardJob]:
-    """Everything that can be checked before Ray starts: model, scopes, sources, resources.
-
-    Raises
-    ------
-    ModelError, DataError, ConfigError
-        One clear line about what is wrong.
-    """
-    check_packages(experiment.train)
-    check_searcher(experiment.sweep)
-    family = check_model(experiment.model)
-    family.check_scopes(experiment.lora_scopes())
-    family.check_packing(experiment.train.pack_tokens)
-    return list_shards(experiment)
 
 
 def check_search(experiment: ExperimentConfig) -> None:
@@ -328,132 +294,6 @@ def score_base(running: Session) -> None:
     base = Scoring(None, "select", 0)
     if not base.scores_file(running.folder).exists():
         ray.get(running.board.submit.remote(base.job()))
-
-
-def prepare_data(
-    experiment: ExperimentConfig,
-    jobs: list[ShardJob],
-    monitor: Monitor,
-    *,
-    for_training: bool = True,
-) -> PreparedData:
-    """Prepare the data and say what it is; see `prepare.prepare`."""
-    monitor.say(f"data: {len(jobs)} shards of {len(experiment.data.sources)} sources")
-    data = prepare(
-        experiment,
-        jobs,
-        lambda step, done, total: monitor.progress(f"data: shards, {step}", done, total),
-        for_training=for_training,
-    )
-    splits = ", ".join(f"{name} {entry.num_used}" for name, entry in data.manifest.splits.items())
-    monitor.say(
-        f"data: {splits} samples; {len(data.quarantine)} quarantined "
-        f"({data.manifest.seconds:.1f} s, {data.manifest.digest})"
-    )
-    monitor.say(f"data: tier {data.manifest.tier}: {data.manifest.tier_reason}")
-    for pair, count in data.manifest.overlap.items():
-        known, asked = pair.split("/")
-        kinds = ", ".join(
-            f"{kind.replace('_', ' ')} {number}"
-            for kind, number in data.manifest.overlap_kinds[pair].items()
-        )
-        monitor.say(f"data: WARNING: {count} samples of {asked} are like some of {known} ({kinds})")
-    return data
-
-
-def with_steps(
-    experiment: ExperimentConfig, data: PreparedData, monitor: Monitor
-) -> ExperimentConfig:
-    """The experiment with `train.max_steps` in place of `train.epochs`; see `resolved_steps`.
-
-    Raises
-    ------
-    ConfigError
-        If rungs or warm-up do not fit so many steps.
-    """
-    if experiment.train.epochs is None:
-        return experiment
-    steps = resolved_steps(experiment, _plan(experiment, data))
-    monitor.say(f"train: {experiment.train.epochs:g} epochs are {steps} steps")
-    try:
-        resolved = experiment.with_recipe({"train.epochs": None, "train.max_steps": steps})
-    except ValidationError as error:
-        problems = [str(entry["msg"]).removeprefix("Value error, ") for entry in error.errors()]
-    else:
-        problems = [f"{key}: {why}" for key, why in search_space_problems(resolved)]
-    if problems:
-        raise ConfigError(
-            f"train.epochs={experiment.train.epochs:g} are {steps} steps: {'; '.join(problems)}"
-        )
-    return resolved
-
-
-def say_detectable(
-    experiment: ExperimentConfig,
-    data: PreparedData,
-    monitor: Monitor,
-    pilot: Scores | None = None,
-) -> None:
-    """Say which differences the splits can tell, before anything is trained."""
-    sizes = {name: (e.num_used, e.num_groups) for name, e in data.manifest.splits.items()}
-    for line in detectable_lines(experiment, sizes, pilot):
-        monitor.say(f"data: {line}")
-
-
-def require_splits(data: PreparedData, *names: str) -> None:
-    """Raise DataError for a split without samples."""
-    for name in names:
-        if data.manifest.splits[name].num_used == 0:
-            raise DataError(
-                f"data.sources: no samples for {name!r}: give a source with split: {name}, or a "
-                f"larger data.split.{name} for the {data.manifest.splits['train'].num_groups} "
-                "groups there are"
-            )
-
-
-def write_head(
-    folder: SweepFolder, experiment: ExperimentConfig, data: PreparedData, command: str
-) -> None:
-    """`experiment.json` and `data/`: written last before trials start, so that bad input
-    leaves no sweep folder."""
-    folder.root.mkdir(parents=True, exist_ok=True)
-    write_json(folder.manifest_file, data.manifest)
-    write_json(folder.plan_file, _plan_record(experiment, data))
-    write_quarantine(folder.quarantine_file, data.quarantine)
-    write_overlaps(folder.overlap_file, data.overlaps)
-    packages = ("ray", "torch", "transformers", "peft", "optuna", "pyarrow", "pillow", "numpy")
-    write_json(
-        folder.experiment_file,
-        {
-            "fingerprint": experiment.fingerprint(),
-            "data": data.manifest.digest,
-            "versions": {
-                "python": platform.python_version(),
-                "raytune-vlm": version("raytune-vlm"),
-                **{name: version(name) for name in packages},
-            },
-            "command": command,
-            "trusted_code": experiment.model.trusted_revision,
-            "experiment": experiment.model_dump(mode="json"),
-        },
-    )
-
-
-def _plan(experiment: ExperimentConfig, data: PreparedData) -> Plan:
-    split, spec = data.split("train"), plan_spec(experiment)
-    return Plan(split.lengths, split.sources, spec, data_digest=data.manifest.digest)
-
-
-def _plan_record(experiment: ExperimentConfig, data: PreparedData) -> dict[str, Any]:
-    """What `data/plan.json` says: which samples make up which step follows from it."""
-    plan = _plan(experiment, data)
-    return {
-        "digest": plan.digest,
-        "data": data.manifest.digest,
-        "num_samples": len(data.split("train")),
-        "num_steps": resolved_steps(experiment, plan),
-        **asdict(plan.spec),
-    }
 
 
 def interrupted(folder: SweepFolder, ended: int, total: int) -> SweepInterrupted:

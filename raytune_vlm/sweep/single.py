@@ -12,7 +12,7 @@ from raytune_vlm.config.experiment import ExperimentConfig
 from raytune_vlm.errors import ConfigError, RaytuneVlmError, did_you_mean
 from raytune_vlm.monitor import Monitor
 from raytune_vlm.records import BASE_TRIAL, Scores, SweepFolder, read_json
-from raytune_vlm.sweep import runner
+from raytune_vlm.sweep import preparing, runner
 from raytune_vlm.sweep.cluster import ray_session
 from raytune_vlm.sweep.jobs import Job
 from raytune_vlm.sweep.lease import Lease
@@ -35,22 +35,22 @@ def train_one(experiment: ExperimentConfig, *, command: str, monitor: Monitor) -
     ConfigError
         If the folder holds another experiment.
     """
-    experiment = runner.located(experiment)
+    experiment = preparing.located(experiment)
     single = experiment.model_copy(
         update={"sweep": experiment.sweep.model_copy(update={"num_executors": 1})}
     )
     folder = SweepFolder(Path(single.storage_path) / single.name)
-    jobs = runner.plan_of(single)
+    jobs = preparing.plan_of(single)
     if folder.experiment_file.exists():
         before = read_json(folder.experiment_file)["fingerprint"]
         if before != single.fingerprint():
             raise ConfigError(f"{folder.root} holds another experiment; choose another name=")
     with ray_session(single):
-        data = runner.prepare_data(single, jobs, monitor)
-        runner.require_splits(data, "select")
-        resolved = runner.with_steps(single, data, monitor)
+        data = preparing.prepare_data(single, jobs, monitor)
+        preparing.require_splits(data, "select")
+        resolved = preparing.with_steps(single, data, monitor)
         check_rungs(resolved, data.split("select"))
-        runner.write_head(folder, single, data, command)
+        preparing.write_head(folder, single, data, command)
         with Lease(folder.lease_file), runner.session(resolved, folder, data, monitor) as running:
             states = running.states or {TRAINED: TrialState(TRAINED, 0, {})}
             state = states[TRAINED]
@@ -124,9 +124,9 @@ def evaluate_one(
         if checkpoint is None:
             raise ConfigError(f"{folder.trial(trial_id).root} has no whole checkpoint")
         step = int(checkpoint.name.removeprefix("step_"))
-    jobs = runner.plan_of(experiment)
+    jobs = preparing.plan_of(experiment)
     with Lease(folder.lease_file), ray_session(experiment):
-        data = runner.prepare_data(experiment, jobs, monitor)
+        data = preparing.prepare_data(experiment, jobs, monitor)
         with runner.session(experiment, folder, data, monitor) as running:
             scoring = runner.Scoring(trial, split, step)
             if robustness is not None:

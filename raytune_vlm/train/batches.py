@@ -6,12 +6,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
+from raytune_vlm.collate.batch import PixelTable
+from raytune_vlm.collate.packed import SEGMENTS
 from raytune_vlm.collate.pixels import PixelMaker
+from raytune_vlm.collate.positions import with_positions
 from raytune_vlm.config.experiment import ExperimentConfig
 from raytune_vlm.errors import TrialInfeasible
 from raytune_vlm.models.loading import Base
 from raytune_vlm.prepare.blank import blank_sample
-from raytune_vlm.prepare.feed import CachedFeed, Collation, Feed, MicroBatch
+from raytune_vlm.prepare.feed import Arrays, CachedFeed, Collation, Feed, MicroBatch
 from raytune_vlm.prepare.plan import Plan, plan_spec
 from raytune_vlm.prepare.store import PreparedSplit
 from raytune_vlm.prepare.stream import (
@@ -86,6 +91,9 @@ class Batches:
             pad_to=train.pad_to_tokens or 0,
             blank=blank_sample(base, split) if sharded else None,
         )
+        self._pixels = PixelTable(
+            base.processor.image_processor, base.family, world.device, backend=base.image_backend
+        )
         self._feed = self._made()
         known = None
         if limit_file is not None and world.rank == 0 and limit_file.exists():
@@ -97,6 +105,17 @@ class Batches:
     def step(self, number: int) -> list[MicroBatch]:
         """This rank's micro-batches of optimizer step `number`; see `Feed.step`."""
         return self._feed.step(number)
+
+    def on_device(self, arrays: Arrays) -> tuple[dict[str, Any], torch.Tensor]:
+        """What the model takes, pixels as floats, and the labels."""
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        batch = {name: tensor.to(self._world.device) for name, tensor in tensors.items()}
+        labels = batch.pop("labels")
+        batch = self._pixels(batch)
+        if SEGMENTS in batch:
+            batch = with_positions(self._base.model, batch, self._base.family)
+        # A cache costs memory, and hides from transformers that a row is packed.
+        return {**batch, "use_cache": False}, labels
 
     def close(self) -> None:
         """Let go of whatever runs ahead."""

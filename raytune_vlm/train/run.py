@@ -14,14 +14,10 @@ import math
 import time
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
-from raytune_vlm.collate.batch import PixelTable
-from raytune_vlm.collate.packed import SEGMENTS
-from raytune_vlm.collate.positions import with_positions
 from raytune_vlm.config.experiment import ExperimentConfig, digest_of
 from raytune_vlm.config.train import WITHOUT_EFFECT
 from raytune_vlm.errors import (
@@ -35,7 +31,7 @@ from raytune_vlm.models.adapter_file import start_tensors
 from raytune_vlm.models.audit import check_merge, check_reload, last_logits
 from raytune_vlm.models.loading import Base
 from raytune_vlm.models.lora import attach, detach, trainable_by_scope
-from raytune_vlm.prepare.feed import Arrays, MicroBatch, Part
+from raytune_vlm.prepare.feed import MicroBatch, Part
 from raytune_vlm.prepare.store import PreparedSplit
 from raytune_vlm.train import checkpoint, random_state
 from raytune_vlm.train.auditor import Auditor
@@ -94,9 +90,6 @@ class Run:
         """The rows of the samples that the feed gave this rank in the last step."""
         self._base, self._split, self._world = base, split, world
         backend = BACKENDS[self.config.backend]
-        self._pixels = PixelTable(
-            base.processor.image_processor, base.family, world.device, backend=base.image_backend
-        )
         self._is_sharded = backend.is_sharded(self.config)
         self._skipped = self._overflowed = 0
         self._samples_seen = 0
@@ -218,7 +211,7 @@ class Run:
         few = tuple(int(row) for row in (with_images if len(with_images) else rows)[:2])
         part = Part(few, tuple(range(len(few))))
         batch = self.batches.collation.collate(part, [self._split.encoded(row) for row in few])
-        return self.on_device(batch.arrays)[0]
+        return self.batches.on_device(batch.arrays)[0]
 
     def audit_end(self, folder: Path) -> None:
         """The checks of a trial's end, on its last checkpoint; every rank calls it.
@@ -265,7 +258,7 @@ class Run:
         try:
             micro_batches = self.micro_batches(sums)
             for number, micro_batch in enumerate(micro_batches, start=1):
-                batch, labels = self.on_device(micro_batch.arrays)
+                batch, labels = self.batches.on_device(micro_batch.arrays)
                 self.measure.forward_begins()
                 logits = self.model(**batch).logits
                 self.measure.forward_ends(sums, micro_batch.arrays["input_ids"].size)
@@ -313,17 +306,6 @@ class Run:
             f"{self.config.backend}: the trial starts again with micro-batch {limit} "
             f"({failure})"
         )
-
-    def on_device(self, arrays: Arrays) -> tuple[dict[str, Any], torch.Tensor]:
-        """What the model takes, pixels as floats, and the labels."""
-        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        batch = {name: tensor.to(self._world.device) for name, tensor in tensors.items()}
-        labels = batch.pop("labels")
-        batch = self._pixels(batch)
-        if SEGMENTS in batch:
-            batch = with_positions(self._base.model, batch, self._base.family)
-        # A cache costs memory, and hides from transformers that a row is packed.
-        return {**batch, "use_cache": False}, labels
 
     def _count_skip(self, rows: np.ndarray, loss: float, norm: float) -> None:
         self._skipped += 1
