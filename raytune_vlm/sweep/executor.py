@@ -17,6 +17,7 @@ from dataclasses import replace
 from typing import Any
 
 import ray
+from ray.exceptions import RayActorError
 
 from raytune_vlm.errors import InfrastructureError, SweepInterrupted
 from raytune_vlm.monitor import Monitor
@@ -34,7 +35,7 @@ def executors(setup: ExecutorSetup, names: list[str], monitor: Monitor) -> Itera
     InfrastructureError
         On leaving, if all executors ended with an error.
     SweepInterrupted
-        If nodes were missing for longer than `sweep.max_wait_s`, or a disk is full.
+        If nodes were missing for longer than `sweep.max_wait_s`, a disk is full, or the board died.
     """
     errors: list[str] = []
     board = setup.board
@@ -47,12 +48,15 @@ def executors(setup: ExecutorSetup, names: list[str], monitor: Monitor) -> Itera
             except Exception as error:
                 text = str(error).strip()
                 failure = text.splitlines()[0] if text else repr(error)
-            # Also without a failure: when its node announced its end.
-            if ray.get(board.moved_on.remote(name)):
-                continue
-            if failure is not None:
-                errors.append(f"{name}: {failure}")
-                ray.get(board.abandon.remote(name, f"executor {name} failed: {failure}"))
+            try:
+                # Also without a failure: when its node announced its end.
+                if ray.get(board.goes_on.remote(name)):
+                    continue
+                if failure is not None:
+                    errors.append(f"{name}: {failure}")
+                    ray.get(board.abandon.remote(name, f"executor {name} failed: {failure}"))
+            except RayActorError:
+                pass  # without the board the run ends, see below
             return
 
     threads = [
@@ -61,19 +65,23 @@ def executors(setup: ExecutorSetup, names: list[str], monitor: Monitor) -> Itera
     for thread in threads:
         thread.start()
     attendance = Attendance(board, setup.experiment, monitor)
+    goes_on = f"`raytune-vlm resume {setup.folder}` goes on from here"
     try:
-        with attendance:
-            yield
-    finally:
-        ray.get(board.close.remote())
-        # One that waits for a node would wait for ever; all die with Ray.
-        ends = time.monotonic() + setup.experiment.train.grace_s
-        for thread in threads:
-            thread.join(max(0.0, ends - time.monotonic()))
-        if attendance.missing is not None:
-            raise SweepInterrupted(
-                f"{attendance.missing}; `raytune-vlm resume {setup.folder}` goes on from here"
-            )
+        try:
+            with attendance:
+                yield
+        finally:
+            ray.get(board.close.remote())
+            # One that waits for a node would wait for ever; all die with Ray.
+            ends = time.monotonic() + setup.experiment.train.grace_s
+            for thread in threads:
+                thread.join(max(0.0, ends - time.monotonic()))
+            if attendance.missing is not None:
+                raise SweepInterrupted(f"{attendance.missing}; {goes_on}")
+    except RayActorError as error:
+        # No other actor is asked by the driver itself. What was trained is on the disk.
+        reason = str(error).strip().splitlines()[0]
+        raise SweepInterrupted(f"the board died ({reason}); {goes_on}") from None
     if len(errors) == len(names):
         raise InfrastructureError("; ".join(errors))
 
