@@ -65,7 +65,10 @@ def executors(setup: ExecutorSetup, names: list[str], monitor: Monitor) -> Itera
     for thread in threads:
         thread.start()
     attendance = Attendance(board, setup.experiment, monitor)
-    goes_on = f"`raytune-vlm resume {setup.folder}` goes on from here"
+    goes_on = (
+        f"`raytune-vlm resume {setup.folder}` (after `train`: the same `train` again) "
+        "goes on from here"
+    )
     try:
         try:
             with attendance:
