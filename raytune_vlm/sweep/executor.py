@@ -25,6 +25,9 @@ from raytune_vlm.sweep.attendance import Attendance
 from raytune_vlm.sweep.heartbeat import UNTIL_MOVING
 from raytune_vlm.sweep.worker import ExecutorSetup, executor_loop
 
+KILLED_S = 10.0
+"""How long a thread whose controller was killed may take to see it."""
+
 
 @contextmanager
 def executors(setup: ExecutorSetup, names: list[str], monitor: Monitor) -> Iterator[None]:
@@ -69,24 +72,46 @@ def executors(setup: ExecutorSetup, names: list[str], monitor: Monitor) -> Itera
         f"`raytune-vlm resume {setup.folder}` (after `train`: the same `train` again) "
         "goes on from here"
     )
+    grace_s = setup.experiment.train.grace_s
     try:
         try:
             with attendance:
                 yield
         finally:
-            ray.get(board.close.remote())
-            # One that waits for a node would wait for ever; all die with Ray.
-            ends = time.monotonic() + setup.experiment.train.grace_s
-            for thread in threads:
-                thread.join(max(0.0, ends - time.monotonic()))
+            try:
+                ray.get(board.close.remote())
+            except RayActorError:
+                grace_s = 0.0  # nobody can be told to save
+            failed = _send_home(threads, grace_s, errors)
             if attendance.missing is not None:
                 raise SweepInterrupted(f"{attendance.missing}; {goes_on}")
     except RayActorError as error:
         # No other actor is asked by the driver itself. What was trained is on the disk.
         reason = str(error).strip().splitlines()[0]
         raise SweepInterrupted(f"the board died ({reason}); {goes_on}") from None
-    if len(errors) == len(names):
-        raise InfrastructureError("; ".join(errors))
+    if len(failed) == len(names):
+        raise InfrastructureError("; ".join(failed))
+
+
+def _send_home(threads: list[threading.Thread], grace_s: float, errors: list[str]) -> list[str]:
+    """Wait for the executors' threads, then end those that are left; the errors until then.
+
+    One that waits for a node would wait for ever, and a thread that is inside Ray when Ray is shut
+    down ends this process with status 1.
+    """
+    ends = time.monotonic() + grace_s
+    for thread in threads:
+        thread.join(max(0.0, ends - time.monotonic()))
+    failed = list(errors)
+    if any(thread.is_alive() for thread in threads):
+        job = ray.JobID.from_hex(ray.get_runtime_context().get_job_id())
+        for actor_id, actor in ray._private.state.actors(job_id=job).items():
+            if actor["ActorClassName"] == "TrainController" and actor["State"] == "ALIVE":
+                core = ray._private.worker.global_worker.core_worker
+                core.kill_actor(ray.ActorID.from_hex(actor_id), True)
+        for thread in threads:
+            thread.join(KILLED_S)
+    return failed
 
 
 def _trainer(setup: ExecutorSetup, life: int) -> Any:

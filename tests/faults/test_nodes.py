@@ -222,7 +222,7 @@ def test_whatever_dies_the_run_goes_on_to_the_same_end(nodes, write_experiment):
 
 def test_what_ends_the_run_ends_it_with_status_3_and_it_is_resumed(nodes, write_experiment):
     nodes.add()
-    sweep = {"max_wait_s": 60 * PATIENCE, "scheduler": {"type": "fifo"}}
+    sweep = {"max_wait_s": 45 * PATIENCE, "scheduler": {"type": "fifo"}}
     file, root = write_experiment("ends", train=train_section(), sweep=sweep)
     folder, log = SweepFolder(root).trial("t0000"), file.with_suffix(".log")
     Path(os.environ["RAYTUNE_VLM_TEST_HANG"]).touch()  # nothing hangs here
