@@ -11,7 +11,6 @@ import sys
 import threading
 import time
 import urllib.request
-from dataclasses import fields
 from pathlib import Path
 
 import psutil
@@ -165,8 +164,6 @@ def train_section(**changes):
 
 
 def test_whatever_dies_the_run_goes_on_to_the_same_end(nodes, write_experiment):
-    from raytune_vlm.train.run import StepMetrics
-
     for _ in range(4):
         nodes.add()
     train = train_section(hang_timeout_s=5 * PATIENCE)
@@ -211,7 +208,9 @@ def test_whatever_dies_the_run_goes_on_to_the_same_end(nodes, write_experiment):
     assert driver.wait(240 * PATIENCE) == 0, log.read_text()
     over.set()
     watcher.join()
-    numbers = {field.name for field in fields(StepMetrics)}
+    # What is not known (None), as model FLOPs utilisation on a CPU, is no gauge.
+    last = read_json_lines(folder.metrics_file)[-1]
+    numbers = {name for name, value in last.items() if value is not None}
     assert {name for name, of_trial in seen if of_trial} >= numbers
     assert {name for name, _ in seen} >= {"executors_alive", "trials_running", "trials_ended"}
 
