@@ -106,7 +106,7 @@ def test_a_node_that_announces_its_end_costs_the_job_no_attempt():
         await board.take("a")
         await board.hand_back("a", "a node is about to go")
         assert (await board.take("b")).attempt == 1
-        assert await board.moved_on("a") and not await board.moved_on("a")
+        assert await board.goes_on("a") and not await board.goes_on("a")
         assert await board.notes() == ["a: a node is about to go"] and await board.notes() == []
 
     play(scene)
@@ -119,7 +119,24 @@ def test_attempts_are_counted_anew_from_every_report():
         for _ in range(3):
             assert (await board.take("a")).attempt == 2
             await board.report(JOB.job_id, {"step": 4})
-        assert await board.moved_on("a")
+        assert await board.goes_on("a")
+
+    play(scene)
+
+
+def test_a_group_that_ends_before_any_report_is_started_anew_as_often_as_allowed():
+    async def scene(board):
+        await board.submit(JOB)
+        await board.take("a")
+        assert await board.goes_on("a") and not await board.goes_on("a")
+        assert (await board.take("a")).attempt == 2
+        # The allowance is used up: the job fails, the executor is there for others.
+        assert await board.goes_on("a")
+        assert (await board.next_report(JOB.job_id))["failed"] == "infrastructure"
+        await board.submit(JOB)
+        await board.take("a")
+        await board.close()
+        assert not await board.goes_on("a")
 
     play(scene)
 

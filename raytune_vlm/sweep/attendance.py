@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any
 
 import ray
+from ray.exceptions import RayActorError
 
 from raytune_vlm.config.experiment import ExperimentConfig
 from raytune_vlm.monitor import Monitor
@@ -52,9 +53,12 @@ class Attendance:
 
     def _watch(self) -> None:
         while not self._over.wait(POLL_S):
-            self._say()
-            self._gauges.set(ray.get(self._board.counts.remote()))
-            self.missing = ray.get(self._board.halted.remote()) or self._absent()
+            try:
+                self._say()
+                self._gauges.set(ray.get(self._board.counts.remote()))
+                self.missing = ray.get(self._board.halted.remote()) or self._absent()
+            except RayActorError:
+                self.missing = "the board died"
             if self.missing is not None:
                 # What Ctrl-C does: Ray Tune ends in order, and who waits for a report wakes up.
                 os.kill(os.getpid(), signal.SIGINT)

@@ -150,11 +150,22 @@ class BoardState:
         now = time.monotonic()
         return {name: now - seen for name, seen in self._seen.items() if name in self._alive}
 
-    async def moved_on(self, executor: str) -> bool:
-        """Whether an executor got anything done since this was last asked, and is still wanted."""
-        moved = executor in self._moved and not self._closed
-        self._moved.discard(executor)
-        return moved
+    async def goes_on(self, executor: str) -> bool:
+        """Whether an executor whose group ended is started anew.
+
+        It is if it got anything done since this was last asked; else each time costs the job that
+        it holds an attempt (whoever drives its workers may die too), and without one it is not.
+        """
+        if self._closed:
+            return False
+        if executor in self._moved:
+            self._moved.discard(executor)
+            return True
+        held = self._held.pop(executor, None)
+        if held is None:
+            return False
+        self._retry(held, f"{executor}: its group ended")
+        return True
 
     async def note(self, message: str) -> None:
         """Something that a person should read."""

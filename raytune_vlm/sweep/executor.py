@@ -17,12 +17,16 @@ from dataclasses import replace
 from typing import Any
 
 import ray
+from ray.exceptions import RayActorError
 
 from raytune_vlm.errors import InfrastructureError, SweepInterrupted
 from raytune_vlm.monitor import Monitor
 from raytune_vlm.sweep.attendance import Attendance
 from raytune_vlm.sweep.heartbeat import UNTIL_MOVING
 from raytune_vlm.sweep.worker import ExecutorSetup, executor_loop
+
+KILLED_S = 10.0
+"""How long a thread whose controller was killed may take to see it."""
 
 
 @contextmanager
@@ -34,7 +38,7 @@ def executors(setup: ExecutorSetup, names: list[str], monitor: Monitor) -> Itera
     InfrastructureError
         On leaving, if all executors ended with an error.
     SweepInterrupted
-        If nodes were missing for longer than `sweep.max_wait_s`, or a disk is full.
+        If nodes were missing for longer than `sweep.max_wait_s`, a disk is full, or the board died.
     """
     errors: list[str] = []
     board = setup.board
@@ -47,12 +51,15 @@ def executors(setup: ExecutorSetup, names: list[str], monitor: Monitor) -> Itera
             except Exception as error:
                 text = str(error).strip()
                 failure = text.splitlines()[0] if text else repr(error)
-            # Also without a failure: when its node announced its end.
-            if ray.get(board.moved_on.remote(name)):
-                continue
-            if failure is not None:
-                errors.append(f"{name}: {failure}")
-                ray.get(board.abandon.remote(name, f"executor {name} failed: {failure}"))
+            try:
+                # Also without a failure: when its node announced its end.
+                if ray.get(board.goes_on.remote(name)):
+                    continue
+                if failure is not None:
+                    errors.append(f"{name}: {failure}")
+                    ray.get(board.abandon.remote(name, f"executor {name} failed: {failure}"))
+            except RayActorError:
+                pass  # without the board the run ends, see below
             return
 
     threads = [
@@ -61,21 +68,50 @@ def executors(setup: ExecutorSetup, names: list[str], monitor: Monitor) -> Itera
     for thread in threads:
         thread.start()
     attendance = Attendance(board, setup.experiment, monitor)
+    goes_on = (
+        f"`raytune-vlm resume {setup.folder}` (after `train`: the same `train` again) "
+        "goes on from here"
+    )
+    grace_s = setup.experiment.train.grace_s
     try:
-        with attendance:
-            yield
-    finally:
-        ray.get(board.close.remote())
-        # One that waits for a node would wait for ever; all die with Ray.
-        ends = time.monotonic() + setup.experiment.train.grace_s
+        try:
+            with attendance:
+                yield
+        finally:
+            try:
+                ray.get(board.close.remote())
+            except RayActorError:
+                grace_s = 0.0  # nobody can be told to save
+            failed = _send_home(threads, grace_s, errors)
+            if attendance.missing is not None:
+                raise SweepInterrupted(f"{attendance.missing}; {goes_on}")
+    except RayActorError as error:
+        # No other actor is asked by the driver itself. What was trained is on the disk.
+        reason = str(error).strip().splitlines()[0]
+        raise SweepInterrupted(f"the board died ({reason}); {goes_on}") from None
+    if len(failed) == len(names):
+        raise InfrastructureError("; ".join(failed))
+
+
+def _send_home(threads: list[threading.Thread], grace_s: float, errors: list[str]) -> list[str]:
+    """Wait for the executors' threads, then end those that are left; the errors until then.
+
+    One that waits for a node would wait for ever, and a thread that is inside Ray when Ray is shut
+    down ends this process with status 1.
+    """
+    ends = time.monotonic() + grace_s
+    for thread in threads:
+        thread.join(max(0.0, ends - time.monotonic()))
+    failed = list(errors)
+    if any(thread.is_alive() for thread in threads):
+        job = ray.JobID.from_hex(ray.get_runtime_context().get_job_id())
+        for actor_id, actor in ray._private.state.actors(job_id=job).items():
+            if actor["ActorClassName"] == "TrainController" and actor["State"] == "ALIVE":
+                core = ray._private.worker.global_worker.core_worker
+                core.kill_actor(ray.ActorID.from_hex(actor_id), True)
         for thread in threads:
-            thread.join(max(0.0, ends - time.monotonic()))
-        if attendance.missing is not None:
-            raise SweepInterrupted(
-                f"{attendance.missing}; `raytune-vlm resume {setup.folder}` goes on from here"
-            )
-    if len(errors) == len(names):
-        raise InfrastructureError("; ".join(errors))
+            thread.join(KILLED_S)
+    return failed
 
 
 def _trainer(setup: ExecutorSetup, life: int) -> Any:

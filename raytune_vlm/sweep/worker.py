@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 import traceback
 from dataclasses import dataclass
+from errno import EDQUOT, ENOSPC
 from typing import Any, Literal
 
 import ray
@@ -155,11 +156,11 @@ class Worker:
                 TrialJob(self, job).run()
             else:
                 run_evaluate(self, job)
-        except StorageFull as error:
-            # Every other trial would fail of it too: the run ends, and this one stays as it is.
-            if self.world.rank == 0:
-                ray.get(self.setup.board.halt.remote(error.message))
         except Exception as error:
+            if isinstance(error, StorageFull) or getattr(error, "errno", None) in (ENOSPC, EDQUOT):
+                # Every other trial would fail of it too: the run ends, this one stays as it is.
+                ray.get(self.setup.board.halt.remote(str(error)))
+                return
             kind = FAILURE_KINDS.get(type(error), "error")
             if isinstance(error, InfrastructureError):
                 raise  # the recipe is not to blame: Ray Train restarts, the board counts

@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
 import time
 import urllib.request
-from dataclasses import fields
 from pathlib import Path
 
 import psutil
@@ -28,6 +28,8 @@ pytestmark = [
 ]
 
 STEPS = 60
+HANGS_AFTER = 8
+"""Steps of two micro-batches until `hang/sitecustomize.py` acts."""
 PATIENCE = float(os.environ.get("RAYTUNE_VLM_TEST_PATIENCE", "1"))
 """Above 1 on a machine so busy that a step or the start of a process takes far longer."""
 
@@ -45,18 +47,21 @@ class Nodes:
     def add(self):
         return self.cluster.add_node(num_cpus=2)
 
+    def find(self, what, nodes):
+        """The process of an actor and the node that it runs on."""
+        for node in nodes:
+            for raylet in node.all_processes.get("raylet", []):
+                for process in psutil.Process(raylet.process.pid).children(recursive=True):
+                    if what in " ".join(process.cmdline()):
+                        return process, node
+        raise AssertionError(f"no {what}")
+
     def worker(self):
         """The training process and the node that it runs on."""
-        raylets = {
-            entry.process.pid: node
-            for node in self.cluster.worker_nodes
-            for entry in node.all_processes.get("raylet", [])
-        }
-        for pid, node in raylets.items():
-            for process in psutil.Process(pid).children(recursive=True):
-                if "TrainWorker" in " ".join(process.cmdline()):
-                    return process, node
-        raise AssertionError("nobody trains")
+        return self.find("TrainWorker", self.cluster.worker_nodes)
+
+    def kill_board(self):
+        self.find("BoardState", [self.cluster.head_node])[0].kill()
 
     def kill_worker(self):
         self.worker()[0].kill()
@@ -93,14 +98,15 @@ class Nodes:
 
 @pytest.fixture
 def nodes(tmp_path, monkeypatch):
-    """A head and four nodes; what is set here reaches every process of theirs."""
+    """A head alone; what is set here reaches every process of theirs."""
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     monkeypatch.setenv("RAY_metrics_report_interval_ms", "1000")
+    # Ten idle processes less; and other users of the machine do not starve the workers.
+    monkeypatch.setenv("RAY_prestart_worker_first_driver", "0")
+    monkeypatch.setenv("RAY_worker_niceness", "0")
     monkeypatch.setenv("RAYTUNE_VLM_TEST_HANG", str(tmp_path / "hung"))
     monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).parent / 'hang'}:{cli_python_path()}")
     made = Nodes()
-    for _ in range(4):
-        made.add()
     yield made
     made.cluster.shutdown()
 
@@ -129,6 +135,12 @@ def wait_for_step(folder, step, driver, log):
         time.sleep(0.02)
 
 
+def tell(fault, seconds):
+    """From a fault to steps that had not been done before."""
+    sys.stdout.write(f"\n{fault}: {seconds:.1f} s\n")
+    sys.stdout.flush()
+
+
 def outcome(folder):
     last = folder.checkpoint(STEPS)
     names = ("adapter_model.safetensors", "optimizer.safetensors")
@@ -137,9 +149,7 @@ def outcome(folder):
     return digests, [(row["step"], row["loss"], row["grad_norm"]) for row in rows]
 
 
-def test_whatever_dies_the_run_goes_on_to_the_same_end(nodes, write_experiment):
-    from raytune_vlm.train.run import StepMetrics
-
+def train_section(**changes):
     train = {
         "max_steps": STEPS,
         "warmup_steps": 2,
@@ -148,9 +158,16 @@ def test_whatever_dies_the_run_goes_on_to_the_same_end(nodes, write_experiment):
         "cpus_per_worker": 2,
         "checkpoint_every": 5,
         "log_every": 1,
-        "hang_timeout_s": 5 * PATIENCE,
+        "grace_s": 10 * PATIENCE,
     }
-    sweep = {"max_failures": 4, "max_wait_s": 40 * PATIENCE, "scheduler": {"type": "fifo"}}
+    return {**train, **changes}
+
+
+def test_whatever_dies_the_run_goes_on_to_the_same_end(nodes, write_experiment):
+    for _ in range(4):
+        nodes.add()
+    train = train_section(hang_timeout_s=5 * PATIENCE)
+    sweep = {"max_failures": 4, "max_wait_s": 60 * PATIENCE, "scheduler": {"type": "fifo"}}
     file, root = write_experiment("faults", train=train, sweep=sweep)
     folder, log = SweepFolder(root).trial("t0000"), file.with_suffix(".log")
     seen, over = set(), threading.Event()
@@ -163,43 +180,75 @@ def test_whatever_dies_the_run_goes_on_to_the_same_end(nodes, write_experiment):
     watcher = threading.Thread(target=scrape, daemon=True)
     watcher.start()
     driver = start(nodes, file)
-    wait_for_step(folder, 7, driver, log)
-    recovery, began = {}, time.monotonic()
-    wait_for_step(folder, 10, driver, log)
-    recovery["hang"] = time.monotonic() - began
+    wait_for_step(folder, HANGS_AFTER, driver, log)
+    began = time.monotonic()
+    wait_for_step(folder, HANGS_AFTER + 1, driver, log)
+    tell("hang", time.monotonic() - began)
     (stacks,) = folder.root.glob("stacks_*.txt")
     assert "sitecustomize.py" in stacks.read_text() and "nothing moved for" in stacks.read_text()
     for step, fault in (
-        (13, nodes.kill_worker),
-        (23, nodes.kill_raylet),
-        (33, nodes.kill_node),
-        (43, nodes.announce_end),
+        (12, nodes.kill_worker),
+        (17, nodes.kill_raylet),
+        (22, nodes.kill_node),
+        (27, nodes.announce_end),
     ):
         wait_for_step(folder, step, driver, log)
-        before, began = last_step(folder), time.monotonic()
+        lives, began = log.read_text().count("goes on"), time.monotonic()
         fault()
-        wait_for_step(folder, before + 8, driver, log)
-        recovery[fault.__name__] = time.monotonic() - began
+        # Who is killed with its node may log another step or two.
+        while log.read_text().count("goes on") == lives:
+            assert driver.poll() is None and time.monotonic() < began + 240 * PATIENCE
+            time.sleep(0.1)
+        wait_for_step(folder, last_step(folder) + 1, driver, log)
+        tell(fault.__name__, time.monotonic() - began)
     said = log.read_text()
     assert "nothing moved for" in said and "a node is about to go" in said
-    assert said.count("its worker died") == 4 and "attempt 5" not in said
-
-    for node in list(nodes.cluster.worker_nodes):
-        nodes.cluster.remove_node(node, allow_graceful=False)
-    assert driver.wait(200 * PATIENCE) == 3
-    (line,) = [x for x in log.read_text().splitlines() if x.startswith("error: ")]
-    assert "executor-0 has had no workers for" in line and "it asks for 1 x 2 CPU" in line
-    assert "1 CPU and 0 GPU on 1 nodes" in line and "dead: none" not in line and "resume" in line
-
-    nodes.add()
-    assert start(nodes, file).wait(240 * PATIENCE) == 0, log.read_text()
+    # The hang and three deaths; who leaves its node in time has not failed.
+    assert said.count("its worker died") == 4 and "attempt 5" in said and "attempt 6" not in said
+    assert driver.wait(240 * PATIENCE) == 0, log.read_text()
     over.set()
     watcher.join()
+    # What is not known (None), as model FLOPs utilisation on a CPU, is no gauge.
+    last = read_json_lines(folder.metrics_file)[-1]
+    numbers = {name for name, value in last.items() if value is not None}
+    assert {name for name, of_trial in seen if of_trial} >= numbers
+    assert {name for name, _ in seen} >= {"executors_alive", "trials_running", "trials_ended"}
+
     quiet, quiet_root = write_experiment("quiet", train=train, sweep=sweep)
     assert start(nodes, quiet).wait(240 * PATIENCE) == 0
     assert outcome(folder) == outcome(SweepFolder(quiet_root).trial("t0000"))
-    numbers = {field.name for field in fields(StepMetrics)}
-    assert {name for name, of_trial in seen if of_trial} >= numbers
-    assert {name for name, _ in seen} >= {"executors_alive", "trials_running", "trials_ended"}
-    times = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in recovery.items())
-    sys.stdout.write(f"\nfrom the fault to steps that were not done before: {times}\n")
+
+
+def test_what_ends_the_run_ends_it_with_status_3_and_it_is_resumed(nodes, write_experiment):
+    nodes.add()
+    sweep = {"max_wait_s": 45 * PATIENCE, "scheduler": {"type": "fifo"}}
+    file, root = write_experiment("ends", train=train_section(), sweep=sweep)
+    folder, log = SweepFolder(root).trial("t0000"), file.with_suffix(".log")
+    Path(os.environ["RAYTUNE_VLM_TEST_HANG"]).touch()  # nothing hangs here
+
+    def ends(fault, name):
+        """The line that the run ends with, after some steps and the fault."""
+        driver = start(nodes, file)
+        wait_for_step(folder, last_step(folder) + 7, driver, log)
+        began = time.monotonic()
+        fault(driver)
+        assert driver.wait(200 * PATIENCE) == 3, log.read_text()
+        tell(f"{name}, to status 3", time.monotonic() - began)
+        line = log.read_text().strip().splitlines()[-1]
+        assert line.startswith(("error: ", "stopped")), log.read_text()
+        return line
+
+    line = ends(lambda driver: nodes.kill_node(), "last node")
+    assert "executor-0 has had no workers for" in line and "it asks for 1 x 2 CPU" in line
+    assert "1 CPU and 0 GPU on 1 nodes" in line and "dead: none" not in line and "resume" in line
+    nodes.add()
+
+    line = ends(lambda driver: nodes.kill_board(), "board")
+    assert "the board died" in line and "resume" in line
+
+    ends(lambda driver: driver.send_signal(signal.SIGTERM), "SIGTERM")
+    done = last_step(folder)
+    assert folder.checkpoint(done).exists(), "a step was lost"
+
+    assert start(nodes, file).wait(240 * PATIENCE) == 0, log.read_text()
+    assert [row["step"] for row in read_json_lines(folder.metrics_file)] == [*range(1, STEPS + 1)]
