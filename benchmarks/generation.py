@@ -119,8 +119,8 @@ def write_split(base: Base, folder: Path, count: int) -> PreparedSplit:
             )
             row = {"sample_id": name, "group_id": name, "prompt": "", "reference": ""}
             writer.add({**row, "images": [encode_png(image)], **encoded_to_row(encoded)})
-    write_index(folder / "index.parquet", index)
-    return open_split(folder, folder / "index.parquet", "report", maker.decode)
+    write_index(folder / "index.arrow", index)
+    return open_split(folder, folder / "index.arrow", "report", maker.decode)
 
 
 @torch.no_grad()

@@ -14,15 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from made import write_data
 
 from raytune_vlm.config.experiment import ExperimentConfig
 from raytune_vlm.config.loader import load_experiment
 from raytune_vlm.prepare.prepare import list_shards
 from raytune_vlm.prepare.shard import Preparer, TokenStep
+from raytune_vlm.prepare.store import read_index, write_index_table
 from raytune_vlm.records import BASE_TRIAL, DataManifest
 from raytune_vlm.sweep.evaluate_job import run_evaluate
+from raytune_vlm.sweep.heartbeat import Heartbeat
 from raytune_vlm.sweep.jobs import Job
 from raytune_vlm.sweep.worker import ExecutorSetup, Worker
 
@@ -56,8 +57,8 @@ def prepared(folder: Path, model: Path, **evaluation: Any) -> ExperimentConfig:
     step, shards = TokenStep(Preparer(experiment, store)), list_shards(experiment)
     for shard in shards:
         step(shard)
-    indices = [pq.read_table(store / shard.key / "index.parquet") for shard in shards]
-    pq.write_table(pa.concat_tables(indices), store / "index.parquet")
+    indices = [read_index(store / shard.key / "index.arrow") for shard in shards]
+    write_index_table(store / "index.arrow", pa.concat_tables(indices))
     return experiment
 
 
@@ -72,10 +73,11 @@ class Alone(Worker):
                 experiment,
                 str(folder / "runs" / "small"),
                 manifest,
-                str(folder / "store" / "index.parquet"),
+                str(folder / "store" / "index.arrow"),
                 None,
                 "",
-            )
+            ),
+            Heartbeat(None, "executor-0", 0, 60.0),
         )
         self.slow_s = slow_s
         self.told: list[dict[str, Any]] = []

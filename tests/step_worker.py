@@ -46,7 +46,7 @@ def train(jobs: dict[str, Any], world: World, save: Path, short: bool = False, *
     base = load_base(ModelConfig(name=jobs["model"]))
     maker = PixelMaker(base.processor.image_processor, base.family, None, ImageLimits())
     store = Path(jobs["store"])
-    split = open_split(store, store / "index.parquet", "train", maker.decode)
+    split = open_split(store, store / "index.arrow", "train", maker.decode)
     config = experiment(train={**jobs["train"], "num_workers": world.size, **own})
     run = Run(base, split, config, world, TrainingData("d"))
     try:

@@ -406,6 +406,7 @@ def test_an_adapter_is_put_on_the_base_and_taken_off_again(prepared, tiny_base, 
         experiment=plain_experiment(),
         world=World(),
         folder=folder,
+        beat=lambda: True,
         stopped=lambda *_, **__: False,
         report=lambda job, report: reports.append(report),
     )

@@ -9,7 +9,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from raytune_vlm.config.data import SplitConfig
 from raytune_vlm.config.distributions import Distribution
-from raytune_vlm.config.evaluation import METRIC_MODES
+from raytune_vlm.config.evaluation import JUDGED_METRICS, METRIC_MODES
 from raytune_vlm.config.experiment import ExperimentConfig, digest_of
 from raytune_vlm.config.lora import SCOPES, LoraConfig
 from raytune_vlm.config.sweep import SweepConfig, flatten
@@ -40,7 +40,9 @@ def test_a_name_cannot_lead_out_of_its_folder(name: str) -> None:
 
 @pytest.mark.parametrize("metric", METRIC_MODES)
 def test_the_metric_knows_its_direction(metric: str) -> None:
-    config = experiment(evaluation={"metrics": [metric]})
+    judge = {"base_url": "http://localhost:8000/v1", "model": "judge"}
+    judged = {"judge": judge} if metric in JUDGED_METRICS else {}
+    config = experiment(evaluation={"metrics": [metric], **judged})
     assert (config.metric, config.mode) == (metric, METRIC_MODES[metric])
 
 

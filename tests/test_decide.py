@@ -99,7 +99,8 @@ def test_every_trial_on_all_of_select_meets_the_base_and_pays_for_the_others(run
 
 def test_report_is_touched_once_a_role_and_told_without_overlap(running: Any) -> None:
     candidates, winner = winner_of(running)
-    roles, paired = decide._report(running, candidates, winner)
+    roles, paired, guard = decide._report(running, candidates, winner)
+    assert guard == []
     assert roles == {"base": "base", "default": "t0000", "winner": "t0001"}
     assert len(running.folder.report_touches()) == 3
     assert [test.num_tests for test in paired] == [2, 2]

@@ -1,4 +1,4 @@
-"""Recomputed activations and compiled layers: the same results, and nothing left of them."""
+"""Recomputed activations: the same results, and nothing left of them."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import pytest
 import torch
 from made import experiment
 
-from raytune_vlm.config.train import ActivationCheckpointing, TrainConfig
-from raytune_vlm.train.layers import change_layers
 from raytune_vlm.train.run import Run, TrainingData
 from raytune_vlm.train.world import World
 
@@ -28,7 +26,7 @@ def trained(base, split, lora, **train):
 
 def state_of(model):
     """What a module is beside its parameters."""
-    names = ("gradient_checkpointing", "_gradient_checkpointing_func", "_compiled_call_impl")
+    names = ("gradient_checkpointing", "_gradient_checkpointing_func")
     return {
         name: {key: vars(module).get(key, "absent") for key in names}
         for name, module in model.named_modules()
@@ -84,36 +82,9 @@ def test_what_would_have_no_effect_is_refused():
         experiment(train=section)
     assert experiment(train=section, lora={"scope": "text+vision"})
     assert experiment(train=section, lora={"modules_to_save": "vision"})
-    with pytest.raises(ValueError, match="compile=true and backend=fsdp2 exclude each other"):
-        experiment(train={"compile": True, "backend": "fsdp2", "num_workers": 2})
 
 
-def test_neither_changes_the_fingerprint():
+def test_it_does_not_change_the_fingerprint():
     plain = experiment()
-    changed = experiment(train={"activation_checkpointing": {"text": True}, "compile": True})
+    changed = experiment(train={"activation_checkpointing": {"text": True}})
     assert changed.fingerprint() == plain.fingerprint()
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's compiler, by torch
-def test_a_run_with_compiled_layers_has_the_same_losses(tiny_base, tiny_split):
-    base, split = tiny_base("idefics3"), tiny_split("idefics3")
-    before = state_of(base.model)
-    losses, weights = trained(base, split, {})
-    found, compiled = trained(base, split, {}, compile=True)
-    assert found == pytest.approx(losses, abs=1e-5)
-    assert all(torch.allclose(weights[name], compiled[name], atol=1e-4) for name in weights)
-    assert state_of(base.model) == before
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's compiler, by torch
-def test_layers_are_compiled_until_they_are_restored(tiny_base):
-    base = tiny_base("idefics3")
-    config = TrainConfig(compile=True, activation_checkpointing=ActivationCheckpointing(text=True))
-    restore = change_layers(base.model, base.family, config)
-    layers = base.model.model.text_model.layers
-    assert all(layer._compiled_call_impl is not None for layer in layers)
-    assert all(layer.gradient_checkpointing for layer in layers)
-    restore()
-    assert all(layer._compiled_call_impl is None for layer in layers)
-    assert not any(layer.gradient_checkpointing for layer in layers)

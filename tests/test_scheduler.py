@@ -118,7 +118,14 @@ def test_only_the_best_of_a_rung_go_on_and_every_sweep_ends(game):
 def test_the_decision_follows_from_the_ledger_alone(game):
     def again(states, action, rule):
         copies = [
-            TrialState(s.trial_id, s.number, {}, dict(s.scored), s.ended, None, s.promoted_to)
+            TrialState(
+                s.trial_id,
+                s.number,
+                {},
+                dict(s.scored),
+                s.ended,
+                promoted_to=s.promoted_to,
+            )
             for s in reversed(states.values())
         ]
         assert decide(copies, rule) == action

@@ -233,7 +233,13 @@ def test_paused_trials_count_as_pruned_for_the_sampler_and_stay_open_in_the_stud
         runs.append([state.recipe for state in states.values()])
         url = f"sqlite:///{folder / 'study.db'}"
         study = optuna.load_study(study_name=config.name, storage=url)
-        assert [trial.state.name for trial in study.trials] == ["RUNNING"] * 4
+        assert study.trials == []  # they are open, and the file shows those that have ended
+        for state in states.values():
+            state.scored[config.train.max_steps] = {"exact_match@strip": 0.5}
+            state.ended = "finished"
+            searcher.tell(state)
+        study = optuna.load_study(study_name=config.name, storage=url)
+        assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 4
         assert [trial.params for trial in study.trials] == runs[-1]
     assert runs[0][:2] == runs[1][:2] and runs[0][2:] != runs[1][2:]
 

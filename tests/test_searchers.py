@@ -343,7 +343,7 @@ def test_a_sampler_whose_package_is_missing_is_refused(monkeypatch):
 
 def test_notes_tell_what_teaches_a_sampler_nothing():
     notes = sampled("nsga2").sweep.notes()
-    assert len(notes) == 2 and "several objectives" in notes[0] and "asha stop" in notes[1]
+    assert len(notes) == 2 and "several objectives" in notes[0] and "halving stops" in notes[1]
     assert sampled("tpe").sweep.notes() == []
 
 

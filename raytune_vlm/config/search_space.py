@@ -19,7 +19,6 @@ from raytune_vlm.errors import did_you_mean
 SHARED_TRAIN_KEYS = (
     "train.max_steps",
     "train.epochs",
-    "train.compile",
     "train.backend",
     "train.fsdp2.shard_size",
     "train.fsdp2.compute_dtype",

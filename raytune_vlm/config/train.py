@@ -16,7 +16,6 @@ WITHOUT_EFFECT: dict[str, Any] = {
     "micro_batch_tokens": True,
     "pad_to_tokens": True,
     "activation_checkpointing": True,
-    "compile": True,
     "log_every": True,
     "log_samples": True,
     "keep_best": True,
@@ -114,9 +113,6 @@ class TrainConfig(Section):
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing()
     """Where activations are recomputed: `activation_checkpointing: {text: true}`. Results are the
     same, bit for bit on CPU."""
-    compile: bool = False
-    """Compile the language model's layers with `torch.compile`: the first steps of every trial take
-    long (a C++ compiler is needed on CPU), the others less; for `backend: ddp`."""
     backend: Literal["ddp", "fsdp2", "deepspeed"] = "ddp"
     """How workers share the frozen base model: each holds all of it (`ddp`), or each a part, by
     `fully_shard` (`fsdp2`) or ZeRO (`deepspeed`). Adapters are megabytes: they are whole on every
@@ -161,11 +157,6 @@ class TrainConfig(Section):
         size = self.fsdp2.shard_size
         if size is not None and self.num_workers % size:
             raise ValueError(f"fsdp2.shard_size={size} must divide num_workers={self.num_workers}")
-        if self.compile and self.backend != "ddp":
-            raise ValueError(
-                f"compile=true and backend={self.backend} exclude each other: the compiler does "
-                "not see the messages between workers inside a layer; use backend=ddp"
-            )
         for own, other in (("epochs", "max_steps"), ("warmup_share", "warmup_steps")):
             given = getattr(self, other) != type(self).model_fields[other].default
             if getattr(self, own) is not None and given:

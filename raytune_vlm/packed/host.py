@@ -117,7 +117,7 @@ class Host:
         with routed(self._base.model, shares):
             logits = self._base.model(**batch).logits
             for (slot, entry, sums, _), share in zip(parts, shares, strict=True):
-                fed = entry.arrays["input_ids"].size
+                fed = entry.arrays["labels"].size
                 part = (share.rows.stop - share.rows.start) / begin
                 slot.run.measure.forward_ends(sums, fed, part)
             losses = torch.stack(

@@ -62,7 +62,7 @@ class Evaluation:
             "base": model_fingerprint(experiment.model) | _weights(experiment.model),
             "model": experiment.model.model_dump(mode="json"),
             "checkpoint": checkpoint,
-            "data": worker.setup.data.digest,
+            "data": None if self.asked.facts else worker.setup.data.digest,
             "split": self.split,
             "samples": digest_of(ids),
             "benchmark": self.asked.facts,

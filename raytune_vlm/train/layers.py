@@ -1,4 +1,4 @@
-"""What is done to a model's layers for the time of a run: recomputed activations, compilation."""
+"""What is done to a model's layers for the time of a run: recomputed activations."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from raytune_vlm.models.lora import scope_of
 def change_layers(
     model: torch.nn.Module, family: Family, config: TrainConfig
 ) -> Callable[[], None]:
-    """Do what `train.activation_checkpointing` and `train.compile` say; returns what undoes it.
+    """Do what `train.activation_checkpointing` says; returns what undoes it.
 
     Raises
     ------
@@ -29,12 +29,6 @@ def change_layers(
     for scope, wanted in config.activation_checkpointing.model_dump().items():
         if wanted:
             undo += [_recompute(layer) for layer in _layers(model, family, scope)]
-    if config.compile:
-        layers = _layers(model, family, "text")
-        for layer in layers:
-            # By layer: they share one program, and what lies between them need not compile.
-            layer.compile(dynamic=True)
-        undo.append(partial(_forget_programs, layers))
 
     def restore() -> None:
         while undo:
@@ -56,7 +50,7 @@ def _layers(model: torch.nn.Module, family: Family, scope: str) -> list[Any]:
     layers = [module for module in able if isinstance(module, GradientCheckpointingLayer)] or able
     if not layers:
         raise ModelError(
-            f"train.activation_checkpointing and train.compile: {family.model_type} has no layers "
+            f"train.activation_checkpointing: {family.model_type} has no layers "
             f"of scope {scope!r} that transformers can recompute"
         )
     return layers
@@ -76,10 +70,3 @@ def _recompute(layer: Any) -> Callable[[], None]:
         vars(layer).update(before)
 
     return undo
-
-
-def _forget_programs(layers: list[Any]) -> None:
-    for layer in layers:
-        layer._compiled_call_impl = None
-    # The next adapter has other ranks: its programs shall not count as attempts at these.
-    torch.compiler.reset()

@@ -98,8 +98,7 @@ def predict(experiment: ExperimentConfig, samples: Sequence[Encoded] | None = No
     saved = sum(round(p.nbytes - p.numel() * BITS_OF_NF4 / 8) for p in packed)
     with torch.device("meta"):
         adapted: Any = attach(model, family, experiment.lora, seed=0)
-    # Nothing is compiled on shapes; it would keep less, if anything.
-    change_layers(adapted, family, experiment.train.model_copy(update={"compile": False}))
+    change_layers(adapted, family, experiment.train)
     trained = [p for p in adapted.parameters() if p.requires_grad]
     adapter = sum(p.nbytes for p in trained)
     tensors = {id(t): t for t in (*adapted.parameters(), *adapted.buffers())}

@@ -261,7 +261,7 @@ class Run:
                 batch, labels = self.batches.on_device(micro_batch.arrays)
                 self.measure.forward_begins()
                 logits = self.model(**batch).logits
-                self.measure.forward_ends(sums, micro_batch.arrays["input_ids"].size)
+                self.measure.forward_ends(sums, micro_batch.arrays["labels"].size)
                 summed = summed_cross_entropy(logits, labels) / labelled
                 self._backend.backward(summed, last=number == len(micro_batches))
                 total += summed.detach()
