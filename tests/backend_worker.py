@@ -46,9 +46,10 @@ def carry_out(jobs: dict[str, Any], runs: list[dict[str, Any]], world: World) ->
     found, left = {}, []
     for run in runs:
         found[run["name"]] = one_run(base, split, prompts, run, world)
-        left.append(left_behind(base))
-    # The first trial may set up what the others use.
-    return {**found, "left": left[1:]}
+        # The first trial may set up what the others use.
+        if run in (runs[1], runs[-1]):
+            left.append(left_behind(base))
+    return {**found, "left": left}
 
 
 def left_behind(base: Base) -> dict[str, Any]:
