@@ -433,7 +433,11 @@ def test_a_blank_image_changes_nothing_for_the_text_beside_it(model_type, tiny_b
         ("fsdp2", {"lora": {"modules_to_save": "vision"}}, "modules_to_save=vision exclude"),
         ("deepspeed", {"lora": {"modules_to_save": "projector"}}, "modules_to_save=projector excl"),
         ("deepspeed", {"lora": {"dora": True}}, r"lora\.dora=true exclude each other"),
-        ("deepspeed", {"model": {"name": "demo", "dtype": "float16"}}, r"model\.dtype=float16 exclude each other"),
+        (
+            "deepspeed",
+            {"model": {"name": "demo", "dtype": "float16"}},
+            r"model\.dtype=float16 exclude each other",
+        ),
         ("fsdp2", {"train": {"num_workers": 1}}, "no effect with num_workers=1"),
         (
             "fsdp2",
