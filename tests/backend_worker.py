@@ -47,7 +47,7 @@ def carry_out(jobs: dict[str, Any], runs: list[dict[str, Any]], world: World) ->
     for run in runs:
         found[run["name"]] = one_run(base, split, prompts, run, world)
         # The first trial may set up what the others use.
-        if run in (runs[1], runs[-1]):
+        if run in (*runs[1:2], runs[-1]):
             left.append(left_behind(base))
     return {**found, "left": left}
 
