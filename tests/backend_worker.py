@@ -46,9 +46,10 @@ def carry_out(jobs: dict[str, Any], runs: list[dict[str, Any]], world: World) ->
     found, left = {}, []
     for run in runs:
         found[run["name"]] = one_run(base, split, prompts, run, world)
-        left.append(left_behind(base))
-    # The first trial may set up what the others use.
-    return {**found, "left": left[1:]}
+        # The first trial may set up what the others use.
+        if run in (*runs[1:2], runs[-1]):
+            left.append(left_behind(base))
+    return {**found, "left": left}
 
 
 def left_behind(base: Base) -> dict[str, Any]:
@@ -83,7 +84,8 @@ def one_run(
         if "start" in job:
             run.restore(Path(job["start"]))
         while run.steps_done < job["until"]:
-            steps.append(step(run, poisoned=run.steps_done + 1 == job.get("poisoned")))
+            fault = job.get("faults", {}).get(str(run.steps_done + 1))
+            steps.append(step(run, fault, is_first=world.rank == 0))
             images.append(int(split.num_images[list(run.delivered)].sum()))
             if run.steps_done in saves:
                 run.save(saves[run.steps_done])
@@ -96,6 +98,7 @@ def one_run(
     return {
         "losses": [metrics.loss for metrics in steps],
         "norms": [metrics.grad_norm for metrics in steps],
+        "micro_batch": steps[-1].micro_batch_size,
         "skipped": [metrics.step for metrics in steps if metrics.skipped],
         "text_only": [int((by_rank == 0).all(0).sum()), int((by_rank == 0).any(0).sum())],
         "answers": {
@@ -107,15 +110,33 @@ def one_run(
     }
 
 
-def step(run: Run, *, poisoned: bool) -> Any:
-    """An optimizer step; with a weight of the adapter that is not a number, if `poisoned`."""
-    weight = next(p for p in run.model.parameters() if p.requires_grad)
+def step(run: Run, fault: str | None, *, is_first: bool) -> Any:
+    """An optimizer step, in which something goes wrong on the first rank.
+
+    `memory`: it does not suffice for the first forward pass. `weight`: one of the adapter is not a
+    number. `gradient`: one of the adapter is not, which the loss does not tell.
+    """
+    if fault is None or not is_first:
+        return run.step()
+    weight = [p for p in run.model.parameters() if p.requires_grad][-1]
     kept = weight.detach().clone()
-    if poisoned:
+    handle: Any = None
+
+    def fail(*_: object) -> None:
+        handle.remove()
+        raise torch.OutOfMemoryError("of a test")
+
+    if fault == "weight":
         weight.data.fill_(torch.nan)
+    elif fault == "gradient":
+        handle = weight.register_hook(lambda gradient: gradient * torch.nan)
+    else:
+        handle = run.model.register_forward_pre_hook(fail)
     metrics = run.step()
-    if poisoned:
+    if fault == "weight":
         weight.data.copy_(kept)
+    if handle is not None:
+        handle.remove()
     return metrics
 
 

@@ -26,6 +26,7 @@ from raytune_vlm.collate.batch import PixelTable, collate
 from raytune_vlm.collate.encode import Encoder
 from raytune_vlm.collate.encoded import SampleRefused
 from raytune_vlm.collate.pixels import PIXEL_NAMES
+from raytune_vlm.config import ExperimentConfig
 from raytune_vlm.config.evaluation import EvaluationConfig
 from raytune_vlm.config.model import ModelConfig
 from raytune_vlm.config.train import DeepSpeedConfig, Fsdp2Config
@@ -42,6 +43,7 @@ from raytune_vlm.train.run import Run, TrainingData
 from raytune_vlm.train.world import World
 
 STEPS, HALF, SHORT = 50, 25, 4
+RESUMED = 30
 TRAIN = {
     "max_steps": STEPS,
     "warmup_steps": 2,
@@ -76,6 +78,16 @@ BRIEF = {"ddp", "fsdp2", "deepspeed-2", "deepspeed-3"}
 """Settings whose way with the adapter differs: `RECIPES` are tried with them."""
 
 PRESENT = [name for name in SETTINGS if name[:9] != "deepspeed" or find_spec("deepspeed")]
+
+
+SHARDED = {"fsdp2", "fsdp2-hybrid", "deepspeed-3"}
+"""Settings whose ranks start again when one runs out of memory (`tests/test_step.py`)."""
+
+
+def faults(setting):
+    """What goes wrong at which step of a short run (`backend_worker.step`)."""
+    memory = {"1": "memory"} if setting in SETTINGS and setting not in SHARDED else {}
+    return {**memory, "2": "weight", "3": "gradient"}
 
 
 def recipes(setting):
@@ -135,7 +147,8 @@ class Runs:
         else:
             backend, _, _ = setting.partition("-")
             train |= {"backend": backend, "num_workers": 2, **SETTINGS[setting]}
-        saves = {step: str(self.folder / setting / name / str(step)) for step in {HALF, until}}
+        wanted = {HALF, RESUMED, until}
+        saves = {step: str(self.folder / setting / name / str(step)) for step in wanted}
         run = {"name": name, "lora": lora, "train": train, "until": until, "saves": saves}
         if start is not None:
             run["start"] = str(self.folder / start / "long" / str(HALF))
@@ -149,12 +162,13 @@ class Runs:
         return [
             {**self.named(setting, "long", **SCOPES), "answers": True},
             *([self.accumulated(setting, before)] if before else []),
-            {**self.named(setting, "poisoned", SHORT), "poisoned": 3},
+            {**self.named(setting, "faulty", SHORT), "faults": faults(setting)},
         ]
 
     def accumulated(self, setting, before):
         """A long run that goes on in small micro-batches."""
-        return self.named(setting, "resumed", start=before, micro_batch_size=1, **SCOPES)
+        more = {**SCOPES, "micro_batch_size": 1}
+        return self.named(setting, "resumed", RESUMED, start=before, **more)
 
     def alone(self, runs):
         """One worker's."""
@@ -220,7 +234,9 @@ def test_every_backend_is_in_the_table():
 def test_fifty_steps_are_those_of_one_worker(setting, runs, one, found):
     expected, ours = one["long"], of(found, setting)["long"]
     largest = largest_difference(expected["losses"], ours["losses"])
-    other = largest_difference(expected["losses"][HALF:], found[setting]["resumed"]["losses"])
+    other = largest_difference(
+        expected["losses"][HALF:RESUMED], found[setting]["resumed"]["losses"]
+    )
     shown = " | ".join(f"{ours['losses'][step - 1]:.7f}" for step in (1, 10, STEPS))
     # For docs/backends.md.
     sys.stdout.write(f"| `{setting}` | {shown} | {largest:.1e} | {other:.1e} |\n")
@@ -237,30 +253,33 @@ def test_fifty_steps_are_those_of_one_worker(setting, runs, one, found):
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_a_run_goes_on_with_another_backend_stage_and_number_of_workers(setting, runs, one, found):
     ours = of(found, setting)["resumed"]["losses"]
-    assert largest_difference(one["long"]["losses"][HALF:], ours) < 1e-5
-    compare(runs, "resumed", STEPS, setting, expected="long")
+    assert largest_difference(one["long"]["losses"][HALF:RESUMED], ours) < 1e-5
+    compare(runs, "resumed", RESUMED, setting, expected="long")
     compare(runs, "long", HALF, setting)
 
 
 def test_one_worker_goes_on_from_the_last(runs, one, found):
     of(found, PRESENT[-1])
     ours = runs.alone([runs.accumulated("one", PRESENT[-1])])["resumed"]["losses"]
-    assert largest_difference(one["long"]["losses"][HALF:], ours) < 1e-5
+    assert largest_difference(one["long"]["losses"][HALF:RESUMED], ours) < 1e-5
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_a_step_that_is_not_finite_is_skipped(setting, runs, one, found):
-    expected, ours = one["poisoned"], of(found, setting)["poisoned"]
-    assert ours["skipped"] == expected["skipped"] == [3]
+def test_a_rank_that_runs_out_of_memory_or_of_numbers_costs_no_more_than_the_step(
+    setting, runs, one, found
+):
+    expected, ours = one["faulty"], of(found, setting)["faulty"]
+    assert ours["skipped"] == expected["skipped"] == [2, 3]
     assert ours["losses"] == pytest.approx(expected["losses"], rel=1e-4, nan_ok=True)
-    compare(runs, "poisoned", SHORT, setting)
+    assert [loss == loss for loss in ours["losses"]] == [True, False, True, True]
+    assert (ours["micro_batch"] < 3) == ("memory" in faults(setting).values())
+    compare(runs, "faulty", SHORT, setting)
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_a_trial_leaves_the_base_as_it_was(setting, found):
     left = of(found, setting)["left"]
-    assert len(left) >= 3
-    assert all(entry == left[0] for entry in left)
+    assert left[0] == left[1]
     assert left[0]["engines"] == (setting == "deepspeed-3")
     assert left[0]["optimizers"] == left[0]["adapters"] == 0
 
@@ -320,7 +339,6 @@ def test_every_family_answers_the_same_when_it_is_cut_up(
 
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
 @pytest.mark.parametrize("setting", ["deepspeed-1", "deepspeed-2-offload"])
-@pytest.mark.filterwarnings("ignore")  # of torch, when DeepSpeed is imported
 def test_an_engine_that_is_gone_takes_nothing_with_it(
     setting, group, tiny_base, tiny_split, tmp_path, monkeypatch
 ):
@@ -347,13 +365,21 @@ def test_an_engine_that_is_gone_takes_nothing_with_it(
         compare(runs, "engine", step, setting)
 
 
-@pytest.mark.parametrize("model_type", ["idefics3", "qwen2_5_vl", "gemma3"])
+@pytest.mark.parametrize(
+    ("model_type", "other"),
+    [
+        ("idefics3", "bfloat16"),
+        ("idefics3", "float16"),
+        ("qwen2_5_vl", "bfloat16"),
+        ("gemma3", "bfloat16"),
+    ],
+)
 def test_the_base_computes_in_another_dtype_than_it_is_stored_in(
-    model_type, group, tiny_model, tiny_split, tmp_path
+    model_type, other, group, tiny_model, tiny_split, tmp_path
 ):
     config = experiment(lora={"rank": 2}, train={"max_steps": 3, "warmup_steps": 1})
     found = []
-    for dtype in (None, "bfloat16"):
+    for dtype in (None, other):
         train = config.train.model_copy(update={"fsdp2": Fsdp2Config(compute_dtype=dtype)})
         base = load_base(ModelConfig(name=str(tiny_model(model_type))))
         BACKENDS["fsdp2"].place(base, World(), train)
@@ -364,7 +390,7 @@ def test_the_base_computes_in_another_dtype_than_it_is_stored_in(
         run.audit_end(tmp_path / str(dtype))
         run.close()
     adapters = [
-        load_file(tmp_path / name / "adapter_model.safetensors") for name in ("None", dtype)
+        load_file(tmp_path / name / "adapter_model.safetensors") for name in ("None", other)
     ]
     assert all(tensor.dtype == torch.float32 for tensor in adapters[1].values())
     assert found[1] != found[0]
@@ -407,7 +433,11 @@ def test_a_blank_image_changes_nothing_for_the_text_beside_it(model_type, tiny_b
         ("fsdp2", {"lora": {"modules_to_save": "vision"}}, "modules_to_save=vision exclude"),
         ("deepspeed", {"lora": {"modules_to_save": "projector"}}, "modules_to_save=projector excl"),
         ("deepspeed", {"lora": {"dora": True}}, r"lora\.dora=true exclude each other"),
-        ("deepspeed", {"model": {"dtype": "float16"}}, r"model\.dtype=float16 exclude each other"),
+        (
+            "deepspeed",
+            {"model": {"name": "demo", "dtype": "float16"}},
+            r"model\.dtype=float16 exclude each other",
+        ),
         ("fsdp2", {"train": {"num_workers": 1}}, "no effect with num_workers=1"),
         (
             "fsdp2",
@@ -427,9 +457,10 @@ def test_a_blank_image_changes_nothing_for_the_text_beside_it(model_type, tiny_b
     ],
 )
 def test_what_a_backend_cannot_do_is_refused(backend, section, message):
+    plain = experiment().model_dump(exclude_unset=True)
     train = {"backend": backend, "num_workers": 2, **section.get("train", {})}
     with pytest.raises(ValueError, match=message):
-        experiment(**{**section, "train": train})
+        ExperimentConfig.model_validate({**plain, **section, "train": train})
 
 
 def test_a_missing_package_is_told_before_anything_starts():
@@ -451,5 +482,7 @@ def compare(runs, name, step, setting, expected=None):
         names = {key for key in first if not key.startswith("rng/")}
         assert names == {key for key in second if not key.startswith("rng/")}
         for key in names:
-            atol = 1e-5 * max(1e-6, float(first[key].abs().max()))
+            # AdamW's first steps divide a gradient by its size: what rounding does to a small one
+            # is not small beside the update.
+            atol = 1e-4 * max(1e-7, float(first[key].abs().max()))
             assert torch.allclose(first[key], second[key], rtol=1e-3, atol=atol), key

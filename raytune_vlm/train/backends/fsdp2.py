@@ -5,8 +5,9 @@ become DTensors that are gathered block by block in forward and backward, the ad
 tensors. The weights that a linear layer of PEFT computes with are whole then, because it lies
 inside a block.
 
-With `train.fsdp2.shard_size` below the number of workers each group of so many holds a whole base
-(HSDP). Nothing passes between the groups: the base has no gradients to be summed.
+With `train.fsdp2.shard_size` below the number of workers each group of so many holds a whole base.
+Nothing passes between the groups, as the base has no gradients to be summed, so each is sharded by
+itself: what HSDP does, without its second dimension.
 """
 
 from __future__ import annotations
@@ -75,12 +76,11 @@ class Fsdp2(Ddp):
 
 
 def _mesh(world: World, shard_size: int) -> DeviceMesh:
-    """All workers, or groups of `shard_size` neighbours beside each other."""
+    """This worker's group of `shard_size` neighbours."""
     device = world.device.partition(":")[0]
-    if shard_size == world.size:
-        return init_device_mesh(device, (world.size,))
     shape = (world.size // shard_size, shard_size)
-    return init_device_mesh(device, shape, mesh_dim_names=("copies", "shards"))
+    # PEFT takes a dimension of any other name for tensor parallelism, and makes LoRA's B smaller.
+    return init_device_mesh(device, shape, mesh_dim_names=("copies", "fsdp"))["fsdp"]
 
 
 def blocks(model: torch.nn.Module, family: Family) -> list[torch.nn.Module]:
