@@ -17,7 +17,7 @@ import click
 from raytune_vlm import __version__
 from raytune_vlm.cli_data import TRUST, data
 from raytune_vlm.cli_evaluate import evaluate
-from raytune_vlm.errors import RaytuneVlmError
+from raytune_vlm.errors import ConfigError, RaytuneVlmError
 
 if TYPE_CHECKING:
     from raytune_vlm.config import ExperimentConfig
@@ -214,17 +214,24 @@ def _sweep(experiment: ExperimentConfig, monitor: Any) -> None:
 
 
 @cli.command()
-@_FOLDER
+@click.argument("folder")
 @TRUST
-def resume(folder: Path, trust: str | None) -> None:
-    """Continue a sweep that was stopped or killed."""
+@click.option("--into", type=click.Path(path_type=Path), help="Where a copy is brought back to.")
+def resume(folder: str, trust: str | None, into: Path | None) -> None:
+    """Continue a sweep that was stopped or killed, from its folder or the URL of its copy."""
     from raytune_vlm.monitor import Monitor
 
+    is_copy = "://" in folder
+    if is_copy != (into is not None):
+        where = "a URL needs --into DIR" if is_copy else f"--into {into} has no effect"
+        raise ConfigError(f"resume {folder}: {where}")
     with Monitor() as monitor:
         from raytune_vlm.sweep.conclusion import conclude
+        from raytune_vlm.sweep.folder_copy import bring_back
         from raytune_vlm.sweep.runner import resume_sweep
 
-        conclude(resume_sweep(folder, monitor=monitor, trust=trust), monitor)
+        root = Path(folder) if into is None else bring_back(folder, into)
+        conclude(resume_sweep(root, monitor=monitor, trust=trust), monitor)
 
 
 @cli.command()

@@ -24,6 +24,9 @@ class ExperimentConfig(Section):
     """Name of the sweep folder."""
     storage_path: str = "runs"
     """Folder under which sweep folders and the prepared data are kept."""
+    storage_copy: str | None = Field(default=None, pattern=r"^[a-z0-9]+://[^/]+")
+    """URL under which the sweep folder is copied while it grows: `s3://bucket/prefix`. `raytune-vlm
+    resume URL/NAME --into DIR` brings it back, on another machine too. None: no copy."""
     seed: int = Field(default=0, ge=0)
     """Seed of everything random: adapters, data order, searcher, bootstrap."""
     model: ModelConfig = ModelConfig()
@@ -283,6 +286,7 @@ class ExperimentConfig(Section):
             mode="json",
             exclude={
                 "storage_path": True,
+                "storage_copy": True,
                 "name": True,
                 "data": {
                     "consumption",

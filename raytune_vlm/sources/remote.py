@@ -162,6 +162,26 @@ def _state(entry: dict[str, Any]) -> str:
     return hashlib.blake2b(json.dumps(said).encode(), digest_size=16).hexdigest()
 
 
+def arrow_system(url: str) -> tuple[Any, str]:
+    """The pyarrow file system of a URL or a local path, and the path in it.
+
+    Raises DataError for a scheme that is not known.
+    """
+    from pyarrow import fs
+
+    if not is_remote(url):
+        return fs.LocalFileSystem(), os.path.abspath(url)  # noqa: PTH100 - as pyarrow has paths
+    scheme = url.split("://", 1)[0]
+    if scheme not in REMOTE_SCHEMES:
+        raise DataError(
+            f"{url}: unknown scheme '{scheme}://'{did_you_mean(scheme, REMOTE_SCHEMES)}"
+        )
+    system, path = _system_of(url)
+    if url.startswith("s3://"):
+        return system.fs, path
+    return fs.PyFileSystem(fs.FSSpecHandler(system)), path
+
+
 def _system_of(url: str) -> tuple[Any, str]:
     """The fsspec file system of a URL, and the path in it."""
     if not url.startswith("s3://"):

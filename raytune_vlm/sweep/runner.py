@@ -24,6 +24,7 @@ from raytune_vlm.prepare.prepare import (
 from raytune_vlm.records import BASE_TRIAL, SweepFolder, read_json
 from raytune_vlm.sweep.cluster import ray_session
 from raytune_vlm.sweep.detect import base_scores
+from raytune_vlm.sweep.folder_copy import copied
 from raytune_vlm.sweep.jobs import Job, PreparedBenchmark
 from raytune_vlm.sweep.lease import Lease
 from raytune_vlm.sweep.ledger import Ledger, TrialState, replay
@@ -99,7 +100,7 @@ def run_sweep(experiment: ExperimentConfig, *, command: str, monitor: Monitor) -
         say_detectable(resolved, data, monitor)
         prepare_guard(experiment, monitor)
         write_head(folder, experiment, data, command)
-        with Lease(folder.lease_file):
+        with Lease(folder.lease_file), copied(folder, resolved, monitor, new=True):
             return _drive(resolved, folder, data, monitor)
 
 
@@ -136,7 +137,8 @@ def resume_sweep(root: Path, *, monitor: Monitor, trust: str | None = None) -> S
         resolved = with_steps(experiment, data, monitor)
         say_detectable(resolved, data, monitor, base_scores(folder))
         prepare_guard(experiment, monitor)
-        return _drive(resolved, folder, data, monitor)
+        with copied(folder, resolved, monitor, new=False):
+            return _drive(resolved, folder, data, monitor)
 
 
 def recorded_experiment(folder: SweepFolder, trust: str | None) -> ExperimentConfig:
@@ -148,7 +150,9 @@ def recorded_experiment(folder: SweepFolder, trust: str | None) -> ExperimentCon
         If `trust` (MODEL@REVISION) does not fit, or is not the code that the sweep ran.
     """
     head = read_json(folder.experiment_file)
-    plain = ExperimentConfig.model_validate(head["experiment"])
+    # Where the folder is now, which may not be where it was made.
+    here = {**head["experiment"], "storage_path": str(folder.root.parent)}
+    plain = ExperimentConfig.model_validate(here)
     experiment = with_trust(plain, trust)
     before, now = head.get("trusted_code"), experiment.model.trusted_revision
     if before and now and before != now:

@@ -14,6 +14,7 @@ from raytune_vlm.monitor import Monitor
 from raytune_vlm.records import BASE_TRIAL, Scores, SweepFolder, read_json
 from raytune_vlm.sweep import preparing, runner
 from raytune_vlm.sweep.cluster import ray_session
+from raytune_vlm.sweep.folder_copy import copied
 from raytune_vlm.sweep.jobs import Job
 from raytune_vlm.sweep.lease import Lease
 from raytune_vlm.sweep.ledger import TrialState, replay
@@ -41,7 +42,8 @@ def train_one(experiment: ExperimentConfig, *, command: str, monitor: Monitor) -
     )
     folder = SweepFolder(Path(single.storage_path) / single.name)
     jobs = preparing.plan_of(single)
-    if folder.experiment_file.exists():
+    is_new = not folder.experiment_file.exists()
+    if not is_new:
         before = read_json(folder.experiment_file)["fingerprint"]
         if before != single.fingerprint():
             raise ConfigError(f"{folder.root} holds another experiment; choose another name=")
@@ -51,7 +53,11 @@ def train_one(experiment: ExperimentConfig, *, command: str, monitor: Monitor) -
         resolved = preparing.with_steps(single, data, monitor)
         check_rungs(resolved, data.split("select"))
         preparing.write_head(folder, single, data, command)
-        with Lease(folder.lease_file), runner.session(resolved, folder, data, monitor) as running:
+        with (
+            Lease(folder.lease_file),
+            copied(folder, resolved, monitor, new=is_new),
+            runner.session(resolved, folder, data, monitor) as running,
+        ):
             states = running.states or {TRAINED: TrialState(TRAINED, 0, {})}
             state = states[TRAINED]
             if not running.states:
