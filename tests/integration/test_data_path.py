@@ -61,7 +61,7 @@ def test_a_stream_flows_while_every_cpu_is_held_and_its_errors_are_ours(tiny_bas
                 assert all(np.array_equal(ours.arrays[n], theirs.arrays[n]) for n in ours.arrays)
         stream.close()
         stream = begin(replace(source, index_file=f"{index}.old"))
-        with pytest.raises(DataError, match=r"index\.parquet\.old is gone: run") as raised:
+        with pytest.raises(DataError, match=r"index\.arrow\.old is gone: run") as raised:
             stream.step(0)
         assert type(raised.value) is DataError
         stream.close()
