@@ -25,8 +25,8 @@ import torch
 from packed_rows import write_split
 from train_step import experiment, write_model
 
+from raytune_vlm.collate.features import Features
 from raytune_vlm.config import ExperimentConfig
-from raytune_vlm.models.features import Features
 from raytune_vlm.models.loading import Base, load_base
 from raytune_vlm.packed.host import Host
 from raytune_vlm.packed.slot import Slot

@@ -7,9 +7,9 @@ import torch
 from made import experiment
 
 from raytune_vlm.collate.batch import PixelTable, collate
+from raytune_vlm.collate.features import Features
 from raytune_vlm.config.evaluation import EvaluationConfig
 from raytune_vlm.evaluate.generate import generate
-from raytune_vlm.models.features import Features
 from raytune_vlm.train.batches import TrainingData
 from raytune_vlm.train.run import Run
 from raytune_vlm.train.world import World
@@ -91,4 +91,6 @@ def test_answers_with_features_are_those_with_pixels(tiny_base, tiny_prompts):
 
 
 def test_a_model_that_takes_no_features_says_so(tiny_base):
-    assert "takes no features" in (Features(tiny_base("vision-encoder-decoder"), "cpu", MUCH).obstacle or "")
+    assert "takes no features" in (
+        Features(tiny_base("vision-encoder-decoder"), "cpu", MUCH).obstacle or ""
+    )

@@ -13,11 +13,11 @@ import torch
 
 from raytune_vlm.collate.batch import PixelTable, collate
 from raytune_vlm.collate.encoded import Encoded
+from raytune_vlm.collate.features import Features
 from raytune_vlm.collate.labels import structural_tokens
 from raytune_vlm.config.evaluation import EvaluationConfig
 from raytune_vlm.evaluate.scoring import Prediction
 from raytune_vlm.models.families import Family
-from raytune_vlm.models.features import Features
 from raytune_vlm.models.loading import Base
 
 

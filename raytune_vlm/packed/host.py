@@ -15,7 +15,7 @@ from typing import Literal
 
 import torch
 
-from raytune_vlm.models.features import drops
+from raytune_vlm.collate.features import drops
 from raytune_vlm.models.loading import Base
 from raytune_vlm.models.lora import unmixable
 from raytune_vlm.packed.routing import Share, routed

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import ray
 
+from raytune_vlm.config.sweep import MOST_SLOTS
 from raytune_vlm.sweep.jobs import Job
 
 IDLE = "idle"
@@ -35,6 +36,7 @@ class BoardState:
         self._queue: deque[Job] = deque()
         self._held: dict[str, dict[str, Job]] = {name: {} for name in executors}
         """Executor -> its jobs by their ids."""
+        self._most = MOST_SLOTS
         self._num_ended = 0
         self._stopped: set[str] = set()
         self._reports: dict[str, asyncio.Queue[dict[str, Any]]] = {}
@@ -74,7 +76,8 @@ class BoardState:
         ends = None if wait_s is None else time.monotonic() + wait_s
         while not (self._closed or self._halted) and self._asking[executor] is mine:
             alone = any(job.attempt > 1 for job in held.values())
-            if self._queue and not (held and (alone or self._queue[0].attempt > 1)):
+            full = len(held) >= self._most
+            if self._queue and not full and not (held and (alone or self._queue[0].attempt > 1)):
                 job = self._queue.popleft()
                 held[job.job_id] = job
                 return job
@@ -85,6 +88,10 @@ class BoardState:
             except TimeoutError:
                 return IDLE
         return None
+
+    async def limit_slots(self, most: int) -> None:
+        """Give no executor more jobs than these at once, from now on."""
+        self._most = most
 
     async def push(self, executor: str, job_id: str, progress: dict[str, Any]) -> Word:
         """Note an executor's progress; what it shall do."""

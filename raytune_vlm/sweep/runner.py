@@ -178,10 +178,12 @@ def _drive(
 ) -> SweepFolder:
     from raytune_vlm.report import build_report
     from raytune_vlm.sweep.decide import decide
+    from raytune_vlm.sweep.planning import find_slots
     from raytune_vlm.sweep.search import search
 
     with session(experiment, folder, data, monitor) as running:
         score_base(running)
+        find_slots(running)
         search(running)
         decide(running)
     build_report(folder.root)

@@ -108,7 +108,7 @@ def search(running: Session) -> None:
 
 def _places(experiment: ExperimentConfig) -> str:
     sweep = experiment.sweep
-    slots = f" of {sweep.slots} slots ({sweep.packing})" if sweep.slots > 1 else ""
+    slots = f" of {sweep.slots} slots ({sweep.packing})" if sweep.slots != 1 else ""
     return f"{sweep.num_executors} executors{slots}"
 
 

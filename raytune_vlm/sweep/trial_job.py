@@ -25,7 +25,7 @@ from raytune_vlm.sweep.evaluate_job import evaluate
 from raytune_vlm.sweep.jobs import Job
 
 if TYPE_CHECKING:
-    from raytune_vlm.models.features import Features
+    from raytune_vlm.collate.features import Features
     from raytune_vlm.packed.host import Outcome
     from raytune_vlm.sweep.worker import Worker
     from raytune_vlm.train.run import Run

@@ -19,6 +19,7 @@ import ray
 import ray.train
 
 from raytune_vlm.config.experiment import ExperimentConfig
+from raytune_vlm.config.sweep import MOST_SLOTS
 from raytune_vlm.errors import (
     AuditFailed,
     CheckpointError,
@@ -33,10 +34,11 @@ from raytune_vlm.sweep.board import IDLE, Word
 from raytune_vlm.sweep.evaluate_job import run_evaluate
 from raytune_vlm.sweep.heartbeat import Heartbeat
 from raytune_vlm.sweep.jobs import Job
+from raytune_vlm.sweep.planning import run_plan
 from raytune_vlm.sweep.trial_job import TrialJob, Turn
 
 if TYPE_CHECKING:
-    from raytune_vlm.models.features import Features
+    from raytune_vlm.collate.features import Features
     from raytune_vlm.sweep.life import Life
 
 _T = TypeVar("_T")
@@ -129,7 +131,9 @@ class Worker:
         self._lives: dict[str, Life] = {}
         """The trials in training, by their jobs' ids."""
         sweep = self.experiment.sweep
-        self._host = Host(self.base, sweep.packing) if sweep.slots > 1 else None
+        self._host = Host(self.base, sweep.packing) if sweep.slots != 1 else None
+        # Where it is to be found out, the board sees to it.
+        self._most = MOST_SLOTS if sweep.slots == "auto" else sweep.slots
         self._asked = self._looked = 0.0
         self._pushed: dict[str, float] = {}
         self._words: dict[str, Word] = {}
@@ -139,7 +143,7 @@ class Worker:
 
     def _features(self) -> Features | None:
         """What stands in for pixels, and why nothing does."""
-        from raytune_vlm.models.features import Features
+        from raytune_vlm.collate.features import Features
 
         train, device = self.experiment.train, self.world.device
         if not train.feature_cache_gb or self.backend.is_sharded(train):
@@ -168,7 +172,7 @@ class Worker:
     def _take(self) -> Job | str | None:
         """The next job for all ranks, if there is a slot for it; waits only where all are free."""
         now = time.monotonic()
-        if self._leaves or len(self._lives) >= self.experiment.sweep.slots:
+        if self._leaves or len(self._lives) >= self._most:
             return IDLE
         if self._lives and now - self._asked < PUSH_EVERY_S:
             return IDLE
@@ -198,6 +202,9 @@ class Worker:
 
         if job.kind == "evaluate":
             run_evaluate(self, job)
+            return None
+        if job.kind == "plan":
+            run_plan(self, job)
             return None
         turns = TrialJob(self, job).turns()
         run = next(turns, None)

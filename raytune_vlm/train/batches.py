@@ -10,12 +10,12 @@ from typing import Any, Literal
 import torch
 
 from raytune_vlm.collate.batch import PixelTable
+from raytune_vlm.collate.features import Features
 from raytune_vlm.collate.packed import SEGMENTS
 from raytune_vlm.collate.pixels import PixelMaker
 from raytune_vlm.collate.positions import with_positions
 from raytune_vlm.config.experiment import ExperimentConfig
 from raytune_vlm.errors import TrialInfeasible
-from raytune_vlm.models.features import Features
 from raytune_vlm.models.loading import Base
 from raytune_vlm.prepare.blank import blank_sample
 from raytune_vlm.prepare.feed import Arrays, CachedFeed, Collation, Feed, MicroBatch

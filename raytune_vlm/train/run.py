@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from raytune_vlm.collate.features import Features
 from raytune_vlm.config.experiment import ExperimentConfig, digest_of
 from raytune_vlm.config.train import WITHOUT_EFFECT
 from raytune_vlm.errors import (
@@ -29,7 +30,6 @@ from raytune_vlm.errors import (
 )
 from raytune_vlm.models.adapter_file import start_tensors
 from raytune_vlm.models.audit import check_merge, check_reload, last_logits
-from raytune_vlm.models.features import Features
 from raytune_vlm.models.loading import Base
 from raytune_vlm.models.lora import attach, detach, trainable_by_scope
 from raytune_vlm.prepare.feed import MicroBatch, Part
