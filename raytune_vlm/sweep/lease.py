@@ -8,6 +8,7 @@ import threading
 import time
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from raytune_vlm.errors import LeaseError
 from raytune_vlm.records import read_json, write_json
@@ -68,6 +69,15 @@ class Lease:
             "renewed": time.time(),
         }
         write_json(self._file, entry)
+
+
+def living_driver(file: Path) -> dict[str, Any] | None:
+    """The lease of a folder whose driver lives: its host, pid and last sign of life (`renewed`)."""
+    try:
+        held = read_json(file)
+    except FileNotFoundError:
+        return None
+    return held if _is_alive(held) else None
 
 
 def _is_alive(held: dict[str, object]) -> bool:

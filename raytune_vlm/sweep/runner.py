@@ -180,10 +180,14 @@ def _drive(
     from raytune_vlm.sweep.decide import decide
     from raytune_vlm.sweep.search import search
 
-    with session(experiment, folder, data, monitor) as running:
-        score_base(running)
-        search(running)
-        decide(running)
+    try:
+        with session(experiment, folder, data, monitor) as running:
+            score_base(running)
+            search(running)
+            decide(running)
+    except SweepInterrupted:
+        build_report(folder.root)  # what there is so far
+        raise
     build_report(folder.root)
     return folder
 
