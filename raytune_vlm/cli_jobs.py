@@ -6,6 +6,7 @@ of a cluster: its id or its sweep folder.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -66,7 +67,7 @@ def submit(
     there = check_paths(resolved, experiment, files)
     new = Submission(
         name=resolved.name,
-        folder=str(Path(resolved.storage_path) / resolved.name),
+        folder=os.path.normpath(Path(resolved.storage_path) / resolved.name),
         command=["sweep", there, *overrides, *_trusted(trust)],
         env={**stop_env(resolved.train.grace_s), **added},
         sent=files,
@@ -101,7 +102,7 @@ def resume_job(
 
     added = jobs.read_env(env)
     if folder.is_sweep_folder(target):
-        root, kept = str(Path(target).resolve()), jobs.stop_env(folder.grace_s(Path(target)))
+        root, kept = str(Path(target).absolute()), jobs.stop_env(folder.grace_s(Path(target)))
     else:
         with jobs.job_client(address) as client:
             before = jobs.find_job(client, target)

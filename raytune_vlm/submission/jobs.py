@@ -116,8 +116,10 @@ def job_client(address: str | None) -> Iterator[Any]:
     except RuntimeError as error:
         if isinstance(error, ConfigError | InfrastructureError):
             raise
-        lines = str(error).strip().splitlines()
-        raise InfrastructureError(f"{named}: {lines[0]} ... {lines[-1]}") from None
+        lines = dict.fromkeys(str(error).strip().splitlines())
+        first, *rest = lines  # the last line of a traceback of the server says most
+        what = " ... ".join([first, *rest[-1:]])
+        raise InfrastructureError(f"{named}: {what}") from None
 
 
 def submit(client: Any, new: Submission, say: Say) -> str:
@@ -159,7 +161,7 @@ def find_job(client: Any, target: str) -> Any:
     for job in jobs:
         if target in (job.submission_id, job.job_id):
             return job
-    folder = str(Path(target).resolve())
+    folder = str(Path(target).absolute())
     of_folder = [job for job in jobs if (job.metadata or {}).get(FOLDER_KEY) == folder]
     if of_folder:
         return max(of_folder, key=lambda job: job.start_time or 0)

@@ -10,11 +10,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
 import pytest
-from made import cli_command, cli_environment, run_cli
+from made import cli_environment, run_cli
 
 from raytune_vlm.records import SweepFolder, read_json_lines
 from raytune_vlm.train import checkpoint
@@ -24,46 +25,44 @@ pytestmark = [pytest.mark.integration, pytest.mark.slow]
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture
-def cluster(monkeypatch):
-    """A head node with its dashboard, on ports of its own; the address of its job server."""
+@contextmanager
+def head_node(monkeypatch, auth_mode):
+    """A head node with its dashboard, on ports of its own; gives the address of its job server."""
     temporary = tempfile.mkdtemp(prefix="rv-", dir="/tmp")  # sockets need a short path
     token = Path(temporary) / "token"
     token.write_text("0123456789abcdef" * 4)
-    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_MODE", auth_mode)
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     # The package may be installed from elsewhere, and jobs are not sent it.
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    port, dashboard, client = free_ports(3)
+    port, dashboard, client, agent = free_ports(4)
+    gcs = Path(temporary) / "gcs"  # on a disk, as in deploy/cluster.yaml
+    storage = {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": str(gcs)}
     head = subprocess.Popen(
         [
             "ray", "start", "--head", "--block", f"--port={port}",
             "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1",
             f"--dashboard-port={dashboard}", "--include-dashboard=true", "--num-cpus=2",
             f"--temp-dir={temporary}", "--disable-usage-stats",
-            f"--ray-client-server-port={client}",
+            f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={agent}",
         ],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        # As in deploy/cluster.yaml: what the GCS knows is on a disk.
-        env={
-            **cli_environment(),
-            "RAY_gcs_storage": "rocksdb",
-            "RAY_gcs_storage_path": f"{temporary}/gcs",
-        },
+        env={**cli_environment(), **storage},
     )  # fmt: skip
     ours = psutil.Process(head.pid)
     try:
-        wait_until(lambda: answers(dashboard), head, "the dashboard does not answer")
+        wait_until(lambda: answers(dashboard) and answers(agent), head, "no dashboard, no agent")
         yield f"http://127.0.0.1:{dashboard}"
-        assert list(Path(temporary, "gcs").glob("**/*.log"))
+        assert list(gcs.glob("**/*.log"))
     finally:
         started = ours.children(recursive=True) if head.poll() is None else []
-        head.terminate()
+        for process in [*started, head]:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
         head.wait(60)
-        for process in psutil.wait_procs(started, timeout=10)[1]:
-            process.kill()
+        psutil.wait_procs(started, timeout=60)
         shutil.rmtree(temporary, ignore_errors=True)
 
 
@@ -92,13 +91,20 @@ def num_scored(folder):
     return sum(row["event"] == "scored" for row in read_json_lines(folder / "ledger.jsonl"))
 
 
-def test_a_submitted_sweep_is_stopped_and_resumed_to_its_winner(
-    cluster, write_experiment, monkeypatch
-):
+def test_a_submitted_sweep_is_stopped_and_resumed_to_its_winner(write_experiment, monkeypatch):
+    with head_node(monkeypatch, "token") as cluster:
+        check_stop_and_resume(cluster, write_experiment)
+        monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+        refused = run_cli("status", "from-a-job", "--address", cluster, check=False)
+        assert refused.returncode == 2 and "RAY_AUTH_MODE=token" in refused.stderr
+
+
+def check_stop_and_resume(cluster, write_experiment):
     file, folder = write_experiment("from-a-job")
     work = file.parent
     address = ("--address", cluster)
-    said = run_cli("submit", file, *address, "--working-dir", work).stdout
+    # Long enough that it still searches when it is stopped.
+    said = run_cli("submit", file, "train.max_steps=30", *address, "--working-dir", work).stdout
     assert f"job from-a-job: its sweep folder is {folder}" in said
 
     assert re.search("from-a-job: (PENDING|RUNNING)", run_cli("status", folder, *address).stdout)
@@ -126,15 +132,35 @@ def test_a_submitted_sweep_is_stopped_and_resumed_to_its_winner(
 
     done = run_cli("status", "from-a-jbo", *address, check=False)
     assert done.returncode == 2 and "did you mean 'from-a-job'" in done.stderr
-    check_what_ray_itself_submits(cluster, file, work)
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    refused = run_cli("status", "from-a-job", *address, check=False)
-    assert refused.returncode == 2 and "RAY_AUTH_MODE=token" in refused.stderr
 
 
-def check_what_ray_itself_submits(cluster, file, work):
-    """`ray job submit` runs the same command; a relative storage folder is refused there."""
-    command = ["ray", "job", "submit", "--address", cluster, "--working-dir", str(work), "--"]
-    ours = [*cli_command("prepare", file.name), "storage_path=runs"]
-    done = subprocess.run([*command, *ours], capture_output=True, text=True, env=cli_environment())
-    assert "storage_path runs: is relative" in done.stdout and "exit code 2" in done.stdout
+def test_without_tokens_and_by_ray_s_own_command(write_experiment, monkeypatch):
+    """A job's status is that of its driver; a storage folder that Ray deletes is refused there."""
+    file, _ = write_experiment()
+    with head_node(monkeypatch, "disabled") as cluster:
+        arguments = (file, "model.name=dmeo", "--address", cluster, "--working-dir", file.parent)
+        done = run_cli("submit", *arguments, "--follow", check=False)
+        assert done.returncode == 2 and "did you mean 'demo'" in done.stdout
+
+        ours = ["python", "-m", "raytune_vlm", "sweep", file.name, "storage_path=runs"]
+        done = subprocess.run(
+            [
+                "ray",
+                "job",
+                "submit",
+                "--address",
+                cluster,
+                "--working-dir",
+                file.parent,
+                "--",
+                *ours,
+            ],
+            capture_output=True,
+            text=True,
+            env=cli_environment(),
+        )
+        assert "storage_path runs: is relative" in done.stdout and "exit code 2" in done.stdout
+        assert (
+            "asks for no token; only users"
+            in run_cli("doctor", "--address", cluster, check=False).stdout
+        )
