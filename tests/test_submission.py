@@ -15,6 +15,7 @@ from made import experiment, run_cli
 from raytune_vlm.errors import ConfigError
 from raytune_vlm.submission import folder, jobs
 from raytune_vlm.submission.working_dir import check_paths, count_sent
+from raytune_vlm.sweep.cluster import interruptible
 from raytune_vlm.sweep.preparing import located
 
 SECRET = "hf_" + "a1B2" * 8
@@ -155,6 +156,17 @@ def test_only_a_living_driver_of_this_machine_is_stopped(sweep_folder):
     lease(sweep_folder, 1, renewed=0)
     with pytest.raises(ConfigError, match="gave no sign of life"):
         folder.stop(sweep_folder, print)
+
+
+def test_a_driver_that_a_script_started_in_the_background_is_stopped_too():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as `&` leaves it
+    try:
+        with pytest.raises(KeyboardInterrupt), interruptible():
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_driver_is_asked_and_waited_for(sweep_folder):

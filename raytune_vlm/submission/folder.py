@@ -13,7 +13,7 @@ from typing import Any
 from raytune_vlm.errors import ConfigError, InfrastructureError
 from raytune_vlm.monitor import Say
 from raytune_vlm.records import SweepFolder, read_json, read_json_lines
-from raytune_vlm.sweep.lease import EXPIRES_AFTER_S, living_driver
+from raytune_vlm.sweep.lease import EXPIRES_AFTER_S, driver_of
 
 POLL_S = 0.2
 
@@ -35,7 +35,7 @@ def grace_s(root: Path) -> float:
 def status_lines(root: Path) -> list[str]:
     """Who drives the sweep, how many trials have ended how, and the result, if there is one."""
     folder = SweepFolder(root)
-    driver = living_driver(folder.lease_file)
+    driver = driver_of(folder.lease_file)
     if driver is not None:
         ago = max(0, time.time() - driver["renewed"])
         state = f"driven by process {driver['pid']} on {driver['host']}, seen {ago:.0f} s ago"
@@ -90,7 +90,7 @@ def stop(root: Path, say: Say) -> None:
         If the driver does not end.
     """
     folder = SweepFolder(root)
-    driver = living_driver(folder.lease_file)
+    driver = driver_of(folder.lease_file)
     if driver is None:
         raise ConfigError(f"{root}: nothing drives it; `raytune-vlm resume {root}` goes on")
     pid, host = int(driver["pid"]), driver["host"]
@@ -109,7 +109,7 @@ def stop(root: Path, say: Say) -> None:
     os.kill(pid, signal.SIGTERM)
     say(f"process {pid}: asked to stop; executors have {grace:g} s to save where they are")
     end = time.monotonic() + grace + STOP_MARGIN_S
-    while living_driver(folder.lease_file) is not None:
+    while driver_of(folder.lease_file) is not None:
         if time.monotonic() > end:
             raise InfrastructureError(
                 f"process {pid} has not ended; `kill -9 {pid}` costs the steps since the last "

@@ -61,18 +61,30 @@ def ray_session(experiment: ExperimentConfig) -> Iterator[None]:
         log_to_driver=False,
         **local,
     )
+    try:
+        with interruptible():
+            _check_resources(experiment, ray.cluster_resources())
+            yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """SIGTERM does what Ctrl-C does, and Ctrl-C does it also where the shell had it ignored.
+
+    A script's `&` leaves SIGINT ignored, to everything that is started so: a job's driver, too, if
+    its cluster was.
+    """
     previous = {kind: signal.getsignal(kind) for kind in (signal.SIGTERM, signal.SIGINT)}
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     if previous[signal.SIGINT] == signal.SIG_IGN:
-        # As a script's `&` leaves it, also for jobs of a cluster that was started so.
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        _check_resources(experiment, ray.cluster_resources())
         yield
     finally:
         for kind, handler in previous.items():
             signal.signal(kind, handler)
-        ray.shutdown()
 
 
 def check_storage(storage_path: str) -> None:

@@ -36,7 +36,7 @@ class Lease:
     def __enter__(self) -> Lease:
         if self._file.exists():
             held = read_json(self._file)
-            if _is_alive(held):
+            if driver_of(self._file) is not None:
                 since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(held["renewed"]))
                 raise LeaseError(
                     f"{self._file.parent} is driven by process {held['pid']} on {held['host']} "
@@ -71,8 +71,8 @@ class Lease:
         write_json(self._file, entry)
 
 
-def living_driver(file: Path) -> dict[str, Any] | None:
-    """The lease of a folder whose driver lives: its host, pid and last sign of life (`renewed`)."""
+def driver_of(file: Path) -> dict[str, Any] | None:
+    """Host, pid, fence and time of the process that holds a lease; None if none lives."""
     try:
         held = read_json(file)
     except FileNotFoundError:
