@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import http.server
 import re
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -90,13 +92,13 @@ def test_tokens_missing_open_and_readable(home, monkeypatch):
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     (found,) = doctor.check_token()
     assert found.level == "problem" and "ray get-auth-token" in found.remedy
+    ray = Path(sys.executable).with_name("ray")
+    subprocess.run([ray, "get-auth-token", "--generate"], check=True, capture_output=True)
     token = home / ".ray" / "auth_token"
-    token.parent.mkdir()
-    token.write_text("secret-value")
-    token.chmod(0o644)
+    token.chmod(0o644)  # as Ray leaves it where the umask is 022
     found = list(doctor.check_token())
     assert levels(found) == ["ok", "warning"] and f"chmod 600 {token}" in found[1].remedy
-    assert "secret-value" not in str(found)
+    assert token.read_text() not in str(found)
     token.chmod(0o600)
     monkeypatch.delenv("RAY_AUTH_MODE")
     assert levels(doctor.check_token()) == ["ok"]  # `ray start` takes a token that is there
