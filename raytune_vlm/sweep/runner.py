@@ -27,7 +27,7 @@ from raytune_vlm.sweep.detect import base_scores
 from raytune_vlm.sweep.folder_copy import copied
 from raytune_vlm.sweep.jobs import Job, PreparedBenchmark
 from raytune_vlm.sweep.lease import Lease
-from raytune_vlm.sweep.ledger import Ledger, TrialState, replay
+from raytune_vlm.sweep.ledger import Ledger, TrialState, num_ended, replay
 from raytune_vlm.sweep.preparing import (
     located,
     plan_of,
@@ -181,11 +181,18 @@ def _drive(
     from raytune_vlm.sweep.planning import find_slots
     from raytune_vlm.sweep.search import search
 
-    with session(experiment, folder, data, monitor) as running:
-        score_base(running)
-        find_slots(running)
-        search(running)
-        decide(running)
+    try:
+        with session(experiment, folder, data, monitor) as running:
+            score_base(running)
+            find_slots(running)
+            search(running)
+            decide(running)
+    except (SweepInterrupted, KeyboardInterrupt) as stop:
+        build_report(folder.root)  # what there is so far
+        if isinstance(stop, SweepInterrupted):
+            raise
+        ended = num_ended(replay(folder.ledger_file))
+        raise interrupted(folder, ended, experiment.sweep.num_trials) from None
     build_report(folder.root)
     return folder
 
