@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 
 from raytune_vlm.collate.features import drops
+from raytune_vlm.errors import first_line
 from raytune_vlm.models.loading import Base
 from raytune_vlm.models.lora import unmixable
 from raytune_vlm.packed.routing import Share, routed
@@ -112,7 +113,6 @@ class Host:
 
     def _pack_fewer(self, count: int, error: Exception) -> None:
         """A trial is to blame only for what it does alone."""
-        line = (str(error).strip() or repr(error)).splitlines()[0]
         if isinstance(error, torch.OutOfMemoryError):
             self._together, what = (count + 1) // 2 if count > 2 else 1, "out of memory"
             if torch.cuda.is_available():
@@ -120,7 +120,8 @@ class Host:
         else:
             self._together, what = 1, type(error).__name__
         self.notes.append(
-            f"{what} with {count} slots at once: {self._together} from here on ({line})"
+            f"{what} with {count} slots at once: {self._together} from here on "
+            f"({first_line(error)})"
         )
 
     def _gradients(self, slots: Sequence[Slot]) -> list[Sums]:

@@ -28,6 +28,7 @@ from raytune_vlm.errors import (
     StorageFull,
     TrialDiverged,
     TrialInfeasible,
+    first_line,
 )
 from raytune_vlm.records import DataManifest, SweepFolder, write_text
 from raytune_vlm.sweep.board import IDLE, Word
@@ -277,8 +278,7 @@ class Worker:
             trial = self.folder.trial(job.trial_id)
             if self.world.rank == 0 and not isinstance(error, RaytuneVlmError):
                 write_text(trial.root / "error.txt", "".join(traceback.format_exception(error)))
-            message = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-            self.report(job, {"failed": kind, "message": message, "done": True})
+            self.report(job, {"failed": kind, "message": first_line(error), "done": True})
             self._words[job.job_id] = "stop"  # also where its node is about to go
             return None
 

@@ -24,6 +24,7 @@ from raytune_vlm.collate.encoded import Encoded
 from raytune_vlm.config.experiment import ExperimentConfig
 from raytune_vlm.config.lora import LoraConfig
 from raytune_vlm.config.train import TrainConfig
+from raytune_vlm.errors import first_line
 from raytune_vlm.models.families import Family
 from raytune_vlm.models.image_backends import image_backend
 from raytune_vlm.models.loading import load_processor, meta_model
@@ -115,7 +116,7 @@ def predict(experiment: ExperimentConfig, samples: Sequence[Encoded] | None = No
     try:
         peak = _peak_of_passes(adapted, _batch(experiment, samples, processor, family), experiment)
     except RuntimeError as error:  # shapes that hang on the weights: experts, perhaps
-        obstacle = (str(error).strip() or repr(error)).splitlines()[0]
+        obstacle = first_line(error)
     else:
         # A layer in 4 bits is unpacked while it is used.
         peak += max((p.nbytes for p in packed), default=0)

@@ -27,6 +27,7 @@ from raytune_vlm.errors import (
     ModelError,
     TrialDiverged,
     TrialInfeasible,
+    first_line,
 )
 from raytune_vlm.models.adapter_file import start_tensors
 from raytune_vlm.models.audit import check_merge, check_reload, last_logits
@@ -182,7 +183,7 @@ class Run:
             self._update(rows, sums.loss, norm, finite=finite)
         except torch.OutOfMemoryError as error:
             raise TrialInfeasible(
-                f"out of memory in the update of step {self.steps_done + 1}: {_first_line(error)}"
+                f"out of memory in the update of step {self.steps_done + 1}: {first_line(error)}"
             ) from None
         return self.measure.metrics(
             rows,
@@ -280,7 +281,7 @@ class Run:
                 total += summed.detach()
             sums.loss = float(total)
         except torch.OutOfMemoryError as error:
-            failure, sums.out_of_memory = _first_line(error), 1.0
+            failure, sums.out_of_memory = first_line(error), 1.0
         if failure is not None and self._is_sharded:
             self._leave(failure)
         return sums, failure
@@ -400,7 +401,3 @@ class Run:
             self.measure.close()
             self.layers.restore()
             self._base.model, self.is_attached = detach(self.model), False
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or repr(error)).splitlines()[0]
