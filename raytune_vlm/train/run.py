@@ -2,10 +2,6 @@
 
 The caller owns the loop: `run.step()` does one optimizer step, `run.save()` a checkpoint,
 `run.close()` takes the adapter off and leaves the base as it was, ready for the next trial.
-
-    run = Run(base, split, experiment, world, data_digest=digest)
-    while run.steps_done < experiment.train.max_steps:
-        metrics = run.step()
 """
 
 from __future__ import annotations
