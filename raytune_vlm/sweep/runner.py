@@ -241,7 +241,8 @@ class Scoring:
     def trial_id(self) -> str:
         """Whose folder the scores go to."""
         if self.served is not None:
-            return f"served-{re.sub(r'[^A-Za-z0-9._-]+', '-', self.served.model)}"
+            name = re.sub(r"[^A-Za-z0-9._-]+", "-", self.served.model).strip("-.")
+            return f"served-{name}"
         if self.adapter is not None:
             return f"adapter-{self.adapter.name}"
         return self.trial.trial_id if self.trial else BASE_TRIAL
