@@ -62,8 +62,9 @@ def validate(
     from raytune_vlm.config.loader import render
     from raytune_vlm.models.location import check_model
     from raytune_vlm.prepare.sizes import noted_sizes
+    from raytune_vlm.records import SweepFolder
     from raytune_vlm.sweep.budget import planner_line
-    from raytune_vlm.sweep.detect import detectable_lines
+    from raytune_vlm.sweep.detect import detectable_lines, pilot_scores
     from raytune_vlm.train.packages import check_packages, check_searcher
 
     resolved = _load(experiment, overrides, trust)
@@ -84,7 +85,8 @@ def validate(
         f"({family.model_type}), {resolved.sweep.num_trials} trials of up to "
         f"{length}, {resolved.metric} scored at steps {scored}"
     )
-    for line in detectable_lines(resolved, noted_sizes(resolved)):
+    folder = SweepFolder(Path(resolved.storage_path) / resolved.name)
+    for line in detectable_lines(resolved, noted_sizes(resolved), pilot_scores(resolved, folder)):
         click.echo(f"as last prepared, {line}")
     click.echo(planner_line(resolved))
     for note in resolved.sweep.notes():

@@ -5,6 +5,7 @@ prepare -> executors -> Ray Tune (proxies, Optuna, scheduler) -> decide -> repor
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
 import time
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from raytune_vlm.config.experiment import ExperimentConfig
+from raytune_vlm.config.server import ServedModel
 from raytune_vlm.errors import ConfigError, DataError, EvaluationError, SweepInterrupted
 from raytune_vlm.models.trust import with_trust
 from raytune_vlm.monitor import Monitor
@@ -23,7 +25,7 @@ from raytune_vlm.prepare.prepare import (
 )
 from raytune_vlm.records import BASE_TRIAL, SweepFolder, read_json
 from raytune_vlm.sweep.cluster import ray_session
-from raytune_vlm.sweep.detect import base_scores
+from raytune_vlm.sweep.detect import pilot_scores
 from raytune_vlm.sweep.folder_copy import copied
 from raytune_vlm.sweep.jobs import Job, PreparedBenchmark
 from raytune_vlm.sweep.lease import Lease
@@ -97,7 +99,7 @@ def run_sweep(experiment: ExperimentConfig, *, command: str, monitor: Monitor) -
         require_splits(data, "select", "report")
         resolved = with_steps(experiment, data, monitor)
         check_rungs(resolved, data.split("select"))
-        say_detectable(resolved, data, monitor)
+        say_detectable(resolved, data, monitor, pilot_scores(resolved, folder))
         prepare_guard(experiment, monitor)
         write_head(folder, experiment, data, command)
         with Lease(folder.lease_file), copied(folder, resolved, monitor, new=True):
@@ -135,7 +137,7 @@ def resume_sweep(root: Path, *, monitor: Monitor, trust: str | None = None) -> S
                 f"{data.manifest.digest}): its trials could not be compared; start a new sweep"
             )
         resolved = with_steps(experiment, data, monitor)
-        say_detectable(resolved, data, monitor, base_scores(folder))
+        say_detectable(resolved, data, monitor, pilot_scores(resolved, folder))
         prepare_guard(experiment, monitor)
         with copied(folder, resolved, monitor, new=False):
             return _drive(resolved, folder, data, monitor)
@@ -241,10 +243,15 @@ class Scoring:
     """What is asked instead of the experiment's own split; `split` is its name."""
     adapter: Path | None = None
     """A PEFT adapter on the base model, instead of a trial."""
+    served: ServedModel | None = None
+    """Who answers in the place of an executor."""
 
     @property
     def trial_id(self) -> str:
         """Whose folder the scores go to."""
+        if self.served is not None:
+            name = re.sub(r"[^A-Za-z0-9._-]+", "-", self.served.model).strip("-.")
+            return f"served-{name}"
         if self.adapter is not None:
             return f"adapter-{self.adapter.name}"
         return self.trial.trial_id if self.trial else BASE_TRIAL
