@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from raytune_vlm import __version__
+from raytune_vlm.cli_control import control
 from raytune_vlm.cli_data import TRUST, data
 from raytune_vlm.cli_evaluate import evaluate
 from raytune_vlm.errors import ConfigError, RaytuneVlmError
@@ -43,6 +44,7 @@ def cli() -> None:
     """
 
 
+cli.add_command(control)
 cli.add_command(data)
 cli.add_command(evaluate)
 

@@ -19,8 +19,9 @@ from raytune_vlm.sweep.jobs import Job
 IDLE = "idle"
 """What `take` gives when there was nothing to do for a while; ask again."""
 
-Word = Literal["", "stop", "close"]
-"""What an executor is told: go on; drop this job; the run ends, save where you are."""
+Word = Literal["", "stop", "pause", "close"]
+"""What an executor is told: go on; drop this job; leave it, but save where you are; the run ends,
+save where you are."""
 
 
 class BoardState:
@@ -33,6 +34,8 @@ class BoardState:
         self._held: dict[str, Job] = {}
         self._num_ended = 0
         self._stopped: set[str] = set()
+        self._paused: set[str] = set()
+        self._again: dict[str, Job] = {}
         self._reports: dict[str, asyncio.Queue[dict[str, Any]]] = {}
         self._progress: dict[str, dict[str, Any]] = {}
         self._seen = {name: time.monotonic() for name in executors}
@@ -49,6 +52,13 @@ class BoardState:
         if not self._alive:
             self._fail(job, "no executor is alive")
             return
+        if job.job_id in self._paused | self._stopped:
+            return  # asked for while its proxy was starting
+        if any(held.job_id == job.job_id for held in self._held.values()):
+            # Whoever has it has not left it yet: two must not train one trial.
+            self._again[job.job_id] = job
+            return
+        self._queue = deque(other for other in self._queue if other.job_id != job.job_id)
         self._queue.append(job)
         self._changed.set()
 
@@ -83,6 +93,8 @@ class BoardState:
         self._progress[executor] = {"job_id": job_id, **progress}
         if job_id in self._stopped:
             return "stop"
+        if job_id in self._paused:
+            return "pause"
         return "close" if self._closed or self._halted else ""
 
     async def report(self, job_id: str, report: dict[str, Any]) -> None:
@@ -99,6 +111,9 @@ class BoardState:
         self._progress.pop(executor, None)
         self._moved.add(executor)
         self._num_ended += held is not None and held.kind == "trial"
+        if job_id in self._again:
+            self._queue.append(self._again.pop(job_id))
+            self._changed.set()
 
     async def hand_back(self, executor: str, message: str) -> None:
         """The executor leaves its node and has saved the job: nobody's failure."""
@@ -106,7 +121,7 @@ class BoardState:
         self._moved.add(executor)
         self._notes.append(f"{executor}: {message}")
         held = self._held.pop(executor, None)
-        if held is not None and held.job_id not in self._stopped:
+        if held is not None and held.job_id not in self._stopped | self._paused:
             self._queue.appendleft(held)
             self._changed.set()
 
@@ -117,7 +132,18 @@ class BoardState:
     async def stop(self, job_id: str) -> None:
         """Ask the executor of a job to stop at its next step; take it down if nobody has it."""
         self._stopped.add(job_id)
+        self._again.pop(job_id, None)
         self._queue = deque(job for job in self._queue if job.job_id != job_id)
+
+    async def pause(self, job_id: str) -> None:
+        """Let the executor of a job save it and leave it; nobody gets it until `unpause`."""
+        self._paused.add(job_id)
+        self._again.pop(job_id, None)
+        self._queue = deque(job for job in self._queue if job.job_id != job_id)
+
+    async def unpause(self, job_id: str) -> None:
+        """A job may be put up again; who has not left it yet goes on with it."""
+        self._paused.discard(job_id)
 
     async def abandon(self, executor: str, message: str) -> None:
         """An executor is gone for good; its job goes to another one, or fails."""
@@ -200,7 +226,7 @@ class BoardState:
         self._changed.set()
 
     def _retry(self, job: Job, message: str) -> None:
-        if job.job_id in self._stopped:
+        if job.job_id in self._stopped | self._paused:
             return
         if job.attempt > self._max_failures:
             self._fail(job, f"{message} (attempt {job.attempt})")

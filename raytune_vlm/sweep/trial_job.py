@@ -87,6 +87,8 @@ class TrialJob:
         self.notes += [f"checkpoint passed over: {message}" for message in damaged]
         if folder is not None:
             run.restore(folder)
+        elif self.job.origin is not None:
+            self._start_as_clone(run, self.job.origin)
         for entry in self.folder.scores("select"):
             self.scored[entry.step] = entry.metrics[self.experiment.metric].value
         if self.worker.world.rank == 0:
@@ -94,9 +96,24 @@ class TrialJob:
                 kept = [row for row in read_json_lines(file) if row["step"] <= run.steps_done]
                 write_text(file, "".join(json.dumps(row) + "\n" for row in kept))
 
+    def _start_as_clone(self, run: Any, origin: dict[str, Any]) -> None:
+        before = self.worker.experiment.with_recipe(origin["recipe"]).lora
+        told = run.start_from(self.folder.origin, before, origin["step"])
+        self.notes.append(
+            "; ".join(
+                [
+                    f"starts from {origin['parent']} at step {origin['step']}",
+                    *told,
+                    "optimizer state is fresh",
+                ]
+            )
+        )
+
     def _rungs(self, run: Any) -> bool:
         """Whether the last rung was reached (False: asked to stop, or paused)."""
         for rung in self.experiment.rungs:
+            if self.job.origin is not None and rung <= self.job.origin["step"]:
+                continue
             if run.steps_done <= rung and not self._train_to(run, rung):
                 return False
             scores = self._scores(run, rung)

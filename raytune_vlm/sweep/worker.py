@@ -116,9 +116,9 @@ class Worker:
         }
         self.rows = {name: self.splits[name].fixed_choice(limit) for name, limit in limits.items()}
         self._pushed = self._looked = 0.0
-        self.word: Literal["", "stop", "close", "leave"] = ""
-        """What this worker was told last: go on; drop the job; the run ends; the node is about to
-        go. The same on all ranks."""
+        self.word: Literal["", "stop", "pause", "close", "leave"] = ""
+        """What this worker was told last: go on; drop the job; save it and leave it; the run ends;
+        the node is about to go. The same on all ranks."""
 
     def work(self) -> None:
         """Rank 0 takes jobs for all ranks, until there are no more or a node is about to go."""
