@@ -41,7 +41,7 @@ SPACE = {
 def config(**sweep):
     scheduler = {"type": "halving", "grace_period": 2, "reduction_factor": 2}
     plain = {"num_trials": 4, "search_space": SPACE, "scheduler": scheduler, **sweep}
-    return experiment(train={"max_steps": 8}, sweep=plain)
+    return experiment(train={"max_steps": 8, "warmup_steps": 1}, sweep=plain)
 
 
 def trials(**changes):

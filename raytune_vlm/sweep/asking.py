@@ -96,14 +96,13 @@ def status(folder: SweepFolder) -> list[str]:
         changed = ", ".join(f"sweep.{key}={value}" for key, value in limits.items())
         lines.append(f"changed by hand: {changed}")
     last = {row["trial_id"]: row["event"] for row in rows if row.get("trial_id") is not None}
-    states = replay(folder.ledger_file)
-    return lines + [
-        f"{state.trial_id}  {', '.join(_words(state, last.get(state.trial_id, '')))}"
-        for state in states.values()
-    ]
+    for trial_id, state in replay(folder.ledger_file).items():
+        words = _words(state, last.get(trial_id), driver is not None)
+        lines.append(f"{trial_id}  {', '.join(words)}")
+    return lines
 
 
-def _words(state: TrialState, last_event: str) -> list[str]:
+def _words(state: TrialState, last_event: str | None, is_driven: bool) -> list[str]:
     """What there is to say of a trial."""
     step = max(state.scored, default=0)
     if state.ended is not None:
@@ -113,7 +112,8 @@ def _words(state: TrialState, last_event: str) -> list[str]:
     elif last_event == "paused":
         words = [f"waits at step {step}"]
     else:
-        words = ["running" + (f" past step {step}" if step else "")]
+        now = "running" if is_driven else "interrupted"
+        words = [now + (f" past step {step}" if step else "")]
     if state.pinned and state.ended is None:
         words.append("pinned")
     if state.stop_asked and state.ended is None:

@@ -77,11 +77,16 @@ class Desk(tune.Callback):
             self._take(taken)
             taken.unlink()
 
-    def _take(self, file: Path) -> None:
+    def _read(self, file: Path) -> Request | None:
         try:
-            request = Request(**read_json(file))
+            return Request(**read_json(file))
         except (ValueError, TypeError) as error:
             self._running.monitor.say(f"control: {file.name} is no request: {error}")
+            return None
+
+    def _take(self, file: Path) -> None:
+        request = self._read(file)
+        if request is None:
             return
         try:
             self._carry_out(request, self._answer(request))
@@ -172,8 +177,8 @@ class Desk(tune.Callback):
         """Requests that an earlier life of the sweep took, and ended before it answered."""
         known = {row.get("request") for row in events(self._running.folder.ledger_file)}
         for file in sorted(self._folder.glob("*.taken")):
-            request = Request(**read_json(file))
-            if request.request_id not in known:
+            request = self._read(file)
+            if request is not None and request.request_id not in known:
                 message = "the driver ended before it was done; ask again"
                 self._write(request, accepted=False, message=message)
             file.unlink()
