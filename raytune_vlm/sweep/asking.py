@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 from raytune_vlm.errors import ConfigError
@@ -27,7 +28,8 @@ def ask(folder: SweepFolder, request: Request, *, within_s: float = TAKEN_WITHIN
         If the driver refuses, or there is none, or it does not take requests now.
     """
     check_sweep(folder)
-    _check_driver(folder)
+    if folder.result_file.exists() or driver_of(folder.lease_file) is None:
+        raise _without_driver(folder)
     file = request.write(folder.control)
     ends = time.monotonic() + within_s
     while True:
@@ -37,18 +39,25 @@ def ask(folder: SweepFolder, request: Request, *, within_s: float = TAKEN_WITHIN
             if not row["accepted"]:
                 raise ConfigError(f"refused: {row['message']}")
             return str(row["message"])
-        if driver is None or late:
-            withdrawn = file.exists()
+        if driver is None:
             file.unlink(missing_ok=True)
-            if driver is None:
-                _check_driver(folder)
-            if withdrawn:
-                raise ConfigError(
-                    f"the driver (process {driver['pid']} on {driver['host']}) did not take the "
-                    f"request within {within_s:.0f} s, so it was withdrawn: requests are taken "
-                    "while trials are trained, not while data is prepared or the winner is chosen"
-                )
+            raise _without_driver(folder)
+        if late and _withdrawn(file):
+            raise ConfigError(
+                f"the driver did not take the request within {within_s:.0f} s, so it was "
+                "withdrawn: requests are taken while trials are trained, not while data is "
+                "prepared or the winner is chosen"
+            )
         time.sleep(POLL_S)
+
+
+def _withdrawn(file: Path) -> bool:
+    """Take a request back; False if the driver has taken it."""
+    try:
+        file.unlink()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def check_sweep(folder: SweepFolder) -> None:
@@ -57,14 +66,13 @@ def check_sweep(folder: SweepFolder) -> None:
         raise ConfigError(f"{folder.root} is not a sweep folder: it has no experiment.json")
 
 
-def _check_driver(folder: SweepFolder) -> None:
+def _without_driver(folder: SweepFolder) -> ConfigError:
     if folder.result_file.exists():
-        raise ConfigError(f"{folder.root} has ended: its winner is chosen")
-    if driver_of(folder.lease_file) is None:
-        raise ConfigError(
-            f"no driver is at work in {folder.root}; `raytune-vlm resume {folder.root}` continues "
-            "the sweep, then ask again"
-        )
+        return ConfigError(f"{folder.root} has ended: its winner is chosen")
+    return ConfigError(
+        f"no driver is at work in {folder.root}; `raytune-vlm resume {folder.root}` continues "
+        "the sweep, then ask again"
+    )
 
 
 def _answer(folder: SweepFolder, request: Request) -> dict[str, Any] | None:
