@@ -89,7 +89,7 @@ def proxy_resources() -> Any:
 def _check_resources(experiment: ExperimentConfig, there: dict[str, float]) -> None:
     train = experiment.train
     workers = experiment.sweep.num_executors * train.num_workers
-    light = PROXY_CPUS * experiment.sweep.num_executors
+    light = PROXY_CPUS * experiment.sweep.at_once
     asked = {"CPU": workers * train.cpus_per_worker + light, "GPU": workers * train.gpus_per_worker}
     for kind, amount in asked.items():
         if amount > there.get(kind, 0):

@@ -66,7 +66,7 @@ def search(running: Session) -> None:
     running.monitor.say(planner_line(experiment))
     running.monitor.say(
         f"sweep: {num_left(running)} trials of up to {experiment.train.max_steps} steps on "
-        f"{experiment.sweep.num_executors} executors, scored at {list(experiment.rungs)}"
+        f"{_places(experiment)}, scored at {list(experiment.rungs)}"
     )
     tuner = tune.Tuner(
         tune.with_resources(Proxy, proxy_resources()),
@@ -116,7 +116,13 @@ def build_turns(running: Session, searcher: OptunaSearcher, closing: Closing) ->
     if isinstance(experiment.sweep.scheduler, HalvingScheduler):
         return Halving(Rule.of(experiment), states, running.ledger, end)
     scheduler = build_scheduler(experiment, states)
-    return RayRule(scheduler, states, experiment.sweep.num_executors, end)
+    return RayRule(scheduler, states, experiment.sweep.at_once, end)
+
+
+def _places(experiment: ExperimentConfig) -> str:
+    sweep = experiment.sweep
+    slots = f" of {sweep.slots} slots ({sweep.packing})" if sweep.slots > 1 else ""
+    return f"{sweep.num_executors} executors{slots}"
 
 
 def build_searcher(running: Session, closing: Closing) -> OptunaSearcher:

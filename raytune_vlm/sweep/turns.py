@@ -176,11 +176,11 @@ class RayRule(Turns):
         self,
         scheduler: TrialScheduler,
         states: Mapping[str, TrialState],
-        num_executors: int,
+        at_once: int,
         end: End,
     ) -> None:
         super().__init__(states, end)
-        self._scheduler, self._num_executors = scheduler, num_executors
+        self._scheduler, self._at_once = scheduler, at_once
 
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
         """Passed on."""
@@ -194,7 +194,7 @@ class RayRule(Turns):
     def next_by_rule(self, states: Collection[TrialState]) -> Action:
         """New trials while executors are free."""
         running = sum(state.ended is None and not state.held for state in states)
-        if running >= self._num_executors:
+        if running >= self._at_once:
             return Action("wait")
         if not self._end.is_exhausted():
             return Action("start")

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 
 from raytune_vlm.config.experiment import ExperimentConfig, digest_of
-from raytune_vlm.config.lora import LoraConfig
 from raytune_vlm.config.train import WITHOUT_EFFECT
 from raytune_vlm.errors import (
     CheckpointError,
@@ -39,7 +38,7 @@ from raytune_vlm.train import checkpoint, random_state
 from raytune_vlm.train.auditor import Auditor
 from raytune_vlm.train.backends import BACKENDS
 from raytune_vlm.train.batches import Batches, MicroBatchLimit, TrainingData
-from raytune_vlm.train.layers import change_layers
+from raytune_vlm.train.layers import RecomputedLayers
 from raytune_vlm.train.losses import summed_cross_entropy
 from raytune_vlm.train.measure import Measure
 from raytune_vlm.train.optimizer import parameter_groups
@@ -102,9 +101,11 @@ class Run:
         # Last, because from here on the base is wrapped until `close`.
         with self._whole(experiment.lora.reads_weights):
             self.model = attach(base.model, base.family, experiment.lora, seed=experiment.seed)
-        self._is_attached = True
+        self.is_attached = True
+        """Whether the adapter is on the base, or parked beside it (`packed.slot`)."""
         try:
-            self._restore_layers = change_layers(self.model, base.family, self.config)
+            self.layers = RecomputedLayers(self.model, base.family, self.config)
+            self.layers.change()
         except ModelError:
             base.model = detach(self.model)
             raise
@@ -118,8 +119,7 @@ class Run:
         self._backend = backend(self.model, optimizer, world, self.config)
         self._optimizer = self._backend.optimizer
         self._trained = [p for p in self.model.parameters() if p.requires_grad]
-        if starts := start_tensors(self.model):
-            # A decomposition of the weights may come out with other signs on another machine.
+        if starts := start_tensors(self.model):  # elsewhere singular vectors have other signs
             world.align([*self._trained, *starts])
         # Dropout must not depend on how many random numbers the initialisation drew.
         random_state.seed(experiment.seed * 1009 + world.rank)
@@ -374,10 +374,10 @@ class Run:
         if state.micro_batch is not None:
             self.batches.lower(MicroBatchLimit(**state.micro_batch))
 
-    def start_from(self, folder: Path, before: LoraConfig, step: int) -> list[str]:
+    def start_from(self, folder: Path, before: ExperimentConfig, step: int) -> list[str]:
         """Go on at a step from another recipe's adapter, optimizer fresh; what was changed."""
-        told = start_from(folder, self.model, self._base.family, before, self.experiment.lora)
-        self._world.align(self._trained)  # signs of singular vectors, as in `__init__`
+        told = start_from(folder, self.model, self._base.family, before.lora, self.experiment.lora)
+        self._world.align(self._trained)
         self.steps_done = step
         return told
 
@@ -390,10 +390,10 @@ class Run:
             self._take_off()
 
     def _take_off(self) -> None:
-        if self._is_attached:
+        if self.is_attached:
             self.measure.close()
-            self._restore_layers()
-            self._base.model, self._is_attached = detach(self.model), False
+            self.layers.restore()
+            self._base.model, self.is_attached = detach(self.model), False
 
 
 def _first_line(error: Exception) -> str:
