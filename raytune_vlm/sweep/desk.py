@@ -10,7 +10,7 @@ from typing import Any
 import ray
 from ray import tune
 
-from raytune_vlm.errors import CheckpointError, ConfigError
+from raytune_vlm.errors import CheckpointError, ConfigError, ModelError
 from raytune_vlm.records import read_json
 from raytune_vlm.sweep.closing import Closing
 from raytune_vlm.sweep.constraints import broken
@@ -89,9 +89,11 @@ class Desk(tune.Callback):
         if request is None:
             return
         try:
-            self._carry_out(request, self._answer(request))
-        except ConfigError as error:
-            self._write(request, accepted=False, message=error.message)
+            found = self._answer(request)
+        except (ConfigError, ModelError, OSError) as error:
+            self._write(request, accepted=False, message=str(error))
+        else:
+            self._carry_out(request, found)
 
     def _answer(self, request: Request) -> Answer:
         if request.command not in COMMANDS:

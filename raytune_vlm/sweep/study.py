@@ -174,11 +174,12 @@ class SweepStudy:
     def _replay(self, trials: list[TrialState]) -> None:
         """Ask and tell again what was asked and told, in the same order."""
         trials = [state for state in trials if state.origin is None]
+        places = {state.trial_id: place for place, state in enumerate(trials)}
         events = [(state.proposed_at, False, state) for state in trials]
         events += [(state.ended_at, True, state) for state in trials if state.ended is not None]
         for _, has_ended, state in sorted(events, key=lambda event: event[:2]):
             if not has_ended:
-                self._ask_again(state, trials.index(state))
+                self._ask_again(state, places[state.trial_id])
             elif asked := self._asked.pop(state.trial_id, None):
                 self._tell(asked, state, self._study)
 
