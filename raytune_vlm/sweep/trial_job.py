@@ -119,15 +119,10 @@ class TrialJob:
     def _start_as_clone(self, run: Run, origin: dict[str, Any]) -> None:
         before = self.worker.experiment.with_recipe(origin["recipe"])
         told = run.start_from(self.folder.origin, before, origin["step"])
-        self.notes.append(
-            "; ".join(
-                [
-                    f"starts from {origin['parent']} at step {origin['step']}",
-                    *told,
-                    "optimizer state is fresh",
-                ]
-            )
-        )
+        start = f"starts from {origin['parent']} at step {origin['step']}"
+        note = "; ".join([start, *told, "optimizer state is fresh"])
+        # At once: its next life, which goes on from a checkpoint, would not say it.
+        self.worker.report(self.job, {"notes": [note], "done": False})
 
     def _rungs(self, run: Run) -> Generator[Run, Turn, bool]:
         """Whether the last rung was reached (False: asked to stop, or paused)."""

@@ -93,7 +93,7 @@ class Turns(TrialScheduler):
         """What the rule says, unless a person said otherwise."""
         state = self._states[trial.config["trial_id"]]
         if "step" not in result:
-            # One of an earlier life came too late: the trial was paused at a rung instead.
+            # A note; or a pause of an earlier life, in which it was paused at a rung instead.
             is_now = result.get("held") == trial.config.get("life", 0)
             return TrialScheduler.PAUSE if is_now else TrialScheduler.CONTINUE
         if result["step"] in state.scored:
