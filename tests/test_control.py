@@ -163,7 +163,8 @@ def test_clones_take_no_proposal_and_are_told_to_the_file_only(tmp_path):
     for with_clone in (False, True):
         folder = tmp_path / str(with_clone)
         ledger, states = Ledger(folder / "ledger.jsonl"), {}
-        options = {"points_to_evaluate": [{"lora.rank": 2}], "searcher": {"type": "tpe"}}
+        points = [{"lora.rank": rank, "train.learning_rate": 1e-3} for rank in (4, 2)]
+        options = {"points_to_evaluate": points, "include_default": False}
         searcher = OptunaSearcher(config(**options), ledger, states, folder / "study.db", None)
         found = [searcher.suggest("a")["recipe"]]
         states["t0000"].scored[2] = {METRIC: 0.4}

@@ -138,6 +138,7 @@ class Desk(tune.Callback):
             self._searcher.add(running.states[row["clone"]["trial_id"]])
         elif request.command == "resume":
             ray.get(board.unpause.remote(trial_id))
+            self._turns.resume(str(trial_id))
         elif request.command in ("stop", "pause") and not self._turns.is_waiting(str(trial_id)):
             # The executor learns it from the board, the proxy by a report.
             if request.command == "stop":

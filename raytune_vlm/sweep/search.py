@@ -19,6 +19,7 @@ from ray.tune.schedulers import (
 
 from raytune_vlm.config.experiment import ExperimentConfig
 from raytune_vlm.config.sweep import AshaScheduler, HalvingScheduler, MedianScheduler
+from raytune_vlm.records import TrialRecord, write_json
 from raytune_vlm.report.formatting import recipe_value
 from raytune_vlm.sweep.budget import planner_line
 from raytune_vlm.sweep.closing import Closing, Limits, end_interrupted
@@ -284,6 +285,15 @@ class LedgerCallback(tune.Callback):
         self._running.ledger.append(
             state.ended, trial_id=trial_id, step=last, message=state.message, **verdict
         )
+        trial = self._running.folder.trial(trial_id)
+        if not trial.record_file.exists():  # no executor had it yet
+            most = self._experiment.train.max_steps
+            write_json(
+                trial.record_file,
+                TrialRecord(
+                    trial_id, state.number, state.recipe, state.ended, 0, most, state.message
+                ),
+            )
         self._searcher.tell(state)
         if above:
             self._running.monitor.say(f"{trial_id} cannot win: {above}")

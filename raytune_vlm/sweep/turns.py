@@ -54,6 +54,7 @@ class Turns(TrialScheduler):
         super().__init__()
         self._states, self._end = states, end
         self._trials: dict[str, Trial] = {}
+        self._resumed: set[str] = set()
 
     def set_limits(self, experiment: ExperimentConfig) -> None:
         """Limits of the sweep were changed by hand."""
@@ -108,11 +109,10 @@ class Turns(TrialScheduler):
         for trial_id, trial in self._trials.items():
             if trial.status != Trial.PAUSED:
                 continue
-            state = self._states[trial_id]
-            if state.stop_asked or action.kind == "end":
+            if self._states[trial_id].stop_asked or action.kind == "end":
                 tune_controller.stop_trial(trial)
-            elif not state.held and not self.is_paused(state):
-                return self._continue(trial)  # resumed by hand
+        if (resumed := self._next_resumed()) is not None:
+            return self._continue(resumed)
         if action.kind != "promote":
             return None
         promoted = self._trials.get(action.trial_id)
@@ -120,6 +120,20 @@ class Turns(TrialScheduler):
             return None  # after a resume not known yet, or its proxy is still being let go
         self.promote(action)
         return self._continue(promoted)
+
+    def resume(self, trial_id: str) -> None:
+        """A trial goes on that was paused by hand, as soon as Ray Tune has paused it."""
+        self._resumed.add(trial_id)
+
+    def _next_resumed(self) -> Trial | None:
+        for trial_id in sorted(self._resumed):
+            state, trial = self._states[trial_id], self._trials.get(trial_id)
+            if state.held or state.ended is not None or self.is_paused(state):
+                self._resumed.discard(trial_id)  # paused again, or its rule decides
+            elif trial is not None and trial.status == Trial.PAUSED:
+                self._resumed.discard(trial_id)
+                return trial
+        return None
 
     def _continue(self, trial: Trial) -> Trial:
         state = self._states[trial.config["trial_id"]]
