@@ -287,13 +287,15 @@ class LedgerCallback(tune.Callback):
         )
         trial = self._running.folder.trial(trial_id)
         if not trial.record_file.exists():  # no executor had it yet
-            most = self._experiment.train.max_steps
-            write_json(
-                trial.record_file,
-                TrialRecord(
-                    trial_id, state.number, state.recipe, state.ended, 0, most, state.message
-                ),
+            record = TrialRecord(
+                trial_id,
+                state.number,
+                state.recipe,
+                state.ended,
+                max_steps=self._experiment.train.max_steps,
+                failure=state.message if state.ended == "failed" else None,
             )
+            write_json(trial.record_file, record)
         self._searcher.tell(state)
         if above:
             self._running.monitor.say(f"{trial_id} cannot win: {above}")
