@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from raytune_vlm import __version__
+from raytune_vlm.cli_control import control
 from raytune_vlm.cli_data import TRUST, data
 from raytune_vlm.cli_evaluate import evaluate
 from raytune_vlm.cli_jobs import ADDRESS, logs, resume_job, sent, status, stop, submit
@@ -44,7 +45,7 @@ def cli() -> None:
     """
 
 
-for command in (data, evaluate, submit, status, logs, stop):
+for command in (control, data, evaluate, submit, status, logs, stop):
     cli.add_command(command)
 
 

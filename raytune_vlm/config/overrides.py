@@ -27,7 +27,7 @@ def apply_overrides(
     ConfigError
         If an override has no `=`, is given twice, holds a secret, or has nowhere to go.
     """
-    parsed = [_parse(text) for text in overrides]
+    parsed = [parse_override(text) for text in overrides]
     names = [key for key, _, _ in parsed]
     for key, _, name in parsed:
         if names.count(key) > 1:
@@ -41,7 +41,14 @@ def apply_overrides(
             origins.setdefault(replaced, name)
 
 
-def _parse(text: str) -> tuple[str, Any, str]:
+def parse_override(text: str) -> tuple[str, Any, str]:
+    """The key, the value and the name in errors of `dotted.key=value`, the value read as YAML.
+
+    Raises
+    ------
+    ConfigError
+        If it is none, or looks like a secret.
+    """
     key, equals, raw = text.partition("=")
     if hides_secret(text):
         raise ConfigError(f"override {key if equals else '...'}: {_SECRET}")

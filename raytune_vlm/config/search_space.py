@@ -14,7 +14,7 @@ from raytune_vlm.config.experiment import ExperimentConfig
 from raytune_vlm.config.lora import LoraConfig
 from raytune_vlm.config.sweep import flatten
 from raytune_vlm.config.train import TrainConfig
-from raytune_vlm.errors import did_you_mean
+from raytune_vlm.errors import ConfigError, did_you_mean
 
 SHARED_TRAIN_KEYS = (
     "train.max_steps",
@@ -131,6 +131,31 @@ def own_recipe(
     space = experiment.sweep.search_space
     own = {key: attrgetter(key)(experiment) for key in space}
     return active_keys(space, {**own, **(changes or {})})
+
+
+def clone_recipe(
+    experiment: ExperimentConfig, recipe: Mapping[str, Any], changes: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A trial's recipe with some values of the search space changed.
+
+    Raises
+    ------
+    ConfigError
+        If a key or value is not in the space, nothing changes, or the whole is not valid.
+    """
+    space = experiment.sweep.search_space
+    for key, value in changes.items():
+        if (why := _outside(space, key, value)) is not None:
+            raise ConfigError(f"{key}: {why}")
+    found = own_recipe(experiment, {**recipe, **changes})
+    for key in changes:
+        if key not in found:
+            raise ConfigError(f"{key} is not searched here: its conditions do not hold")
+    if found == own_recipe(experiment, recipe):
+        raise ConfigError("nothing changes: the trial has these values already")
+    if invalid := _reason(experiment, found):
+        raise ConfigError(f"{_shown(found)} is not valid: {invalid}")
+    return found
 
 
 def _shown(recipe: dict[str, Any]) -> str:

@@ -39,12 +39,11 @@ def load_adapter(folder: Path, model: PeftModel) -> None:
     CheckpointError
         If the adapter's tensors are not those of the model.
     """
-    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
     weights = load_file(folder / "adapter_model.safetensors")
-    ours = get_peft_model_state_dict(model, state_dict=_joined(model))
-    expected = {name: tuple(tensor.shape) for name, tensor in ours.items()}
+    expected = {name: tuple(tensor.shape) for name, tensor in weights_as_saved(model).items()}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     if expected != found:
         odd = sorted(set(expected.items()) ^ set(found.items()))[0]
@@ -59,6 +58,14 @@ def load_adapter(folder: Path, model: PeftModel) -> None:
         weights[key] = trained.contiguous()
         frozen.copy_(start)
     set_peft_model_state_dict(model, weights)
+
+
+def weights_as_saved(model: PeftModel) -> dict[str, torch.Tensor]:
+    """The adapter's tensors under the names of its file."""
+    from peft import get_peft_model_state_dict
+
+    found: dict[str, torch.Tensor] = get_peft_model_state_dict(model, state_dict=_joined(model))
+    return found
 
 
 def start_tensors(model: PeftModel) -> list[torch.Tensor]:

@@ -7,6 +7,7 @@ a copied folder can be read without Ray and without torch:
       experiment.json        the resolved experiment and its fingerprint
       ledger.jsonl           append-only: proposed, started, scored, stopped, failed, finished
       lease.json             who drives this sweep
+      control/               requests to the driver that it has not taken yet
       study.db               Optuna storage
       result.json            the decision (`SweepResult`), written last
       data/                  manifest.json, plan.json, quarantine.jsonl, overlap.jsonl,
@@ -15,6 +16,7 @@ a copied folder can be read without Ray and without torch:
                              evaluations/<split>/step_000200/{predictions.parquet,scores.json},
                              evaluations/<benchmark>/step_000200/ the same, benchmark.json and
                              submission.json; evaluations/card.{md,json}
+                             origin/ (a clone's: the adapter that it starts from)
                              seed-<n>/ (the best only: the recipe with another seed)
       report/                index.html, leaderboard.csv, leaderboard.json
       best/                  the winner's PEFT adapter, processor, model card, experiment.yaml
@@ -283,6 +285,8 @@ class TrialFolder:
         self.samples = root / "samples"
         """`rank_<r>.jsonl`: step and the ids of the samples that the rank was given in it."""
         self.checkpoints = root / "checkpoints"
+        self.origin = root / "origin"
+        """Of a clone: the adapter that it starts from, `adapter_model.safetensors`."""
         self.card = root / "evaluations" / "card.md"
         """The table of the benchmarks that `evaluate` scored last; `card.json` is the same."""
 
@@ -309,6 +313,8 @@ class SweepFolder:
         self.experiment_file = self.root / "experiment.json"
         self.ledger_file = self.root / "ledger.jsonl"
         self.lease_file = self.root / "lease.json"
+        self.control = self.root / "control"
+        """Requests to the driver, until it has taken them: `raytune-vlm control`."""
         self.study_file = self.root / "study.db"
         self.result_file = self.root / "result.json"
         self.data = self.root / "data"

@@ -10,7 +10,7 @@ from typing import Literal
 
 from raytune_vlm.records import BASE_TRIAL, MetricEstimate, PairedTest
 from raytune_vlm.report import formatting
-from raytune_vlm.report.loading import SweepView, TrialView, lookup
+from raytune_vlm.report.loading import SweepView, TrialView
 
 Tone = Literal["good", "unclear", "bad", "running"]
 
@@ -86,8 +86,7 @@ def _verdict(view: SweepView) -> tuple[Tone, str, str]:
         if not view.search_space:
             numbers = tally(view)
             return "running", "A single training run: nothing is compared.", f"Runs: {numbers}."
-        planned = lookup(view.experiment, "sweep.num_trials", None)
-        of = f" of {planned} planned" if planned else ""
+        of = f" of {view.num_planned} planned" if view.num_planned else ""
         started = f"{len(view.trials)}{of} trials so far: {tally(view)}."
         return "running", "The sweep is running: no winner has been chosen.", started
     test = view.against(BASE_TRIAL)

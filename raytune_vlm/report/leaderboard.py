@@ -43,10 +43,16 @@ class Row:
     """The constraint that the trial broke, so that it may not win."""
     is_in_front: bool = False
     """Whether no other trial beats it in every objective, where there are several."""
+    by_hand: tuple[str, ...] = ()
+    """What a person did to it while the sweep ran."""
 
     @property
     def outcome(self) -> str:
-        """How the trial ended, in words."""
+        """How the trial ended, in words, and what a person did to it."""
+        return "; ".join([self._end, *self.by_hand])
+
+    @property
+    def _end(self) -> str:
         record = self.record
         if self.trial_id == BASE_TRIAL:
             return "not trained"
@@ -91,7 +97,8 @@ def leaderboard(view: SweepView) -> list[Row]:
         rank += ranked
         row = _row(view, trial, rank if ranked else None)
         broken, is_in_front = infeasible.get(trial.trial_id), trial.trial_id in front
-        rows.append(replace(row, infeasible=broken, is_in_front=is_in_front))
+        by_hand = view.by_hand.get(trial.trial_id, ())
+        rows.append(replace(row, infeasible=broken, is_in_front=is_in_front, by_hand=by_hand))
     return rows
 
 
@@ -141,6 +148,7 @@ def columns(view: SweepView) -> list[str]:
         "peak_memory_gb",
         "infeasible",
         "is_in_front",
+        "by_hand",
     ]
     return [*first, *view.varied_keys, *metrics, *last]
 
@@ -167,6 +175,7 @@ def flat_rows(view: SweepView, rows: list[Row]) -> list[dict[str, Any]]:
             "peak_memory_gb": record.peak_memory_gb,
             "infeasible": row.infeasible,
             "is_in_front": row.is_in_front,
+            "by_hand": "; ".join(row.by_hand) or None,
         }
         for metric, cell in row.cells.items():
             for which, step, estimate in (

@@ -32,6 +32,16 @@ from raytune_vlm.records import (
 T = TypeVar("T")
 
 
+DONE_BY_HAND = {
+    "stop": "stopped",
+    "pause": "paused",
+    "resume": "resumed",
+    "pin": "pinned",
+    "unpin": "unpinned",
+}
+"""Command of `raytune-vlm control` -> what it did to a trial."""
+
+
 @dataclass(frozen=True)
 class TrialView:
     """One trial with all that was written about it."""
@@ -127,6 +137,36 @@ class SweepView:
             for event in self.ledger
             if event.get("infeasible") or event.get("event") == "infeasible"
         }
+
+    @property
+    def clone_origins(self) -> dict[str, dict[str, Any]]:
+        """Clone that a person made -> its parent and the step that it starts from."""
+        clones = [event["clone"] for event in self.ledger if event.get("clone")]
+        return {clone["trial_id"]: clone["origin"] for clone in clones}
+
+    @property
+    def by_hand(self) -> dict[str, tuple[str, ...]]:
+        """Trial -> what a person did to it while the sweep ran, in words, in order."""
+        found = {
+            trial_id: [f"clone of {origin['parent']} at step {origin['step']:,}"]
+            for trial_id, origin in self.clone_origins.items()
+        }
+        for event in self.ledger:
+            if event.get("event") != "control" or not event.get("accepted"):
+                continue
+            if event["command"] != "clone" and event.get("trial_id"):
+                done = DONE_BY_HAND.get(event["command"], event["command"])
+                found.setdefault(event["trial_id"], []).append(f"{done} by hand")
+        return {trial_id: tuple(words) for trial_id, words in found.items()}
+
+    @property
+    def num_planned(self) -> int | None:
+        """Trials that the sweep was to have, as last set by hand."""
+        planned = lookup(self.experiment, "sweep.num_trials", None)
+        changed = [e["limits"] for e in self.ledger if e.get("limits")]
+        return next(
+            (row["num_trials"] for row in reversed(changed) if "num_trials" in row), planned
+        )
 
     @property
     def winner(self) -> TrialView | None:

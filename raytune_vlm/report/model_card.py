@@ -252,6 +252,11 @@ def _limits(view: SweepView) -> str:
             f"- {len(ties)} other trials cannot be told apart from it on this data; the cheapest "
             f"of all is `{_code(result.indistinguishable[0])}`."
         )
+    if origin := view.clone_origins.get(result.winner):
+        lines.append(
+            f"- It is a clone that a person made of `{_code(origin['parent'])}` at step "
+            f"{origin['step']:,}: its recipe alone, trained from the beginning, does not give it."
+        )
     others = [formatting.score(r.value) for r in result.replicates if r.value is not None]
     spread = (
         f"The winner's recipe with other seeds: {', '.join(others)} on `select`."

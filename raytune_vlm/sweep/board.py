@@ -22,9 +22,9 @@ from raytune_vlm.sweep.jobs import Job
 IDLE = "idle"
 """What `take` gives when there was nothing to do for a while; ask again."""
 
-Word = Literal["", "stop", "close", "leave"]
-"""What is to be done with a job: go on; drop it; save it, because the run ends; save it, because
-the executor leaves its node (which it sees itself)."""
+Word = Literal["", "stop", "pause", "close", "leave"]
+"""What is to be done with a job: go on; drop it; save it, because it is paused by hand, because the
+run ends, or because the executor leaves its node (which it sees itself)."""
 
 
 class BoardState:
@@ -39,6 +39,8 @@ class BoardState:
         self._most = MOST_SLOTS
         self._num_ended = 0
         self._stopped: set[str] = set()
+        self._paused: set[str] = set()
+        self._again: dict[str, Job] = {}
         self._reports: dict[str, asyncio.Queue[dict[str, Any]]] = {}
         self._progress: dict[str, dict[str, Any]] = {}
         self._seen = {name: time.monotonic() for name in executors}
@@ -55,6 +57,13 @@ class BoardState:
         if not self._alive:
             self._fail(job, "no executor is alive")
             return
+        if job.job_id in self._paused | self._stopped:
+            return  # asked for while its proxy was starting
+        if any(job.job_id in held for held in self._held.values()):
+            # Whoever has it has not left it yet: two must not train one trial.
+            self._again[job.job_id] = job
+            return
+        self._queue = deque(other for other in self._queue if other.job_id != job.job_id)
         self._queue.append(job)
         self._changed.set()
 
@@ -98,6 +107,8 @@ class BoardState:
         self._progress[job_id] = {"executor": executor, **progress}
         if job_id in self._stopped:
             return "stop"
+        if job_id in self._paused:
+            return "pause"
         return "close" if self._closed or self._halted else ""
 
     async def report(self, job_id: str, report: dict[str, Any]) -> None:
@@ -113,13 +124,16 @@ class BoardState:
         held = self._dropped(executor, job_id)
         self._moved.add(executor)
         self._num_ended += held is not None and held.kind == "trial"
+        if job_id in self._again:
+            self._queue.append(self._again.pop(job_id))
+            self._changed.set()
 
     async def hand_back(self, executor: str, job_id: str, message: str) -> None:
         """The executor leaves its node and has saved the job: nobody's failure."""
         self._moved.add(executor)
         self._notes.append(f"{executor}: {message}")
         held = self._dropped(executor, job_id)
-        if held is not None and job_id not in self._stopped:
+        if held is not None and job_id not in self._stopped | self._paused:
             self._queue.appendleft(held)
             self._changed.set()
 
@@ -130,7 +144,18 @@ class BoardState:
     async def stop(self, job_id: str) -> None:
         """Ask the executor of a job to stop at its next step; take it down if nobody has it."""
         self._stopped.add(job_id)
+        self._again.pop(job_id, None)
         self._queue = deque(job for job in self._queue if job.job_id != job_id)
+
+    async def pause(self, job_id: str) -> None:
+        """Let the executor of a job save it and leave it; nobody gets it until `unpause`."""
+        self._paused.add(job_id)
+        self._again.pop(job_id, None)
+        self._queue = deque(job for job in self._queue if job.job_id != job_id)
+
+    async def unpause(self, job_id: str) -> None:
+        """A job may be put up again; who has not left it yet goes on with it."""
+        self._paused.discard(job_id)
 
     async def abandon(self, executor: str, message: str) -> None:
         """An executor is gone for good; its jobs go to another one, or fail."""
@@ -216,7 +241,7 @@ class BoardState:
         return self._held.get(executor, {}).pop(job_id, None)
 
     def _retry(self, job: Job | None, message: str) -> None:
-        if job is None or job.job_id in self._stopped:
+        if job is None or job.job_id in self._stopped | self._paused:
             return
         if job.attempt > self._max_failures:
             self._fail(job, f"{message} (attempt {job.attempt})")

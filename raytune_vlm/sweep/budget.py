@@ -30,7 +30,8 @@ class Budget:
     """
 
     def __init__(self, experiment: ExperimentConfig, events: Sequence[dict[str, Any]]) -> None:
-        self._experiment = experiment
+        self.experiment = experiment
+        """With the limits that are in force."""
         self._began = time.monotonic()
         last = float(events[-1]["time"]) if events else 0.0
         self._before = held_seconds(events, last) if events else 0.0
@@ -41,12 +42,12 @@ class Budget:
 
     def used_up(self) -> str | None:
         """Which limit is reached, in words; None if none is."""
-        sweep, seconds = self._experiment.sweep, self.seconds()
-        gpu_hours = seconds / 3600 * num_gpus(self._experiment)
+        sweep, seconds = self.experiment.sweep, self.seconds()
+        gpu_hours = seconds / 3600 * num_gpus(self.experiment)
         for name, used in (
             ("max_gpu_hours", gpu_hours),
             ("max_wall_time_s", seconds),
-            ("max_cost", cost(self._experiment, seconds)),
+            ("max_cost", cost(self.experiment, seconds)),
         ):
             limit = getattr(sweep, name)
             if limit is not None and used >= limit:
@@ -55,8 +56,8 @@ class Budget:
 
     def left(self, seconds_per_step: float, steps: float) -> str:
         """Time and money for so many more steps, in words."""
-        seconds = steps * seconds_per_step / self._experiment.sweep.num_executors
-        return f"about {duration(seconds)}{_money(self._experiment, seconds)} left"
+        seconds = steps * seconds_per_step / self.experiment.sweep.num_executors
+        return f"about {duration(seconds)}{_money(self.experiment, seconds)} left"
 
 
 def num_gpus(experiment: ExperimentConfig) -> float:

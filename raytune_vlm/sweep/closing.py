@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import ray
 from ray import tune
 
+from raytune_vlm.config.experiment import ExperimentConfig
 from raytune_vlm.evaluate.matrix import read_matrix
 from raytune_vlm.evaluate.metrics import METRICS
 from raytune_vlm.evaluate.statistics import indistinguishable
+from raytune_vlm.records import write_json
 from raytune_vlm.sweep.budget import Budget, expected_steps
 from raytune_vlm.sweep.constraints import broken, infeasible
+from raytune_vlm.sweep.control import ending_of
 from raytune_vlm.sweep.ledger import TrialState, events
 from raytune_vlm.sweep.runner import Session
 
@@ -24,16 +28,24 @@ class Closing:
     """
 
     def __init__(self, running: Session) -> None:
-        self._running, self._experiment = running, running.experiment
+        self._running = running
         rows = events(running.folder.ledger_file)
-        closed = [row for row in rows if row["event"] == "closed"]
-        self._kind: str | None = closed[-1]["kind"] if closed else None
+        closed = [kind for row in rows if (kind := ending_of(row)) is not None]
+        self._kind: str | None = closed[-1] if closed else None
         self._compared = [row["same"] for row in rows if row["event"] == "compared"]
         self._budget = Budget(self._experiment, rows)
         self._earlier: dict[str, float] = {}
         """Trial -> seconds of training before its present job."""
         self._started: dict[str, float] = {}
         self._planned = False
+
+    @property
+    def _experiment(self) -> ExperimentConfig:
+        return self._running.experiment
+
+    def set_limits(self, experiment: ExperimentConfig) -> None:
+        """Limits of the sweep were changed by hand."""
+        self._budget.experiment = experiment
 
     def is_closed(self) -> bool:
         """Whether no new trials shall be started; says why when that begins."""
@@ -44,6 +56,15 @@ class Closing:
     def ends_trials(self) -> bool:
         """Whether running trials shall end at their next rung."""
         return self.is_closed() and self._kind == "budget"
+
+    def is_asked_for(self) -> bool:
+        """Whether the end is near enough that trials paused by hand are not waited for."""
+        return self.is_closed() and self._kind in ("budget", "drained")
+
+    @property
+    def kind(self) -> str | None:
+        """Which end has begun, if any."""
+        return self._kind
 
     def close(self, kind: str, reason: str) -> None:
         """No new trials from now on."""
@@ -150,12 +171,16 @@ class Limits(tune.Stopper):
         return {}
 
 
-def end_interrupted(running: Session, trials: list[TrialState]) -> None:
-    """End trials that an earlier life of the sweep left running, where its budget is used up."""
+def end_interrupted(
+    running: Session, trials: list[TrialState], message: str, note: str | None = None
+) -> None:
+    """End trials that an earlier life of the sweep left running; `note` is for the ledger."""
     for state in trials:
-        state.ended = "stopped"
+        state.ended, state.message = "stopped", note
         last = max(state.scored, default=0)
-        message = "the sweep's budget was used up"
-        running.ledger.append("stopped", trial_id=state.trial_id, step=last, message=None)
+        running.ledger.append("stopped", trial_id=state.trial_id, step=last, message=note)
+        trial = running.folder.trial(state.trial_id)
+        if trial.record_file.exists():
+            write_json(trial.record_file, replace(trial.record(), status="stopped"))
         ray.get(running.board.stop.remote(state.trial_id))
         running.monitor.say(f"{state.trial_id} stopped at step {last}: {message}")

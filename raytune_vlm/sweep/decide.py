@@ -250,13 +250,20 @@ def _replicates(running: Session, tops: list[Candidate]) -> list[Replicate]:
     """Train the best recipes with other seeds, all executors at once."""
     experiment = running.experiment
     seeds = [experiment.seed + 1 + number for number in range(experiment.sweep.num_replicates)]
-    pairs = [(entry, seed) for entry in tops for seed in seeds]
+    clones = [entry.trial.trial_id for entry in tops if entry.trial.origin is not None]
+    if seeds and clones:
+        running.monitor.say(
+            f"not trained again with other seeds: {', '.join(clones)}, a clone's recipe alone does "
+            "not give its score"
+        )
+    own = [entry for entry in tops if entry.trial.origin is None]
+    pairs = [(entry, seed) for entry in own for seed in seeds]
     jobs = []
     for entry, seed in pairs:
         name = f"{entry.trial.trial_id}/seed-{seed}"
         jobs.append(Job(name, "trial", name, {**entry.trial.recipe, "seed": seed}))
     if jobs:
-        names = ", ".join(entry.trial.trial_id for entry in tops)
+        names = ", ".join(entry.trial.trial_id for entry in own)
         running.monitor.say(f"training again with the seeds {seeds}: {names}")
     for job in jobs:
         ray.get(running.board.submit.remote(job))

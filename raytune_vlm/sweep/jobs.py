@@ -46,6 +46,8 @@ class Job:
     until
         The rung at which a trial's job ends, to be put up again if the trial is promoted; None: the
         last one.
+    origin
+        Of a clone: `parent`, `step` and the parent's `recipe`.
     split, step
         For `evaluate`: what to score, and which checkpoint (0 is the base model).
     benchmark
@@ -62,6 +64,7 @@ class Job:
     recipe: dict[str, Any]
     reported: tuple[int, ...] = ()
     until: int | None = None
+    origin: dict[str, Any] | None = None
     split: str = "select"
     step: int = 0
     attempt: int = 1

@@ -11,6 +11,7 @@ import json
 import os
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +33,7 @@ EVENTS = (
     "warm_started",
     "compared",
     "closed",
+    "control",
     "resumed",
     "touched",
     "decided",
@@ -61,6 +63,14 @@ class TrialState:
     ended_at: int = 0
     promoted_to: int | None = None
     """The rung that the scheduler let it train to, where one promotes; None: the first."""
+    origin: dict[str, Any] | None = None
+    """Of a clone: `parent`, `step` and the parent's `recipe`; it is no part of `num_trials`."""
+    held: bool = False
+    """Paused by hand."""
+    pinned: bool = False
+    """Never stopped or kept waiting by the scheduler, by hand."""
+    stop_asked: bool = False
+    """To be stopped, by hand."""
 
 
 class Ledger:
@@ -114,12 +124,35 @@ def replay(file: Path) -> dict[str, TrialState]:
             trials[trial_id].ended = "failed" if event == "infeasible" else event
             trials[trial_id].message = row.get("message")
             trials[trial_id].ended_at = row["seq"]
+        elif event == "control" and row["accepted"]:
+            apply_control(trials, row)
     return trials
+
+
+def apply_control(trials: dict[str, TrialState], row: Mapping[str, Any]) -> None:
+    """What an accepted request does to the trials; see `sweep/control.py`."""
+    command, trial_id = row["command"], row.get("trial_id")
+    if command == "clone":
+        clone = TrialState(**row["clone"], proposed_at=row["seq"])
+        trials[clone.trial_id] = clone
+    elif trial_id is not None:
+        state = trials[trial_id]
+        if command in ("pause", "resume"):
+            state.held = command == "pause"
+        elif command in ("pin", "unpin"):
+            state.pinned = command == "pin"
+        elif command == "stop":
+            state.stop_asked = True
 
 
 def events(file: Path) -> list[dict[str, Any]]:
     """Every event of a ledger, in order; damage is an error as in `replay`."""
     return _read(file)[0]
+
+
+def trial_name(number: int) -> str:
+    """The id of the trial of that number."""
+    return f"t{number:04d}"
 
 
 def num_ended(trials: dict[str, TrialState]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -25,7 +26,7 @@ class Watcher:
         board: Any,
         experiment: ExperimentConfig,
         states: dict[str, TrialState],
-        num_trials: int,
+        num_trials: Callable[[], int],
     ) -> None:
         self._monitor, self._board, self._states = monitor, board, states
         self._experiment, self._num_trials = experiment, num_trials
@@ -48,7 +49,7 @@ class Watcher:
             ended = num_ended(self._states)
             now = "; ".join(where(entry) for _, entry in sorted(status.items()))
             left = self._time_left(status, ended)
-            self._monitor.progress("trials", ended, self._num_trials, f"{left} {now}".strip())
+            self._monitor.progress("trials", ended, self._num_trials(), f"{left} {now}".strip())
 
     def _steps(self, status: dict[str, dict[str, Any]]) -> int:
         """Steps accounted for: an ended trial counts whole, since it needs no more time."""
@@ -58,7 +59,7 @@ class Watcher:
 
     def _time_left(self, status: dict[str, dict[str, Any]], ended: int) -> str:
         done = self._steps(status) - self._first
-        total = self._num_trials * self._experiment.train.max_steps - self._first
+        total = self._num_trials() * self._experiment.train.max_steps - self._first
         if ended < 1 or done <= 0:
             return ""
         elapsed = time.monotonic() - self._began

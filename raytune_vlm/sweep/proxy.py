@@ -33,6 +33,7 @@ class Proxy(tune.Trainable):
             recipe=config["recipe"],
             reported=tuple(config["reported"]),
             until=config.get("until"),
+            origin=config.get("origin"),
         )
 
     def step(self) -> dict[str, Any]:

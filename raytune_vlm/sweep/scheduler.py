@@ -15,18 +15,18 @@ any more, at least one of its trials is promoted, so that some trial is trained 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any
 
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
-from ray.tune.search import Searcher
 
 from raytune_vlm.config.experiment import ExperimentConfig
 from raytune_vlm.config.sweep import HalvingScheduler
 from raytune_vlm.sweep.ledger import Ledger, TrialState
+from raytune_vlm.sweep.turns import NEVER, Action, End, Turns
 
 
 @dataclass(frozen=True)
@@ -74,19 +74,7 @@ class Rule:
 
     def is_running(self, state: TrialState) -> bool:
         """Whether a trial has, or waits for, an executor."""
-        return state.ended is None and not self.is_paused(state)
-
-
-@dataclass(frozen=True)
-class Action:
-    """What a free executor does."""
-
-    kind: Literal["promote", "start", "wait", "end"]
-    """Go on with a paused trial; begin a new one; nothing for now; nothing ever again."""
-    trial_id: str = ""
-    """Which trial is promoted."""
-    step: int = 0
-    """The rung that it may train to."""
+        return state.ended is None and not state.held and not self.is_paused(state)
 
 
 def decide(states: Collection[TrialState], rule: Rule) -> Action:
@@ -94,16 +82,27 @@ def decide(states: Collection[TrialState], rule: Rule) -> Action:
 
     Rungs are looked at from the top, so that a trial near its end is not kept waiting. A score that
     is not a number ranks last and is never promoted; among equal scores the earlier trial is first.
+
+    By hand: a pinned trial goes on before all others, whatever its score. One that is paused keeps
+    its place among the best of its rung, but is not promoted.
     """
     running = [state for state in states if rule.is_running(state)]
     if len(running) >= rule.num_executors:
         return Action("wait")
+    for state in states:
+        if state.pinned and not state.held and rule.is_paused(state):
+            above = next(rung for rung in rule.rungs if rung > rule.target(state))
+            return Action("promote", state.trial_id, above)
     is_complete = len(states) >= rule.num_trials
     promotable: list[Action] = []
     for place, (rung, above) in enumerate(pairwise(rule.rungs)):
         is_complete = is_complete and all(rule.target(state) != rung for state in running)
         chosen = _chosen(states, rule, place, is_complete)
-        waiting = [state for state in chosen if rule.target(state) == rung and not state.ended]
+        waiting = [
+            state
+            for state in chosen
+            if rule.target(state) == rung and not state.ended and not state.held
+        ]
         if waiting:
             promotable.append(Action("promote", waiting[0].trial_id, above))
             is_complete = False
@@ -135,7 +134,7 @@ def _chosen(
     return [state for _, state in ranked[:count]]
 
 
-class Halving(TrialScheduler):
+class Halving(Turns):
     """`decide` as a Ray Tune scheduler.
 
     Every result at a rung pauses the trial; which one goes on is asked when Ray Tune next looks for
@@ -149,10 +148,8 @@ class Halving(TrialScheduler):
         The sweep's trials; the callback and the searcher keep them as the ledger is.
     ledger
         Where promotions are written before a trial goes on.
-    is_exhausted
-        Whether no new trial will come, before there are `rule.num_trials`.
-    ends_trials
-        Whether no trial shall go on past its rung.
+    end
+        What is known of the search's end.
     """
 
     def __init__(
@@ -160,111 +157,43 @@ class Halving(TrialScheduler):
         rule: Rule,
         states: Mapping[str, TrialState],
         ledger: Ledger,
-        *,
-        is_exhausted: Callable[[], bool] = lambda: False,
-        ends_trials: Callable[[], bool] = lambda: False,
+        end: End = NEVER,
     ) -> None:
-        super().__init__()
+        super().__init__(states, end)
         self.rule = rule
-        self._is_exhausted, self._ends_trials = is_exhausted, ends_trials
-        self._states, self._ledger = states, ledger
-        self._trials: dict[str, Trial] = {}
+        self._ledger = ledger
 
-    def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
-        """A new trial, or one of an earlier life of the sweep, which may be paused."""
-        state = self._states[trial.config["trial_id"]]
-        self._trials[state.trial_id] = trial
-        trial.config["until"] = self.rule.target(state)
-        if self.rule.is_paused(state):
-            # Ray Tune starts whatever is pending without asking.
-            trial.set_status(Trial.PAUSED)
-            # Its results are looked for at the end, also if it never goes on.
-            trial.init_local_path()
+    def set_limits(self, experiment: ExperimentConfig) -> None:
+        """`sweep.num_trials` was changed by hand."""
+        self.rule = Rule.of(experiment)
 
-    def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+    def is_paused(self, state: TrialState) -> bool:
+        """Whether a trial waits at its rung."""
+        return self.rule.is_paused(state)
+
+    def options(self, state: TrialState) -> dict[str, Any]:
+        """The rung that a trial may train to now."""
+        return {"until": self.rule.target(state)}
+
+    def judge(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         """Pause at the rung that the trial was allowed to reach; the end ends it by itself."""
         until = trial.config["until"]
-        reached = result.get("step") == until and until < self.rule.rungs[-1]
+        reached = result["step"] == until and until < self.rule.rungs[-1]
         return TrialScheduler.PAUSE if reached else TrialScheduler.CONTINUE
 
-    def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
-        """The trial to promote, if it is a promotion's turn; at the end, stop those that wait."""
-        action = self.next_action()
-        if action.kind == "promote":
-            state, trial = self._states[action.trial_id], self._trials.get(action.trial_id)
-            if trial is None or trial.status != Trial.PAUSED:
-                return None  # after a resume not known yet, or its proxy is still being let go
-            state.promoted_to = action.step
-            self._ledger.append("promoted", trial_id=state.trial_id, step=action.step)
-            reported = sorted(state.scored)
-            trial.set_config({**trial.config, "until": action.step, "reported": reported})
-            return trial
-        if action.kind == "end":
-            for trial in self._trials.values():
-                if trial.status == Trial.PAUSED:
-                    tune_controller.stop_trial(trial)
-        return None
+    def promote(self, action: Action) -> None:
+        """Write a promotion to the ledger: the trial goes on to the next rung."""
+        self._states[action.trial_id].promoted_to = action.step
+        self._ledger.append("promoted", trial_id=action.trial_id, step=action.step)
 
-    def next_action(self) -> Action:
-        """What the ledger's trials ask for now; those that were never trained are none of them."""
-        states = [state for state in self._states.values() if not state.untrained]
-        if self._ends_trials():
-            return Action("wait" if any(map(self.rule.is_running, states)) else "end")
-        rule = replace(self.rule, num_trials=len(states)) if self._is_exhausted() else self.rule
-        return decide(states, rule)
-
-    def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
-        """Nothing here: the callback notes the failure."""
-
-    def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:
-        """Nothing here: the callback notes the end."""
-
-    def on_trial_remove(self, tune_controller: Any, trial: Trial) -> None:
-        """Nothing here: the callback notes the end."""
+    def next_by_rule(self, states: Collection[TrialState]) -> Action:
+        """What `decide` says; without new trials as if all there are had been planned."""
+        num_clones = sum(state.origin is not None for state in states)
+        number = self.rule.num_trials + num_clones
+        if self._end.is_exhausted():
+            number = len(states)
+        return decide(states, replace(self.rule, num_trials=number))
 
     def debug_string(self) -> str:
         """For Ray Tune's console, which is off."""
         return f"successive halving at {list(self.rule.rungs)}"
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Ray Tune pickles a snapshot of itself; the ledger is ours, so there is nothing to it."""
-        return {}
-
-
-class Gate(Searcher):
-    """Lets Ray Tune have a new trial only when `decide` says so.
-
-    Ray Tune starts whatever a searcher proposes; its own limit of concurrent trials counts paused
-    ones. Trials of an earlier life of the sweep pass, whatever they were doing.
-    """
-
-    def __init__(self, searcher: Searcher, scheduler: Halving, num_known: int) -> None:
-        super().__init__(metric=scheduler.rule.metric, mode=scheduler.rule.mode)
-        self._searcher, self._scheduler = searcher, scheduler
-        self._known_left = num_known
-
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        """The searcher's proposal; None while there is no turn for one."""
-        if self._known_left:
-            self._known_left -= 1
-            return self._searcher.suggest(trial_id)
-        kind = self._scheduler.next_action().kind
-        if kind == "end":
-            return Searcher.FINISHED
-        return self._searcher.suggest(trial_id) if kind == "start" else None
-
-    def on_trial_complete(
-        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
-    ) -> None:
-        """Passed on."""
-        self._searcher.on_trial_complete(trial_id, result, error)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """As the scheduler's."""
-        return {}
-
-    def save(self, checkpoint_path: str) -> None:
-        """Nothing to save: the ledger has it all."""
-
-    def restore(self, checkpoint_path: str) -> None:
-        """Nothing to restore."""

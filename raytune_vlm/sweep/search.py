@@ -16,21 +16,24 @@ from ray.tune.schedulers import (
     MedianStoppingRule,
     TrialScheduler,
 )
-from ray.tune.search import Searcher
 
 from raytune_vlm.config.experiment import ExperimentConfig
 from raytune_vlm.config.sweep import AshaScheduler, HalvingScheduler, MedianScheduler
+from raytune_vlm.records import TrialRecord, write_json
 from raytune_vlm.report.formatting import recipe_value
 from raytune_vlm.sweep.budget import planner_line
 from raytune_vlm.sweep.closing import Closing, Limits, end_interrupted
 from raytune_vlm.sweep.cluster import proxy_resources
 from raytune_vlm.sweep.constraints import infeasible
-from raytune_vlm.sweep.ledger import TrialState, num_ended
+from raytune_vlm.sweep.control import BY_HAND, limits_by_hand, with_limits
+from raytune_vlm.sweep.desk import Desk
+from raytune_vlm.sweep.ledger import TrialState, events, num_ended
 from raytune_vlm.sweep.progress import Watcher
 from raytune_vlm.sweep.proxy import Proxy
 from raytune_vlm.sweep.runner import Session, interrupted
-from raytune_vlm.sweep.scheduler import Gate, Halving, Rule
+from raytune_vlm.sweep.scheduler import Halving, Rule
 from raytune_vlm.sweep.searcher import OptunaSearcher
+from raytune_vlm.sweep.turns import End, Gate, RayRule, Turns
 from raytune_vlm.sweep.warm_start import warm_trials
 
 
@@ -42,68 +45,79 @@ def search(running: Session) -> None:
     SweepInterrupted
         If it was stopped before all trials had ended.
     """
-    experiment, states = running.experiment, running.states
-    total = experiment.sweep.num_trials
-    left = total - num_ended(states)
-    if left == 0:
+    states = running.states
+    limits = limits_by_hand(events(running.folder.ledger_file))
+    running.experiment = experiment = with_limits(running.experiment, limits)
+    if num_left(running) <= 0 and all(state.ended is not None for state in states.values()):
         return
     closing = Closing(running)
     searcher = build_searcher(running, closing)
     if closing.ends_trials():
-        end_interrupted(running, searcher.drop_interrupted())
-    proposing: Searcher = searcher
-    most: int | None = experiment.sweep.at_once
-    if isinstance(experiment.sweep.scheduler, HalvingScheduler):
-        num_known = sum(state.ended is None for state in states.values())
-        halving = Halving(
-            Rule.of(experiment),
-            states,
-            running.ledger,
-            is_exhausted=lambda: searcher.is_done,
-            ends_trials=closing.ends_trials,
-        )
-        if halving.next_action().kind == "end":
-            return
-        scheduler: TrialScheduler = halving
-        # Ray Tune's own limit counts paused trials; `decide` knows that of the executors.
-        proposing, most = Gate(searcher, halving, num_known), None
-    else:
-        if searcher.is_done:
-            return
-        scheduler = build_scheduler(experiment, states)
+        end_interrupted(running, searcher.drop_interrupted(), "the sweep's budget was used up")
+    for state in searcher.drop_interrupted(lambda state: state.stop_asked):
+        end_interrupted(running, [state], BY_HAND, BY_HAND)
+        searcher.tell(state)
+    turns = build_turns(running, searcher, closing)
+    if not searcher.has_waiting and turns.next_action().kind == "end":
+        return
+    gate = Gate(searcher, turns)
+    desk = Desk(running, searcher, turns, gate, closing)
     # What Ray Tune writes, nobody reads: the ledger has it all.
     scratch = tempfile.mkdtemp(prefix="raytune_vlm-")
     running.monitor.say(planner_line(experiment))
     running.monitor.say(
-        f"sweep: {left} trials of up to {experiment.train.max_steps} steps on "
+        f"sweep: {num_left(running)} trials of up to {experiment.train.max_steps} steps on "
         f"{_places(experiment)}, scored at {list(experiment.rungs)}"
     )
     tuner = tune.Tuner(
         tune.with_resources(Proxy, proxy_resources()),
         tune_config=tune.TuneConfig(
-            search_alg=proposing,
-            scheduler=scheduler,
-            num_samples=left,
-            max_concurrent_trials=most,
+            search_alg=gate,
+            scheduler=turns,
+            num_samples=-1,  # the gate says when it is over
             reuse_actors=True,
         ),
         run_config=tune.RunConfig(
             name="tune",
             storage_path=scratch,
             verbose=0,
-            callbacks=[LedgerCallback(running, searcher, closing)],
+            callbacks=[LedgerCallback(running, searcher, closing), desk],
             stop=Limits(closing, running, searcher.our_id),
             failure_config=tune.FailureConfig(max_failures=0),
         ),
     )
     try:
-        with Watcher(running.monitor, running.board, experiment, states, total):
+        watcher = Watcher(
+            running.monitor, running.board, experiment, states, lambda: num_planned(running)
+        )
+        with watcher:
             tuner.fit()
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    ended = num_ended(states)
     if any(state.ended is None for state in states.values()) or not searcher.is_done:
-        raise interrupted(running.folder, ended, total)
+        raise interrupted(running.folder, num_ended(states), num_planned(running))
+    desk.look()  # nobody shall wait for an answer that does not come
+
+
+def num_planned(running: Session) -> int:
+    """Trials of the sweep as it is planned now, with those that were cloned by hand."""
+    clones = sum(state.origin is not None for state in [*running.states.values()])
+    return running.experiment.sweep.num_trials + clones
+
+
+def num_left(running: Session) -> int:
+    """Planned trials that have not ended."""
+    return num_planned(running) - num_ended(running.states)
+
+
+def build_turns(running: Session, searcher: OptunaSearcher, closing: Closing) -> Turns:
+    """The sweep's scheduler."""
+    experiment, states = running.experiment, running.states
+    end = End(lambda: searcher.is_done, closing.ends_trials, closing.is_asked_for)
+    if isinstance(experiment.sweep.scheduler, HalvingScheduler):
+        return Halving(Rule.of(experiment), states, running.ledger, end)
+    scheduler = build_scheduler(experiment, states)
+    return RayRule(scheduler, states, experiment.sweep.at_once, end)
 
 
 def _places(experiment: ExperimentConfig) -> str:
@@ -228,6 +242,7 @@ class LedgerCallback(tune.Callback):
             self._running.monitor.say(f"{trial_id}: {note}")
         if "failed" in result:
             state.message = f"{result['failed']}: {result['message']}"
+        if "step" not in result:
             return
         step = int(result["step"])
         scores = {name: float(result[name]) for name in self._experiment.evaluation.metrics}
@@ -263,11 +278,24 @@ class LedgerCallback(tune.Callback):
         else:
             complete = last >= self._experiment.train.max_steps
             state.ended = "finished" if complete else "stopped"
+            if state.stop_asked and not complete:
+                state.message = BY_HAND
         above = infeasible(self._experiment, state)
         verdict = {"infeasible": above} if above else {}
         self._running.ledger.append(
             state.ended, trial_id=trial_id, step=last, message=state.message, **verdict
         )
+        trial = self._running.folder.trial(trial_id)
+        if not trial.record_file.exists():  # no executor had it yet
+            record = TrialRecord(
+                trial_id,
+                state.number,
+                state.recipe,
+                state.ended,
+                max_steps=self._experiment.train.max_steps,
+                failure=state.message if state.ended == "failed" else None,
+            )
+            write_json(trial.record_file, record)
         self._searcher.tell(state)
         if above:
             self._running.monitor.say(f"{trial_id} cannot win: {above}")

@@ -12,7 +12,7 @@ from raytune_vlm.config.experiment import ExperimentConfig
 from raytune_vlm.monitor import Say
 from raytune_vlm.records import SweepFolder, TrialRecord, write_json
 from raytune_vlm.sweep.constraints import Predictor, broken
-from raytune_vlm.sweep.ledger import Ledger, TrialState
+from raytune_vlm.sweep.ledger import Ledger, TrialState, trial_name
 from raytune_vlm.sweep.study import SweepStudy
 from raytune_vlm.sweep.warm_start import WarmTrial
 
@@ -63,7 +63,7 @@ class OptunaSearcher(Searcher):
         self._experiment, self._ledger, self._board = experiment, ledger, board
         self._is_closed, self._close, self._say = is_closed, close, say
         self._folder = SweepFolder(study_file.parent)
-        self._predict = Predictor(experiment)
+        self.predict = Predictor(experiment)
         self._states = trials
         self._next = len(trials)
         self._ids: dict[str, str] = {}
@@ -77,6 +77,20 @@ class OptunaSearcher(Searcher):
         """Whether no trial is left to propose."""
         return not self._interrupted and (self._num_left() <= 0 or self._is_closed())
 
+    @property
+    def has_waiting(self) -> bool:
+        """Whether the next suggestion is a trial that there is already."""
+        return bool(self._interrupted)
+
+    def set_limits(self, experiment: ExperimentConfig) -> None:
+        """`sweep.num_trials` was changed by hand."""
+        self._experiment = experiment
+
+    def add(self, state: TrialState) -> None:
+        """A clone, which the ledger has already: it is suggested next."""
+        self._interrupted.append(state)
+        self._next += 1
+
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """The next recipe, as a Ray Tune config; `FINISHED` when all have been proposed."""
         state = self._interrupted.pop(0) if self._interrupted else self._next_feasible()
@@ -88,14 +102,15 @@ class OptunaSearcher(Searcher):
             "trial_id": state.trial_id,
             "recipe": state.recipe,
             "reported": sorted(state.scored),
+            "origin": state.origin,
         }
 
     def _num_left(self) -> int:
         """How many more trials may be trained."""
-        trained = sum(not state.untrained for state in self._states.values())
-        left = self._experiment.sweep.num_trials - trained
+        proposed = [state for state in self._states.values() if state.origin is None]
+        left = self._experiment.sweep.num_trials - sum(not state.untrained for state in proposed)
         given = self._study.num_given
-        return left if given is None else min(left, given - self._next)
+        return left if given is None else min(left, given - len(proposed))
 
     def _next_feasible(self) -> TrialState | None:
         for _ in range(MOST_INFEASIBLE):
@@ -113,7 +128,7 @@ class OptunaSearcher(Searcher):
     def _propose(self) -> TrialState:
         number = self._next
         recipe = self._study.propose(number, self._states)
-        state = TrialState(f"t{number:04d}", number, recipe, predicted=self._predict(recipe))
+        state = TrialState(trial_name(number), number, recipe, predicted=self.predict(recipe))
         predicted = {"predicted": state.predicted} if state.predicted else {}
         self._ledger.append(
             "proposed", trial_id=state.trial_id, number=number, recipe=recipe, **predicted
@@ -147,9 +162,12 @@ class OptunaSearcher(Searcher):
         """Tell Optuna how a trial ended; called after the ledger has it."""
         self._study.tell(state)
 
-    def drop_interrupted(self) -> list[TrialState]:
-        """The trials that would be proposed again; now they are not."""
-        dropped, self._interrupted = self._interrupted, []
+    def drop_interrupted(
+        self, is_dropped: Callable[[TrialState], bool] = lambda state: True
+    ) -> list[TrialState]:
+        """Of the trials that would be proposed again those that shall not be; now they are not."""
+        dropped = [state for state in self._interrupted if is_dropped(state)]
+        self._interrupted = [state for state in self._interrupted if not is_dropped(state)]
         return dropped
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:

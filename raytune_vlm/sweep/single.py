@@ -67,7 +67,7 @@ def train_one(experiment: ExperimentConfig, *, command: str, monitor: Monitor) -
             if not running.states:
                 running.ledger.append("proposed", trial_id=TRAINED, number=0, recipe={})
             if state.ended != "finished":
-                with Watcher(monitor, running.board, resolved, states, 1):
+                with Watcher(monitor, running.board, resolved, states, lambda: 1):
                     _follow(running, state)
     found, _ = newest(folder.trial(TRAINED).checkpoints)
     assert found is not None

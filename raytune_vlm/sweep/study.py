@@ -2,13 +2,16 @@
 
 Proposal `k` comes from a sampler seeded with `seed` and `k` that sees the trials told so far, in
 the order of the ledger, so a sweep that was killed proposes what it would have proposed. Stopped
-trials are told PRUNED with their intermediate values. Failed ones, and those whose score is not a
-number, are told PRUNED with a constraint above 0, which ranks them worst (TPE ignores FAILED trials
-and would propose the same again). Attributes are written before a trial is told: Optuna takes none
-afterwards.
+trials, by hand too, are told PRUNED with their intermediate values. Failed ones, and those whose
+score is not a number, are told PRUNED with a constraint above 0, which ranks them worst (TPE
+ignores FAILED trials and would propose the same again). Attributes are written before a trial is
+told: Optuna takes none afterwards.
 
 The study is kept in memory, where samplers also put pickled state of their own; what a file shows
 of it, for optuna-dashboard, is written by `mirror.py` and never read back.
+
+Clones (`control.py`) are in that file only: what they reach follows from two recipes, so samplers
+would learn from it what is not so. Proposals are counted without them.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from raytune_vlm.config.experiment import ExperimentConfig
 from raytune_vlm.config.search_space import own_recipe
 from raytune_vlm.monitor import Say
 from raytune_vlm.sweep.constraints import violations
-from raytune_vlm.sweep.ledger import TrialState
+from raytune_vlm.sweep.ledger import TrialState, trial_name
 from raytune_vlm.sweep.mirror import Mirror
 from raytune_vlm.sweep.samplers import KEEP_STATE, inside, optuna_distribution, sampler, suggest
 from raytune_vlm.sweep.warm_start import WarmTrial
@@ -75,11 +78,15 @@ class SweepStudy:
         )
         for entry in warm:
             self._study.add_trial(entry.frozen(self._distributions, experiment.objectives))
-        self._replay(list(trials))
+        states = list(trials)
+        self._replay(states)
         self._mirror = Mirror(file, experiment.name, directions, say)
         for trial in self._study.get_trials(deepcopy=False):
             if trial.state.is_finished():
                 self._mirror.add(trial)
+        for state in states:
+            if state.origin is not None and state.ended is not None:
+                self.tell(state)
 
     @property
     def num_given(self) -> int | None:
@@ -87,25 +94,33 @@ class SweepStudy:
         return len(self._given) if self._sweep.searcher.type == "grid" else None
 
     def propose(self, number: int, states: Mapping[str, TrialState]) -> dict[str, Any]:
-        """The recipe of proposal `number`; ask in order.
+        """The recipe of the trial `number`; ask in order.
 
         `states` are the sweep's trials so far. Those that wait at a rung have not been told: Optuna
         lets no trial go on that was. Samplers that keep nothing see them as PRUNED there.
         """
-        given = self._given.get(number)
+        place = number - sum(state.origin is not None for state in states.values())
+        given = self._given.get(place)
         if given is None and self._sweep.searcher.type not in KEEP_STATE:
-            given = self._knowing_paused(number, states)
-        recipe, asked = self._ask(number, given)
+            given = self._knowing_paused(place, states)
+        recipe, asked = self._ask(place, given)
         if asked is not None:
-            self._asked[f"t{number:04d}"] = asked
+            self._asked[trial_name(number)] = asked
         return recipe
 
     def tell(self, state: TrialState) -> None:
-        """Tell Optuna how a trial ended."""
-        asked = self._asked.pop(state.trial_id, None)
+        """Tell Optuna how a trial ended; of a clone only the file is told."""
+        study, asked = self._study, self._asked.pop(state.trial_id, None)
+        if state.origin is not None and inside(self._space, state.recipe):
+            study = optuna.create_study(
+                storage=optuna.storages.InMemoryStorage(), directions=study.directions
+            )
+            study.enqueue_trial(state.recipe)
+            asked = study.ask()
+            suggest(asked, self._space)
         if asked is not None:
-            self._tell(asked, state)
-            self._mirror.add(self._study.get_trials(deepcopy=False)[asked.number])
+            self._tell(asked, state, study)
+            self._mirror.add(study.get_trials(deepcopy=False)[asked.number])
 
     def _knowing_paused(
         self, number: int, states: Mapping[str, TrialState]
@@ -158,17 +173,19 @@ class SweepStudy:
 
     def _replay(self, trials: list[TrialState]) -> None:
         """Ask and tell again what was asked and told, in the same order."""
+        trials = [state for state in trials if state.origin is None]
+        places = {state.trial_id: place for place, state in enumerate(trials)}
         events = [(state.proposed_at, False, state) for state in trials]
         events += [(state.ended_at, True, state) for state in trials if state.ended is not None]
         for _, has_ended, state in sorted(events, key=lambda event: event[:2]):
             if not has_ended:
-                self._ask_again(state)
+                self._ask_again(state, places[state.trial_id])
             elif asked := self._asked.pop(state.trial_id, None):
-                self._tell(asked, state)
+                self._tell(asked, state, self._study)
 
-    def _ask_again(self, state: TrialState) -> None:
-        by_sampler = state.number not in self._given and self._sweep.searcher.type in KEEP_STATE
-        recipe, asked = self._ask(state.number, None if by_sampler else state.recipe)
+    def _ask_again(self, state: TrialState, place: int) -> None:
+        by_sampler = place not in self._given and self._sweep.searcher.type in KEEP_STATE
+        recipe, asked = self._ask(place, None if by_sampler else state.recipe)
         if recipe != state.recipe and asked is not None:
             self._say(
                 f"{state.trial_id}: the {self._sweep.searcher.type} sampler of Optuna "
@@ -176,11 +193,11 @@ class SweepStudy:
                 "its recorded recipe is kept"
             )
             self._study.tell(asked, state=OptunaState.FAIL)
-            _, asked = self._ask(state.number, state.recipe)
+            _, asked = self._ask(place, state.recipe)
         if asked is not None:
             self._asked[state.trial_id] = asked
 
-    def _tell(self, asked: optuna.Trial, state: TrialState) -> None:
+    def _tell(self, asked: optuna.Trial, state: TrialState, study: optuna.Study) -> None:
         experiment = self._experiment
         last = max(state.scored, default=0)
         attributes = {
@@ -194,6 +211,8 @@ class SweepStudy:
             asked.set_user_attr(name, value)
         if state.message:
             asked.set_user_attr("message", state.message)
+        if state.origin is not None:
+            asked.set_user_attr("parent", f"{state.origin['parent']} at {state.origin['step']}")
         values = objective_values(experiment, state)
         bad = state.ended == "failed" or (
             values is not None and not all(map(math.isfinite, values))
@@ -208,9 +227,9 @@ class SweepStudy:
                 if math.isfinite(scores[experiment.metric]):
                     asked.report(scores[experiment.metric], step)
         if state.ended == "finished" and values is not None and not bad:
-            self._study.tell(asked, values)
+            study.tell(asked, values)
         else:
-            self._study.tell(asked, state=OptunaState.PRUNED)
+            study.tell(asked, state=OptunaState.PRUNED)
 
 
 def objective_values(experiment: ExperimentConfig, state: TrialState) -> list[float] | None:

@@ -122,6 +122,8 @@ class TrialJob:
         self.notes += [f"checkpoint passed over: {message}" for message in damaged]
         if folder is not None:
             run.restore(folder)
+        elif self.job.origin is not None:
+            self._start_as_clone(run, self.job.origin)
         for entry in self.folder.scores("select"):
             self.scored[entry.step] = entry.metrics[self.experiment.metric].value
         if self.worker.world.rank == 0:
@@ -129,9 +131,19 @@ class TrialJob:
                 kept = [row for row in read_json_lines(file) if row["step"] <= run.steps_done]
                 write_text(file, "".join(json.dumps(row) + "\n" for row in kept))
 
+    def _start_as_clone(self, run: Run, origin: dict[str, Any]) -> None:
+        before = self.worker.experiment.with_recipe(origin["recipe"])
+        told = run.start_from(self.folder.origin, before, origin["step"])
+        start = f"starts from {origin['parent']} at step {origin['step']}"
+        note = "; ".join([start, *told, "optimizer state is fresh"])
+        # At once: its next life, which goes on from a checkpoint, would not say it.
+        self.worker.report(self.job, {"notes": [note], "done": False})
+
     def _rungs(self, run: Run) -> Generator[Run, Turn, bool]:
         """Whether the last rung was reached (False: asked to stop, or paused)."""
         for rung in self.experiment.rungs:
+            if self.job.origin is not None and rung <= self.job.origin["step"]:
+                continue
             if run.steps_done <= rung and not (yield from self._train_to(run, rung)):
                 return False
             scores = self._scores(run, rung)

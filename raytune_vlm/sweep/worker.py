@@ -138,8 +138,8 @@ class Worker:
         self._asked = self._looked = 0.0
         self._pushed: dict[str, float] = {}
         self._words: dict[str, Word] = {}
-        """What was told last of each job: go on; drop it; the run ends; the node is about to go.
-        The same on all ranks."""
+        """What was told last of each job: go on; drop it; save it, because a person
+        paused it, the run ends, or the node is about to go. The same on all ranks."""
         self._leaves = False
 
     def _features(self) -> Features | None:

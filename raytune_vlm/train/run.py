@@ -26,6 +26,7 @@ from raytune_vlm.errors import (
     first_line,
 )
 from raytune_vlm.models.adapter_file import start_tensors
+from raytune_vlm.models.adapter_start import start_from
 from raytune_vlm.models.audit import check_merge, check_reload, last_logits
 from raytune_vlm.models.loading import Base
 from raytune_vlm.models.lora import attach, detach, trainable_by_scope
@@ -125,12 +126,9 @@ class Run:
         )
         self._backend = backend(self.model, optimizer, world, self.config)
         self._optimizer = self._backend.optimizer
-        starts = start_tensors(self.model)
-        if starts and world.size > 1:
-            # A decomposition of the weights may come out with other signs on another machine.
-            trained = (p for p in self.model.parameters() if p.requires_grad)
-            for tensor in (*trained, *starts):
-                torch.distributed.broadcast(tensor.detach(), src=0)
+        self._trained = [p for p in self.model.parameters() if p.requires_grad]
+        if starts := start_tensors(self.model):  # elsewhere singular vectors have other signs
+            world.align([*self._trained, *starts])
         # Dropout must not depend on how many random numbers the initialisation drew.
         random_state.seed(experiment.seed * 1009 + world.rank)
 
@@ -383,6 +381,13 @@ class Run:
         self._backend.restore_scaler(state.scaler)
         if state.micro_batch is not None:
             self.batches.lower(MicroBatchLimit(**state.micro_batch))
+
+    def start_from(self, folder: Path, before: ExperimentConfig, step: int) -> list[str]:
+        """Go on at a step from another recipe's adapter, optimizer fresh; what was changed."""
+        told = start_from(folder, self.model, self._base.family, before.lora, self.experiment.lora)
+        self._world.align(self._trained)
+        self.steps_done = step
+        return told
 
     def close(self) -> None:
         """Take the adapter off; the base model is again what it was."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,11 @@ class World:
         box = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]
+
+    def align(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Give tensors rank 0's values on every rank, in place."""
+        for tensor in tensors if self.size > 1 else ():
+            dist.broadcast(tensor.detach(), src=0)
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's picklable value, by rank, on every rank."""
