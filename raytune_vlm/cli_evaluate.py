@@ -12,6 +12,7 @@ import click
 
 from raytune_vlm.cli_data import TRUST
 from raytune_vlm.errors import ConfigError, did_you_mean
+from raytune_vlm.visible import show
 
 if TYPE_CHECKING:
     from raytune_vlm.config import ExperimentConfig
@@ -120,7 +121,7 @@ def evaluate(
     _check_keys(overrides, KEYS if served is None else SERVED_KEYS)
     shared = {"data": data, "limit": limit, "server": served}
     card = _benchmarks(target, overrides, benchmarks, trust, trial_id, adapter, output, shared)
-    click.echo(card.text())
+    show(card.text())
 
 
 def _benchmarks(
@@ -225,10 +226,10 @@ def _split(
                 robustness=USUAL_CURVE if curve else None,
             )
     for name, entry in scores.metrics.items():
-        click.echo(f"{name} {entry.value:.4f} [{entry.lower:.4f}, {entry.upper:.4f}]")
+        show(f"{name} {entry.value:.4f} [{entry.lower:.4f}, {entry.upper:.4f}]")
         if scores.clean is not None and name in scores.clean.metrics:
             clean, number = scores.clean.metrics[name], scores.clean.num_samples
-            click.echo(
+            show(
                 f"{name} {clean.value:.4f} [{clean.lower:.4f}, {clean.upper:.4f}] on the "
                 f"{number} samples that overlap no training sample"
             )
@@ -236,7 +237,7 @@ def _split(
         from raytune_vlm.records import SweepFolder
 
         touches = len(SweepFolder(folder).report_touches())
-        click.echo(f"report was touched {touches} times in the life of this folder")
+        show(f"report was touched {touches} times in the life of this folder")
 
 
 def _check_keys(overrides: tuple[str, ...], known: tuple[str, ...]) -> None:
