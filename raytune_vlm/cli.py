@@ -20,7 +20,7 @@ from raytune_vlm.cli_data import TRUST, data
 from raytune_vlm.cli_evaluate import evaluate
 from raytune_vlm.cli_jobs import ADDRESS, logs, resume_job, sent, status, stop, submit
 from raytune_vlm.errors import ConfigError, RaytuneVlmError
-from raytune_vlm.visible import show, visible
+from raytune_vlm.visible import tell, visible
 
 if TYPE_CHECKING:
     from raytune_vlm.config import ExperimentConfig
@@ -82,17 +82,17 @@ def validate(
     length, scored = f"{train.max_steps} steps", ", ".join(map(str, resolved.rungs))
     if train.epochs is not None:
         length, scored = f"{train.epochs:g} epochs", "that the prepared data tells"
-    show(
+    tell(
         f"{experiment}: valid ({resolved.fingerprint()}): {resolved.model.name} "
         f"({family.model_type}), {resolved.sweep.num_trials} trials of up to "
         f"{length}, {resolved.metric} scored at steps {scored}"
     )
     folder = SweepFolder(Path(resolved.storage_path) / resolved.name)
     for line in detectable_lines(resolved, noted_sizes(resolved), pilot_scores(resolved, folder)):
-        show(f"as last prepared, {line}")
-    show(planner_line(resolved))
+        tell(f"as last prepared, {line}")
+    tell(planner_line(resolved))
     for note in resolved.sweep.notes():
-        show(note)
+        tell(note)
     if not quick:
         _predict(resolved)
 
@@ -110,7 +110,7 @@ def _predict(experiment: ExperimentConfig) -> None:
     logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what libraries say of each other
-        show(describe(predict(experiment), experiment.lora))
+        tell(describe(predict(experiment), experiment.lora))
         check_constraints(experiment, Predictor(experiment))
 
 
@@ -194,7 +194,7 @@ def train(experiment: Path, overrides: tuple[str, ...], trust: str | None) -> No
         from raytune_vlm.sweep.single import train_one
 
         trial = train_one(resolved, command=_command(), monitor=monitor)
-        show(f"adapter: {trial}")
+        tell(f"adapter: {trial}")
 
 
 @cli.command()
@@ -288,9 +288,9 @@ def export(
     from raytune_vlm.sweep.export import serving_lines
 
     written = write(folder, output, trial_id=trial_id, step=step, form=form, trust=trust)
-    show(f"{written.trial_id}, step {written.step}: {form} in {written.folder}")
+    tell(f"{written.trial_id}, step {written.step}: {form} in {written.folder}")
     for line in serving_lines(written):
-        show(line)
+        tell(line)
 
 
 @cli.command()
@@ -299,7 +299,7 @@ def report(folder: Path) -> None:
     """Write the report of a sweep folder again; needs neither Ray nor torch."""
     from raytune_vlm.report import build_report
 
-    show(str(build_report(folder)))
+    tell(str(build_report(folder)))
 
 
 @cli.command()
@@ -311,7 +311,7 @@ def rescore(folder: Path, metrics: str | None) -> None:
 
     wanted = tuple(metrics.split(",")) if metrics is not None else None
     for line in rescore_folder(folder, wanted):
-        show(line)
+        tell(line)
 
 
 @cli.command()
@@ -324,9 +324,9 @@ def doctor(storage: Path, address: str | None) -> None:
     problems = 0
     for found in examine(storage, address):
         problems += found.level == "problem"
-        show(f"{found.level:8} {found.about}: {found.what}")
+        tell(f"{found.level:8} {found.about}: {found.what}")
         if found.remedy:
-            show(f"{'':8}   -> {found.remedy}")
+            tell(f"{'':8}   -> {found.remedy}")
     sys.exit(1 if problems else 0)
 
 

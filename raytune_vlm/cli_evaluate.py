@@ -12,7 +12,7 @@ import click
 
 from raytune_vlm.cli_data import TRUST
 from raytune_vlm.errors import ConfigError, did_you_mean
-from raytune_vlm.visible import show
+from raytune_vlm.visible import tell
 
 if TYPE_CHECKING:
     from raytune_vlm.config import ExperimentConfig
@@ -121,7 +121,7 @@ def evaluate(
     _check_keys(overrides, KEYS if served is None else SERVED_KEYS)
     shared = {"data": data, "limit": limit, "server": served}
     card = _benchmarks(target, overrides, benchmarks, trust, trial_id, adapter, output, shared)
-    show(card.text())
+    tell(card.text())
 
 
 def _benchmarks(
@@ -226,10 +226,10 @@ def _split(
                 robustness=USUAL_CURVE if curve else None,
             )
     for name, entry in scores.metrics.items():
-        show(f"{name} {entry.value:.4f} [{entry.lower:.4f}, {entry.upper:.4f}]")
+        tell(f"{name} {entry.value:.4f} [{entry.lower:.4f}, {entry.upper:.4f}]")
         if scores.clean is not None and name in scores.clean.metrics:
             clean, number = scores.clean.metrics[name], scores.clean.num_samples
-            show(
+            tell(
                 f"{name} {clean.value:.4f} [{clean.lower:.4f}, {clean.upper:.4f}] on the "
                 f"{number} samples that overlap no training sample"
             )
@@ -237,7 +237,7 @@ def _split(
         from raytune_vlm.records import SweepFolder
 
         touches = len(SweepFolder(folder).report_touches())
-        show(f"report was touched {touches} times in the life of this folder")
+        tell(f"report was touched {touches} times in the life of this folder")
 
 
 def _check_keys(overrides: tuple[str, ...], known: tuple[str, ...]) -> None:

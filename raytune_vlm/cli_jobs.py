@@ -16,7 +16,7 @@ import click
 
 from raytune_vlm.cli_data import TRUST
 from raytune_vlm.errors import ConfigError
-from raytune_vlm.visible import show
+from raytune_vlm.visible import tell
 
 if TYPE_CHECKING:
     from raytune_vlm.submission.jobs import Submission
@@ -100,10 +100,10 @@ def start_job(
                 f"{why}; start Ray with RAY_AUTH_MODE=token and --dashboard-host=127.0.0.1 "
                 "(docs/jobs.md), or send it all the same with --open-cluster"
             )
-        job_id = jobs.submit(client, new, show)
+        job_id = jobs.submit(client, new, tell)
         where = "" if address is None else f" --address {address}"
         for verb in ("status", "logs", "stop"):
-            show(f"  raytune-vlm {verb} {job_id}{where}")
+            tell(f"  raytune-vlm {verb} {job_id}{where}")
         if follow:
             sys.exit(jobs.follow(client, job_id, click.echo))
 
@@ -160,7 +160,7 @@ def status(target: str, address: str | None) -> None:
         if root is not None and folder.is_sweep_folder(root):
             lines += folder.status_lines(Path(root))
     for line in lines:
-        show(line)
+        tell(line)
 
 
 @click.command()
@@ -175,7 +175,7 @@ def logs(target: str, address: str | None, follow: bool) -> None:
         if follow:
             raise ConfigError(f"--follow is for jobs: `tail -f {target}/ledger.jsonl`")
         for line in folder.log_lines(Path(target)):
-            show(line)
+            tell(line)
         return
     with jobs.job_client(address) as client:
         job_id = jobs.find_job(client, target).submission_id
@@ -192,11 +192,11 @@ def stop(target: str, address: str | None) -> None:
     from raytune_vlm.submission import folder, jobs
 
     if address is None and folder.is_sweep_folder(target):
-        folder.stop(Path(target), show)
+        folder.stop(Path(target), tell)
         return
     with jobs.job_client(address) as client:
-        job = jobs.stop(client, jobs.find_job(client, target), show)
+        job = jobs.stop(client, jobs.find_job(client, target), tell)
     root = (job.metadata or {}).get(jobs.FOLDER_KEY)
     if root is not None and folder.is_sweep_folder(root):
         for line in folder.status_lines(Path(root)):
-            show(line)
+            tell(line)

@@ -22,7 +22,7 @@ def visible(text: str) -> str:
     return _HIDDEN.sub(lambda match: _mark(match[0]), text)
 
 
-def show(text: str) -> None:
+def tell(text: str) -> None:
     """Print a text that may hold words of others."""
     click.echo(visible(text))
 
