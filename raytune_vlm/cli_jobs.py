@@ -33,7 +33,7 @@ def sent(command: _Command) -> _Command:
     """What says which files a job is sent, its environment, and to which clusters it may go."""
     for decorate in (
         click.option(
-            "--open-cluster", is_flag=True, help="Send it to a cluster that asks for no token, too."
+            "--open-cluster", is_flag=True, help="Even to a cluster on a network without tokens."
         ),
         click.option("--env", multiple=True, metavar="KEY=VALUE", help="Environment of the job."),
         click.option("--exclude", multiple=True, metavar="PATTERN", help="Files not to send."),
