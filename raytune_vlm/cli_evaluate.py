@@ -44,7 +44,12 @@ KEYS = (
 @click.argument("target")
 @click.argument("overrides", nargs=-1)
 @TRUST
-@click.option("--trial", "trial_id", help="Trial id, `best` or `base`.  [default: base]")
+@click.option(
+    "--trial",
+    "trials",
+    metavar="IDS",
+    help="Trial ids, `best` or `base`; several as t0003,base share batches.  [default: base]",
+)
 @click.option("--split", type=click.Choice(["select", "report"]), help="[default: select]")
 @click.option(
     "--benchmarks", metavar="NAMES", help="docvqa,chartqa@human,mine.yaml: see docs/benchmarks.md."
@@ -58,7 +63,7 @@ def evaluate(
     target: str,
     overrides: tuple[str, ...],
     trust: str | None,
-    trial_id: str | None,
+    trials: str | None,
     split: str | None,
     benchmarks: str | None,
     adapter: Path | None,
@@ -76,7 +81,7 @@ def evaluate(
         named = [name for name, value in only.items() if value is not None] + list(overrides)
         if named:
             raise ConfigError(f"{named[0]} has no effect without --benchmarks")
-        _split(Path(target), trust, trial_id or "base", split or "select", curve=robustness)
+        _split(Path(target), trust, _named_trials(trials), split or "select", curve=robustness)
         return
     if robustness:
         raise ConfigError("--robustness has no effect with --benchmarks")
@@ -86,7 +91,7 @@ def evaluate(
 
     chosen = find_benchmarks(benchmarks)
     is_sweep = (Path(target) / "experiment.json").exists()
-    wrong = {"--adapter": adapter, "--output": output} if is_sweep else {"--trial": trial_id}
+    wrong = {"--adapter": adapter, "--output": output} if is_sweep else {"--trial": trials}
     for name, value in wrong.items():
         if value is not None:
             kind = "a sweep folder" if is_sweep else "a model, not a sweep folder"
@@ -95,13 +100,13 @@ def evaluate(
     from raytune_vlm.monitor import Monitor
 
     with Monitor() as monitor:
-        from raytune_vlm.sweep.evaluate_suite import evaluate_model, evaluate_trial
+        from raytune_vlm.sweep.evaluate_suite import evaluate_model, evaluate_trials
 
         shared: dict[str, Any] = {"data": data, "limit": limit, "monitor": monitor}
         if is_sweep:
-            card = evaluate_trial(
+            cards = evaluate_trials(
                 Path(target),
-                trial_id or "base",
+                _named_trials(trials),
                 chosen,
                 overrides=lambda recorded: _overridden(recorded.model_dump(), overrides).trusting(
                     recorded.model.trusted_revision
@@ -113,33 +118,42 @@ def evaluate(
             from raytune_vlm.models.trust import with_trust
 
             experiment = with_trust(_overridden(_plain(target), overrides), trust)
-            card = evaluate_model(experiment, chosen, adapter=adapter, output=output, **shared)
-    click.echo(card.text())
+            cards = [evaluate_model(experiment, chosen, adapter=adapter, output=output, **shared)]
+    click.echo("\n\n".join(card.text() for card in cards))
 
 
-def _split(folder: Path, trust: str | None, trial_id: str, split: str, *, curve: bool) -> None:
+def _named_trials(names: str | None) -> list[str]:
+    """The parts of `--trial`; the base model where it is not given."""
+    return [name.strip() for name in (names or "base").split(",")]
+
+
+def _split(
+    folder: Path, trust: str | None, trial_ids: list[str], split: str, *, curve: bool
+) -> None:
     from raytune_vlm.config.evaluation import USUAL_CURVE
     from raytune_vlm.monitor import Monitor
 
     with Monitor() as monitor:
-        from raytune_vlm.sweep.single import evaluate_one
+        from raytune_vlm.sweep.single import evaluate_split
 
-        scores = evaluate_one(
+        found = evaluate_split(
             folder,
-            trial_id,
+            trial_ids,
             split,
             monitor=monitor,
             trust=trust,
             robustness=USUAL_CURVE if curve else None,
         )
-    for name, entry in scores.metrics.items():
-        click.echo(f"{name} {entry.value:.4f} [{entry.lower:.4f}, {entry.upper:.4f}]")
-        if scores.clean is not None and name in scores.clean.metrics:
-            clean, number = scores.clean.metrics[name], scores.clean.num_samples
-            click.echo(
-                f"{name} {clean.value:.4f} [{clean.lower:.4f}, {clean.upper:.4f}] on the "
-                f"{number} samples that overlap no training sample"
-            )
+    for trial_id, scores in found.items():
+        who = f"{trial_id} step {scores.step}: " if len(found) > 1 else ""
+        for name, entry in scores.metrics.items():
+            click.echo(f"{who}{name} {entry.value:.4f} [{entry.lower:.4f}, {entry.upper:.4f}]")
+            if scores.clean is not None and name in scores.clean.metrics:
+                clean, number = scores.clean.metrics[name], scores.clean.num_samples
+                click.echo(
+                    f"{who}{name} {clean.value:.4f} [{clean.lower:.4f}, {clean.upper:.4f}] on the "
+                    f"{number} samples that overlap no training sample"
+                )
     if split == "report":
         from raytune_vlm.records import SweepFolder
 

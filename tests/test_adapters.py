@@ -57,7 +57,7 @@ def test_adapters_in_one_batch_answer_as_alone(model_type, tiny_base, tiny_promp
     before = {name: tensor.clone() for name, tensor in base.model.state_dict().items()}
     adapters = {"base": None, **adapters_of(base, tmp_path, RECIPES)}
     rows = [3, 0, 11]
-    found = generate_many(base, adapters, split, rows, CONFIG)
+    found = generate_many(base, adapters, split, dict.fromkeys(adapters, rows), CONFIG)
     assert set(found.one_by_one) == {"dora", "towers", "full"}
     for name, adapter in adapters.items():
         expected = alone(base, adapter, lambda model: generate(model, base, split, rows, CONFIG))
