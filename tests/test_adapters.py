@@ -87,3 +87,18 @@ def test_logits_in_one_batch_are_those_alone(tiny_base, tiny_prompts, tmp_path):
         single = alone(base, adapter, lambda model: model(**batch(1)).logits)[0]
         torch.testing.assert_close(together[row], single, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(together[0], together[1], atol=1e-3)
+
+
+def test_adapters_that_do_not_fit_at_once_are_loaded_after_each_other(
+    tiny_base, tiny_prompts, tmp_path
+):
+    base, split = tiny_base("idefics3"), tiny_prompts("idefics3")
+    adapters = {"base": None, **adapters_of(base, tmp_path, ["small", "large"])}
+    rows = {"base": [7], "small": [2, 7], "large": [2]}
+    batches: list[int] = []
+    found = generate_many(
+        base, adapters, split, rows, CONFIG, room=1, keep_going=lambda n: not batches.append(n)
+    )
+    assert batches == [0, 1, 3]  # one batch each, where all four answers would fit into one
+    assert found == generate_many(base, adapters, split, rows, CONFIG)
+    assert generate_many(base, adapters, split, rows, CONFIG, keep_going=lambda n: False) is None

@@ -86,7 +86,7 @@ def test_a_killed_evaluation_goes_on_where_it_was(tiny_model, tmp_path):
         stream.write('{"sample_id": "torn')
     again = Alone(tmp_path, experiment)
     again.evaluate("report")
-    asked = sum(progress["asked"] - progress["answered"] for progress in again.told[:1])
+    asked = sum(progress["asked"] - progress["answered"] for progress in again.progress[:1])
     assert asked == 20 - kept
     assert result(folder) == undisturbed
     assert not list(folder.rglob("answers"))
@@ -132,13 +132,13 @@ def test_several_checkpoints_in_one_job_are_scored_as_one_by_one(tiny_model, tmp
         file.write_bytes(content)
     known = [Prediction(**{name: row[FROM.get(name, name)] for name in FIELDS}) for row in rows]
     AnswerStore(folders[1]).writer(0).add(known)
-    worker.told.clear()
+    worker.progress.clear()
     run_evaluate(worker, replace(jobs[0], others=tuple(jobs[1:])))
     assert [result(folder) for folder in folders] == apart
-    assert (worker.told[0]["answered"], worker.told[0]["asked"]) == (4, 40)
-    assert worker.told[0]["trial_id"] == "base, t0000, t0001, t0002"
+    assert (worker.progress[0]["answered"], worker.progress[0]["asked"]) == (4, 40)
+    assert worker.progress[0]["trial_id"] == "base, t0000, t0001, t0002"
     notes = worker.reports[-1]["notes"]
-    assert ("t0002", "t0002 was answered by itself on report: PEFT does not mix DoRA") in notes
+    assert notes[0][1].startswith("t0002 was answered by itself on report: lora.dora=true")
     assert [note for note in notes if "by itself" in note[1]] == [notes[0]]
     texts = {tuple(row["prediction"] for row in found["predictions.parquet"]) for found in apart}
     assert len(texts) == 4
@@ -245,9 +245,9 @@ def test_every_point_of_the_curve_is_scored(scored):
         "scale=0.5",
     ]
     assert all(entry.num_samples == 6 and entry.skipped is None for entry in entries)
-    told = {progress["stage"] for progress in scored.told}
+    told = {progress["stage"] for progress in scored.progress}
     assert {"scoring report", "scoring report, blank_image", "scoring report, scale=0.5"} <= told
-    last = scored.told[-1]
+    last = scored.progress[-1]
     assert 0 < last["answered"] < last["asked"] == 6
     assert last["seconds_left"] > 0
 
@@ -267,10 +267,10 @@ def test_a_curve_that_is_asked_for_later_asks_nothing_again(scored):
     folder = scored.evaluate("report")
     before = result(folder)
     (folder / "scores.json").unlink()
-    told = len(scored.told)
+    told = len(scored.progress)
     scored.evaluate("report")
     assert result(folder) == before
-    assert len(scored.told) == told
+    assert len(scored.progress) == told
 
 
 def test_select_makes_no_controls_unless_asked_to(scored):

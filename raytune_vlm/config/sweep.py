@@ -72,7 +72,13 @@ class SweepConfig(Budget):
     num_trials: int = Field(default=16, ge=1)
     """How many recipes are tried."""
     num_executors: int = Field(default=1, ge=1)
-    """Resident executors, each training one trial at a time."""
+    """Resident executors, each with a base model of its own."""
+    slots: int = Field(default=1, ge=1, le=256)
+    """Trials that an executor trains at once on its one base model, which is in memory once."""
+    packing: Literal["exact", "fast"] = "exact"
+    """With several slots. `exact`: they take turns, each bit-equal to a trial by itself. `fast`:
+    the rows of all go through the base together, equal to rounding; DoRA, `lora.modules_to_save`
+    and scopes beyond the text still take turns."""
     include_default: bool = True
     """Make the experiment's own recipe the first trial, so that the winner has to beat it."""
     searcher: SearcherConfig = TpeSearcher(type="tpe")
@@ -92,8 +98,8 @@ class SweepConfig(Budget):
     """How often a trial is started again after a worker died or hung, counted anew from every rung
     that it reaches; nodes that announce their end are not counted."""
     max_wait_s: float = Field(default=600, ge=1, le=7 * 86400)
-    """Seconds to wait for the workers of an executor, because a node is missing, before it is given
-    up; without any executor the run ends with status 3 and can be resumed."""
+    """Seconds to wait for the workers of an executor, because a node is missing or others hold it,
+    before it is given up; without any executor the run ends with status 3 and can be resumed."""
     search_space: dict[str, Distribution] = Field(default_factory=dict)
     """Dotted key of the experiment -> distribution."""
     points_to_evaluate: tuple[dict[str, Scalar], ...] = ()
@@ -105,6 +111,17 @@ class SweepConfig(Budget):
     """Let `warm_start` take sweeps on other data or another base model too."""
     stop_when_stable: StableConfig | None = None
     """End the search before `num_trials` once its outcome no longer changes; None: never."""
+
+    @property
+    def at_once(self) -> int:
+        """Trials that are in training at a time, at most."""
+        return self.num_executors * self.slots
+
+    @model_validator(mode="after")
+    def _packing_has_slots(self) -> "SweepConfig":
+        if self.packing == "fast" and self.slots == 1:
+            raise ValueError("packing=fast has no effect with slots=1: raise slots")
+        return self
 
     @model_validator(mode="after")
     def _grid_fits(self) -> "SweepConfig":

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from raytune_vlm.evaluate.generate import Answering, Prompts
 from raytune_vlm.evaluate.scoring import Prediction
 from raytune_vlm.models.adapter_file import load_adapter
 from raytune_vlm.models.loading import Base
-from raytune_vlm.models.lora import attach, detach
+from raytune_vlm.models.lora import attach, detach, unmixable
 
 ROOM_SHARE = 0.5
 """Adapters that share batches take at most this part of a GPU's free memory; the rest is for what
@@ -89,27 +88,14 @@ def generate_many(
     Answers, or None
         None if `keep_going` said no.
     """
-    found: dict[str, dict[int, Prediction]] = {name: {} for name in adapters}
-    by_id = {split.sample_ids[row]: row for own in rows.values() for row in own}
-
-    def add(name: str, answers: Sequence[Prediction]) -> None:
-        found[name] |= {by_id[entry.sample_id]: entry for entry in answers}
-        keep(name, answers)
-
-    def left(names: Iterable[str]) -> dict[str, list[int]]:
-        return {name: [row for row in rows[name] if row not in found[name]] for name in names}
-
-    def goes_on() -> bool:
-        return keep_going(sum(map(len, found.values())))
-
-    reasons = {name: _obstacle(adapter) for name, adapter in adapters.items()}
+    asking = _Asking(base, split, rows, config, device, keep_going, keep)
+    reasons = {name: unmixable(entry.recipe) if entry else None for name, entry in adapters.items()}
     apart = {name: reason for name, reason in reasons.items() if reason is not None}
     mixed = {name: adapter for name, adapter in adapters.items() if name not in apart}
-    asking = partial(_ask, base, split, config, device, goes_on, add)
     for group in _groups(mixed, _room(device) if room is None else room):
         try:
             with loaded(base, group, device) as (model, slots):
-                if not asking(model, left(group), slots):
+                if not asking.ask(model, group, slots):
                     return None
         except ValueError as error:
             if isinstance(error, RaytuneVlmError):
@@ -118,34 +104,49 @@ def generate_many(
             apart |= dict.fromkeys(group, f"PEFT: {error}")
     for name in apart:
         with _alone(base, adapters[name]) as model:
-            if not asking(model, left([name]), None):
+            if not asking.ask(model, [name], None):
                 return None
-    by_name = {name: [found[name][row] for row in own] for name, own in rows.items()}
-    return Answers(by_name, apart)
+    return Answers(asking.answers(), apart)
 
 
-def _ask(
-    base: Base,
-    split: Prompts,
-    config: EvaluationConfig,
-    device: str,
-    goes_on: Callable[[], bool],
-    keep: Callable[[str, Sequence[Prediction]], None],
-    model: Any,
-    rows: Mapping[str, Sequence[int]],
-    slots: Mapping[str, str] | None,
-) -> bool:
-    """Ask a model; False if stopped. `slots` are PEFT's names of adapters that share batches."""
-    answering = Answering(model, base, split, config, device)
-    for chunk in _pairs(split, rows, base.family.left_padding, config):
-        if not goes_on():
-            return False
-        options = {"adapter_names": [slots[name] for name, _ in chunk]} if slots else {}
-        answers = answering.answer([row for _, row in chunk], **options)
-        for asked in dict.fromkeys(name for name, _ in chunk):
-            pairs = zip(chunk, answers, strict=True)
-            keep(asked, [entry for (name, _), entry in pairs if name == asked])
-    return True
+class _Asking:
+    """Asks for what is left of each adapter's rows, and keeps the answers."""
+
+    def __init__(
+        self,
+        base: Base,
+        split: Prompts,
+        rows: Mapping[str, Sequence[int]],
+        config: EvaluationConfig,
+        device: str,
+        keep_going: Callable[[int], bool],
+        keep: Callable[[str, Sequence[Prediction]], None],
+    ) -> None:
+        self._base, self._split, self._config, self._device = base, split, config, device
+        self._rows, self._keep_going, self._keep = rows, keep_going, keep
+        self._found: dict[tuple[str, int], Prediction] = {}
+
+    def ask(self, model: Any, names: Iterable[str], slots: Mapping[str, str] | None) -> bool:
+        """Ask a model; False if stopped. `slots`: PEFT's names of adapters that share batches."""
+        answering = Answering(model, self._base, self._split, self._config, self._device)
+        left = {
+            name: [row for row in self._rows[name] if (name, row) not in self._found]
+            for name in names
+        }
+        for chunk in _pairs(self._split, left, self._base.family.left_padding, self._config):
+            if not self._keep_going(len(self._found)):
+                return False
+            options = {"adapter_names": [slots[name] for name, _ in chunk]} if slots else {}
+            answers = answering.answer([row for _, row in chunk], **options)
+            self._found |= dict(zip(chunk, answers, strict=True))
+            for asked in dict.fromkeys(name for name, _ in chunk):
+                pairs = zip(chunk, answers, strict=True)
+                self._keep(asked, [entry for (name, _), entry in pairs if name == asked])
+        return True
+
+    def answers(self) -> dict[str, list[Prediction]]:
+        """Name -> the answers to its rows, in their order."""
+        return {name: [self._found[name, row] for row in own] for name, own in self._rows.items()}
 
 
 @contextmanager
@@ -160,20 +161,6 @@ def _alone(base: Base, adapter: Adapter | None) -> Iterator[Any]:
         yield model.eval()
     finally:
         base.model = detach(model)
-
-
-def _obstacle(adapter: Adapter | None) -> str | None:
-    """Why an adapter cannot share a batch; None if it can."""
-    if adapter is None:
-        return None
-    recipe = adapter.recipe
-    if recipe.dora:
-        return "PEFT does not mix DoRA"
-    if recipe.full_scopes:
-        return f"lora.modules_to_save={recipe.modules_to_save} is one module for all rows"
-    if tuple(recipe.scopes) != ("text",):
-        return f"lora.scope={recipe.scope}: rows of the towers are images, not samples"
-    return None
 
 
 def _room(device: str) -> int | None:

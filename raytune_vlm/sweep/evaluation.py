@@ -149,7 +149,7 @@ class Evaluation:
                 "seconds_left": None if pace is None else pace * (mine - done),
             }
             if size == 1:
-                return not worker.stopped(self.job, **where)
+                return not worker.told(self.job, **where)
             if worker.world.rank == 0 and time.monotonic() - self._pushed >= PUSH_EVERY_S:
                 self._pushed = time.monotonic()
                 ray.get(worker.setup.board.push.remote(worker.setup.name, self.job.job_id, where))

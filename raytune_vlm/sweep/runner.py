@@ -83,11 +83,7 @@ def run_sweep(experiment: ExperimentConfig, *, command: str, monitor: Monitor) -
 
     experiment = located(experiment)
     folder = SweepFolder(Path(experiment.storage_path) / experiment.name)
-    if folder.experiment_file.exists():
-        raise ConfigError(
-            f"{folder.root} holds a sweep already: `raytune-vlm resume {folder.root}` continues "
-            "it, another name= starts a new one"
-        )
+    _refuse_known(folder)
     jobs = plan_of(experiment)
     guard_suite(experiment)
     check_search(experiment)
@@ -99,9 +95,19 @@ def run_sweep(experiment: ExperimentConfig, *, command: str, monitor: Monitor) -
         check_rungs(resolved, data.split("select"))
         say_detectable(resolved, data, monitor)
         prepare_guard(experiment, monitor)
-        write_head(folder, experiment, data, command)
-        with Lease(folder.lease_file), copied(folder, resolved, monitor, new=True):
-            return _drive(resolved, folder, data, monitor)
+        with Lease(folder.lease_file):
+            _refuse_known(folder)  # another driver may have been as far as this
+            write_head(folder, experiment, data, command)
+            with copied(folder, resolved, monitor, new=True):
+                return _drive(resolved, folder, data, monitor)
+
+
+def _refuse_known(folder: SweepFolder) -> None:
+    if folder.experiment_file.exists():
+        raise ConfigError(
+            f"{folder.root} holds a sweep already: `raytune-vlm resume {folder.root}` continues "
+            "it, another name= starts a new one"
+        )
 
 
 def resume_sweep(root: Path, *, monitor: Monitor, trust: str | None = None) -> SweepFolder:

@@ -42,7 +42,11 @@ def train_one(experiment: ExperimentConfig, *, command: str, monitor: Monitor) -
     """
     experiment = preparing.located(experiment)
     single = experiment.model_copy(
-        update={"sweep": experiment.sweep.model_copy(update={"num_executors": 1})}
+        update={
+            "sweep": experiment.sweep.model_copy(
+                update={"num_executors": 1, "slots": 1, "packing": "exact"}
+            )
+        }
     )
     folder = SweepFolder(Path(single.storage_path) / single.name)
     jobs = preparing.plan_of(single)
@@ -56,22 +60,26 @@ def train_one(experiment: ExperimentConfig, *, command: str, monitor: Monitor) -
         preparing.require_splits(data, "select")
         resolved = preparing.with_steps(single, data, monitor)
         check_rungs(resolved, data.split("select"))
-        preparing.write_head(folder, single, data, command)
-        with (
-            Lease(folder.lease_file),
-            copied(folder, resolved, monitor, new=is_new),
-            runner.session(resolved, folder, data, monitor) as running,
-        ):
-            states = running.states or {TRAINED: TrialState(TRAINED, 0, {})}
-            state = states[TRAINED]
-            if not running.states:
-                running.ledger.append("proposed", trial_id=TRAINED, number=0, recipe={})
-            if state.ended != "finished":
-                with Watcher(monitor, running.board, resolved, states, 1):
-                    _follow(running, state)
+        with Lease(folder.lease_file):
+            preparing.write_head(folder, single, data, command)
+            with (
+                copied(folder, resolved, monitor, new=is_new),
+                runner.session(resolved, folder, data, monitor) as running,
+            ):
+                _drive(running)
     found, _ = newest(folder.trial(TRAINED).checkpoints)
     assert found is not None
     return found
+
+
+def _drive(running: runner.Session) -> None:
+    states = running.states or {TRAINED: TrialState(TRAINED, 0, {})}
+    state = states[TRAINED]
+    if not running.states:
+        running.ledger.append("proposed", trial_id=TRAINED, number=0, recipe={})
+    if state.ended != "finished":
+        with Watcher(running.monitor, running.board, running.experiment, states, 1):
+            _follow(running, state)
 
 
 def _follow(running: runner.Session, state: TrialState) -> None:

@@ -32,7 +32,7 @@ from raytune_vlm.models.lora import attach, trainable_by_scope
 from raytune_vlm.models.quantization import quantized_modules
 from raytune_vlm.models.shapes import ShapeRun
 from raytune_vlm.train.backends.fsdp2 import blocks
-from raytune_vlm.train.layers import change_layers
+from raytune_vlm.train.layers import RecomputedLayers
 from raytune_vlm.train.losses import summed_cross_entropy
 
 IMAGE_SIDE = 1024
@@ -98,7 +98,7 @@ def predict(experiment: ExperimentConfig, samples: Sequence[Encoded] | None = No
     saved = sum(round(p.nbytes - p.numel() * BITS_OF_NF4 / 8) for p in packed)
     with torch.device("meta"):
         adapted: Any = attach(model, family, experiment.lora, seed=0)
-    change_layers(adapted, family, experiment.train)
+    RecomputedLayers(adapted, family, experiment.train).change()
     trained = [p for p in adapted.parameters() if p.requires_grad]
     adapter = sum(p.nbytes for p in trained)
     tensors = {id(t): t for t in (*adapted.parameters(), *adapted.buffers())}

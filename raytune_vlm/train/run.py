@@ -37,7 +37,7 @@ from raytune_vlm.train import checkpoint, random_state
 from raytune_vlm.train.auditor import Auditor
 from raytune_vlm.train.backends import BACKENDS
 from raytune_vlm.train.batches import Batches, MicroBatchLimit, TrainingData
-from raytune_vlm.train.layers import change_layers
+from raytune_vlm.train.layers import RecomputedLayers
 from raytune_vlm.train.losses import summed_cross_entropy
 from raytune_vlm.train.measure import Measure
 from raytune_vlm.train.optimizer import parameter_groups
@@ -100,9 +100,11 @@ class Run:
         # Last, because from here on the base is wrapped until `close`.
         with self._whole(experiment.lora.reads_weights):
             self.model = attach(base.model, base.family, experiment.lora, seed=experiment.seed)
-        self._is_attached = True
+        self.is_attached = True
+        """Whether the adapter is on the base, or parked beside it (`packed.slot`)."""
         try:
-            self._restore_layers = change_layers(self.model, base.family, self.config)
+            self.layers = RecomputedLayers(self.model, base.family, self.config)
+            self.layers.change()
         except ModelError:
             base.model = detach(self.model)
             raise
@@ -383,10 +385,10 @@ class Run:
             self._take_off()
 
     def _take_off(self) -> None:
-        if self._is_attached:
+        if self.is_attached:
             self.measure.close()
-            self._restore_layers()
-            self._base.model, self._is_attached = detach(self.model), False
+            self.layers.restore()
+            self._base.model, self.is_attached = detach(self.model), False
 
 
 def _first_line(error: Exception) -> str:
