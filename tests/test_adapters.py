@@ -102,3 +102,16 @@ def test_adapters_that_do_not_fit_at_once_are_loaded_after_each_other(
     assert batches == [0, 1, 3]  # one batch each, where all four answers would fit into one
     assert found == generate_many(base, adapters, split, rows, CONFIG)
     assert generate_many(base, adapters, split, rows, CONFIG, keep_going=lambda n: False) is None
+
+
+def test_a_family_whose_rows_are_not_samples_is_answered_one_by_one(
+    tiny_base, tiny_prompts, tmp_path
+):
+    base, split = tiny_base("mllama"), tiny_prompts("mllama")
+    adapters = {"base": None, **adapters_of(base, tmp_path, ["small"])}
+    found = generate_many(base, adapters, split, dict.fromkeys(adapters, [3, 0]), CONFIG)
+    assert set(found.one_by_one) == {"base", "small"}
+    assert found.one_by_one["small"].startswith("PEFT: Length of `adapter_names`")
+    for name, adapter in adapters.items():
+        expected = alone(base, adapter, lambda model: generate(model, base, split, [3, 0], CONFIG))
+        assert found.by_name[name] == expected

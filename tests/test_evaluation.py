@@ -21,18 +21,20 @@ from made import cli_environment, experiment, picture
 from raytune_vlm.comparisons import Comparisons
 from raytune_vlm.config.data import ImageLimits
 from raytune_vlm.config.evaluation import EvaluationConfig
+from raytune_vlm.errors import ConfigError
 from raytune_vlm.evaluate.altered import ALTERATIONS, AlteredPrompts, own_pictures, partners
 from raytune_vlm.evaluate.answers import AnswerStore
 from raytune_vlm.evaluate.generate import deal, generate
 from raytune_vlm.evaluate.scoring import Prediction
 from raytune_vlm.models.lora import attach, detach
-from raytune_vlm.records import TrialRecord, read_json, write_json
+from raytune_vlm.records import SweepFolder, TrialRecord, read_json, write_json
 from raytune_vlm.sweep.comparing import note_on
 from raytune_vlm.sweep.evaluate_job import run_evaluate
 from raytune_vlm.sweep.jobs import Job
-from raytune_vlm.sweep.ledger import TrialState
+from raytune_vlm.sweep.ledger import Ledger, TrialState
 from raytune_vlm.sweep.progress import where
 from raytune_vlm.sweep.runner import Scoring, scoring_jobs
+from raytune_vlm.sweep.single import chosen
 from raytune_vlm.train import checkpoint
 
 BOTH = ["blank_image", "gold"]
@@ -158,6 +160,22 @@ def test_checkpoints_that_are_asked_the_same_share_a_job():
     # A rung that saw less of `select` was asked something else.
     jobs = scoring_jobs(config, [Scoring(trials[0], "select", 5), Scoring(trials[1], "select", 10)])
     assert [job.others for job in jobs] == [(), ()]
+
+
+@pytest.mark.parametrize(
+    ("names", "line"),
+    [
+        (["base", "t0001"], r"has no trial 't0001' \(did you mean 't0000'\?\)"),
+        (["t0000"], "t0000 has no whole checkpoint"),
+        (["best"], "has no winner yet"),
+        (["base", "base"], "--trial base,base: base is named twice"),
+    ],
+)
+def test_trials_that_cannot_be_scored_are_refused(names, line, tmp_path):
+    folder = SweepFolder(tmp_path)
+    Ledger(folder.ledger_file).append("proposed", trial_id="t0000", number=0, recipe={})
+    with pytest.raises(ConfigError, match=line):
+        chosen(folder, names, "report")
 
 
 def test_answers_of_something_else_are_thrown_away(tmp_path):

@@ -58,7 +58,6 @@ class Attendance:
         while not self._over.wait(POLL_S):
             try:
                 self._say()
-                self._waiting.look()
                 self._gauges.set(ray.get(self._board.counts.remote()))
                 self.missing = ray.get(self._board.halted.remote()) or self._absent()
             except RayActorError:
@@ -70,7 +69,9 @@ class Attendance:
 
     def _absent(self) -> str | None:
         """What is missing, if the last executor has gone; others are given up here."""
-        for executor, seconds in ray.get(self._board.absent.remote()).items():
+        absent = ray.get(self._board.absent.remote())
+        self._waiting.look(max(absent.values(), default=0.0))
+        for executor, seconds in absent.items():
             if seconds < self._experiment.sweep.max_wait_s:
                 continue
             line = describe_missing(executor, seconds, self._experiment, ray.nodes())

@@ -21,24 +21,24 @@ class Waiting:
 
     def __init__(self, monitor: Monitor) -> None:
         self._monitor = monitor
-        self._since: float | None = None
         self._told: float | None = None
 
-    def look(self) -> None:
-        """Say what is waited for, if it has been for a while, and when that is over."""
+    def look(self, absent_s: float) -> None:
+        """Say what is waited for, and when that is over.
+
+        `absent_s`: seconds since the last sign of life of the executor that is silent longest.
+        """
         import ray
         from ray.util import placement_group_table
 
-        now = time.monotonic()
-        asked = pending(placement_group_table(), ray.get_runtime_context().get_job_id())
-        if not asked:
+        if absent_s < PATIENCE_S:
             if self._told is not None:
                 self._monitor.say("executors: what was waited for is there")
-            self._since = self._told = None
+            self._told = None
             return
-        self._since = self._since or now
-        last = self._told or self._since + PATIENCE_S - AGAIN_AFTER_S
-        if now - last >= AGAIN_AFTER_S:
+        asked = pending(placement_group_table(), ray.get_runtime_context().get_job_id())
+        now = time.monotonic()
+        if asked and (self._told is None or now - self._told >= AGAIN_AFTER_S):
             self._told = now
             wanted = " + ".join(f"{amount:g} {kind}" for kind, amount in asked.items())
             self._monitor.say(f"executors: waiting for {wanted}: {holders()}")
