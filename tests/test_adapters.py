@@ -109,9 +109,10 @@ def test_a_family_whose_rows_are_not_samples_is_answered_one_by_one(
 ):
     base, split = tiny_base("mllama"), tiny_prompts("mllama")
     adapters = {"base": None, **adapters_of(base, tmp_path, ["small"])}
-    found = generate_many(base, adapters, split, dict.fromkeys(adapters, [3, 0]), CONFIG)
+    rows = [3, 0]
+    found = generate_many(base, adapters, split, dict.fromkeys(adapters, rows), CONFIG)
     assert set(found.one_by_one) == {"base", "small"}
     assert found.one_by_one["small"].startswith("PEFT: Length of `adapter_names`")
     for name, adapter in adapters.items():
-        expected = alone(base, adapter, lambda model: generate(model, base, split, [3, 0], CONFIG))
+        expected = alone(base, adapter, lambda model: generate(model, base, split, rows, CONFIG))
         assert found.by_name[name] == expected
