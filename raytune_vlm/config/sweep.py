@@ -76,9 +76,9 @@ class SweepConfig(Budget):
     slots: int = Field(default=1, ge=1, le=256)
     """Trials that an executor trains at once on its one base model, which is in memory once."""
     packing: Literal["exact", "fast"] = "exact"
-    """With several slots. `exact`: they take turns, each bit-equal to a trial by itself. `fast`:
-    the rows of all go through the base together, equal to rounding; DoRA, `lora.modules_to_save`
-    and scopes beyond the text still take turns."""
+    """With several slots. `exact`: they take turns, bit-equal to trials by themselves. `fast`: the
+    rows of all go through the base together, equal to rounding; DoRA, `lora.modules_to_save` and
+    scopes beyond the text still take turns."""
     include_default: bool = True
     """Make the experiment's own recipe the first trial, so that the winner has to beat it."""
     searcher: SearcherConfig = TpeSearcher(type="tpe")

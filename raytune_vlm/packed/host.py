@@ -11,10 +11,11 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from itertools import zip_longest
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
+from raytune_vlm.models.features import drops
 from raytune_vlm.models.loading import Base
 from raytune_vlm.models.lora import unmixable
 from raytune_vlm.packed.routing import Share, routed
@@ -50,7 +51,7 @@ class Host:
     def __init__(self, base: Base, mode: Mode) -> None:
         self._base, self._mode = base, mode
         self._together: int | None = None
-        self._drops = any(map(_drops, base.model.modules()))
+        self._drops = any(map(drops, base.model.modules()))
         self.notes: list[str] = []
         """What is to be said of memory and errors; who reads it empties it."""
 
@@ -148,7 +149,8 @@ class Host:
         arrays = [entry.arrays for _, entry, _, _ in parts]
         pad = self._base.processor.tokenizer.pad_token_id
         together = joined(arrays, self._base.family, pad_token_id=pad)
-        batch, labels = parts[0][0].run.batches.on_device(together)
+        rows_of_all = [row for _, entry, *_ in parts for row in entry.rows]
+        batch, labels = parts[0][0].run.batches.on_device(together, rows_of_all)
         shares, begin = [], 0
         for (slot, *_), own in zip(parts, arrays, strict=True):
             rows = slice(begin, begin + num_rows(own))
@@ -178,11 +180,3 @@ def _finished(slot: Slot, sums: Sums, began: float) -> Outcome:
             return run.finish(sums, began)
         except Exception as error:
             return error
-
-
-def _drops(module: Any) -> bool:
-    """Whether a module of the base drops anything in training: what is drawn is not a slot's."""
-    if isinstance(module, torch.nn.modules.dropout._DropoutNd):
-        return bool(module.p > 0)
-    rates = (getattr(module, name, 0.0) for name in ("attention_dropout", "dropout"))
-    return any(isinstance(rate, float) and rate > 0 for rate in rates)

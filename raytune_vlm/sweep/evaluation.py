@@ -37,6 +37,8 @@ class Evaluation:
 
     def __init__(self, worker: Worker, job: Job, model: Any, split: str, step: int) -> None:
         self.worker, self.job, self.split, self.step = worker, job, split, step
+        own = job.adapter is None and worker.experiment.with_recipe(job.recipe).lora.leaves_towers
+        self._features = worker.features if own else None
         self._model = model
         self._pushed = 0.0
         self.who = job.trial_id
@@ -105,6 +107,7 @@ class Evaluation:
                 keep_going=self.progress(stage, len(rows) - len(left), len(mine)),
                 keep=store.writer(world.rank).add,
                 together=together,
+                features=self._features,
             )
             if found is None:
                 raise EvaluationStopped

@@ -25,6 +25,7 @@ from raytune_vlm.sweep.evaluate_job import evaluate
 from raytune_vlm.sweep.jobs import Job
 
 if TYPE_CHECKING:
+    from raytune_vlm.models.features import Features
     from raytune_vlm.packed.host import Outcome
     from raytune_vlm.sweep.worker import Worker
     from raytune_vlm.train.run import Run
@@ -82,6 +83,7 @@ class TrialJob:
             worker.world,
             TrainingData(data.digest, data.store, worker.setup.index_file, data.tier),
             limit_file=self.folder.micro_batch_file,
+            features=self._features(),
         )
         status, failure = "stopped", None
         try:
@@ -96,6 +98,19 @@ class TrialJob:
                 self._record(run, status, failure)
             finally:
                 run.close()
+
+    def _features(self) -> Features | None:
+        """What stands in for pixels while this trial trains; a note where that is not possible."""
+        features, lora = self.worker.features, self.experiment.lora
+        if features is None:
+            return None
+        if self.experiment.data.augmentation is not None:
+            self.notes.append("images are encoded in every step: data.augmentation changes them")
+            return None
+        if not lora.leaves_towers:
+            trained = "+".join((*lora.scopes, *lora.full_scopes))
+            self.notes.append(f"images are encoded in every pass: {trained} is trained")
+        return features
 
     def _resume(self, run: Run) -> None:
         from raytune_vlm.train.checkpoint import clear_leftovers, newest

@@ -36,6 +36,7 @@ from raytune_vlm.sweep.jobs import Job
 from raytune_vlm.sweep.trial_job import TrialJob, Turn
 
 if TYPE_CHECKING:
+    from raytune_vlm.models.features import Features
     from raytune_vlm.sweep.life import Life
 
 _T = TypeVar("_T")
@@ -124,6 +125,7 @@ class Worker:
             "report": self.experiment.data.max_report_samples,
         }
         self.rows = {name: self.splits[name].fixed_choice(limit) for name, limit in limits.items()}
+        self.features = self._features()
         self._lives: dict[str, Life] = {}
         """The trials in training, by their jobs' ids."""
         sweep = self.experiment.sweep
@@ -134,6 +136,20 @@ class Worker:
         """What was told last of each job: go on; drop it; the run ends; the node is about to go.
         The same on all ranks."""
         self._leaves = False
+
+    def _features(self) -> Features | None:
+        """What stands in for pixels, and why nothing does."""
+        from raytune_vlm.models.features import Features
+
+        train, device = self.experiment.train, self.world.device
+        if not train.feature_cache_gb or self.backend.is_sharded(train):
+            return None
+        features = Features(self.base, device, int(train.feature_cache_gb * 1e9))
+        if features.obstacle is None:
+            return features
+        if self.world.rank == 0:
+            self._note(f"images are encoded in every pass: {features.obstacle}")
+        return None
 
     def work(self) -> None:
         """Do what the board has, until it is closed or a node is about to go."""

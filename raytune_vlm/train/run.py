@@ -29,6 +29,7 @@ from raytune_vlm.errors import (
 )
 from raytune_vlm.models.adapter_file import start_tensors
 from raytune_vlm.models.audit import check_merge, check_reload, last_logits
+from raytune_vlm.models.features import Features
 from raytune_vlm.models.loading import Base
 from raytune_vlm.models.lora import attach, detach, trainable_by_scope
 from raytune_vlm.prepare.feed import MicroBatch, Part
@@ -71,6 +72,8 @@ class Run:
         Where the prepared data lies and how it is consumed.
     limit_file
         Where a smaller micro-batch is kept for the next life of this trial; None: nowhere.
+    features
+        What the base's tower and projector make of images, if nothing of them is trained.
     """
 
     def __init__(
@@ -82,6 +85,7 @@ class Run:
         data: TrainingData,
         *,
         limit_file: Path | None = None,
+        features: Features | None = None,
     ) -> None:
         self.experiment = experiment
         self.config = experiment.train
@@ -94,7 +98,14 @@ class Run:
         self._skipped = self._overflowed = 0
         self._samples_seen = 0
         self.batches = Batches(
-            base, split, experiment, world, data, sharded=self._is_sharded, limit_file=limit_file
+            base,
+            split,
+            experiment,
+            world,
+            data,
+            sharded=self._is_sharded,
+            limit_file=limit_file,
+            features=features if experiment.lora.leaves_towers else None,
         )
         self.plan = self.batches.plan
         # Last, because from here on the base is wrapped until `close`.
@@ -213,7 +224,7 @@ class Run:
         few = tuple(int(row) for row in (with_images if len(with_images) else rows)[:2])
         part = Part(few, tuple(range(len(few))))
         batch = self.batches.collation.collate(part, [self._split.encoded(row) for row in few])
-        return self.batches.on_device(batch.arrays)[0]
+        return self.batches.on_device(batch.arrays, few)[0]
 
     def audit_end(self, folder: Path) -> None:
         """The checks of a trial's end, on its last checkpoint; every rank calls it.
@@ -260,7 +271,7 @@ class Run:
         try:
             micro_batches = self.micro_batches(sums)
             for number, micro_batch in enumerate(micro_batches, start=1):
-                batch, labels = self.batches.on_device(micro_batch.arrays)
+                batch, labels = self.batches.on_device(micro_batch.arrays, micro_batch.rows)
                 self.measure.forward_begins()
                 logits = self.model(**batch).logits
                 self.measure.forward_ends(sums, micro_batch.arrays["labels"].size)
