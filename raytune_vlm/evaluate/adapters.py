@@ -23,6 +23,7 @@ from raytune_vlm.errors import RaytuneVlmError
 from raytune_vlm.evaluate.generate import Answering, Prompts
 from raytune_vlm.evaluate.scoring import Prediction
 from raytune_vlm.models.adapter_file import load_adapter
+from raytune_vlm.models.features import Features
 from raytune_vlm.models.loading import Base
 from raytune_vlm.models.lora import attach, detach, unmixable
 
@@ -66,6 +67,7 @@ def generate_many(
     room: int | None = None,
     keep_going: Callable[[int], bool] = lambda done: True,
     keep: Callable[[str, Sequence[Prediction]], None] = lambda name, answers: None,
+    features: Features | None = None,
 ) -> Answers | None:
     """The answers of several adapters to prompts of one split; None stands for the base alone.
 
@@ -82,6 +84,8 @@ def generate_many(
         Asked between two batches, with the number of answers that are there.
     keep
         Given an adapter's name and its new answers as each batch ends.
+    features
+        What the base's tower and projector make of images, for adapters that leave these alone.
 
     Returns
     -------
@@ -95,7 +99,7 @@ def generate_many(
     for group in _groups(mixed, _room(device) if room is None else room):
         try:
             with loaded(base, group, device) as (model, slots):
-                if not asking.ask(model, group, slots):
+                if not asking.ask(model, group, slots, features):
                     return None
         except ValueError as error:
             if isinstance(error, RaytuneVlmError):
@@ -103,8 +107,10 @@ def generate_many(
             # PEFT's own check: rows of a layer are not samples, as Mllama's, which are tiles.
             apart |= dict.fromkeys(group, f"PEFT: {error}")
     for name in apart:
-        with _alone(base, adapters[name]) as model:
-            if not asking.ask(model, [name], None):
+        adapter = adapters[name]
+        own = features if adapter is None or adapter.recipe.leaves_towers else None
+        with _alone(base, adapter) as model:
+            if not asking.ask(model, [name], None, own):
                 return None
     return Answers(asking.answers(), apart)
 
@@ -126,9 +132,15 @@ class _Asking:
         self._rows, self._keep_going, self._keep = rows, keep_going, keep
         self._found: dict[tuple[str, int], Prediction] = {}
 
-    def ask(self, model: Any, names: Iterable[str], slots: Mapping[str, str] | None) -> bool:
+    def ask(
+        self,
+        model: Any,
+        names: Iterable[str],
+        slots: Mapping[str, str] | None,
+        features: Features | None,
+    ) -> bool:
         """Ask a model; False if stopped. `slots`: PEFT's names of adapters that share batches."""
-        answering = Answering(model, self._base, self._split, self._config, self._device)
+        answering = Answering(model, self._base, self._split, self._config, self._device, features)
         left = {
             name: [row for row in self._rows[name] if (name, row) not in self._found]
             for name in names

@@ -222,6 +222,7 @@ def _ask_together(
             stage, sum(map(len, known.values())), sum(map(len, mine.values()))
         ),
         keep=lambda name, answers: writers[name].add(answers),
+        features=worker.features,
     )
     if found is None:
         raise EvaluationStopped
