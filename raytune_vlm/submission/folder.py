@@ -13,6 +13,8 @@ from typing import Any
 from raytune_vlm.errors import ConfigError, InfrastructureError
 from raytune_vlm.monitor import Say
 from raytune_vlm.records import SweepFolder, read_json, read_json_lines
+from raytune_vlm.sweep.asking import steered
+from raytune_vlm.sweep.control import limits_by_hand
 from raytune_vlm.sweep.lease import EXPIRES_AFTER_S, driver_of
 
 POLL_S = 0.2
@@ -47,12 +49,15 @@ def status_lines(root: Path) -> list[str]:
     counts = Counter(row["event"] for row in events)
     ends = {"finished", "stopped", "failed", "infeasible"}
     ended = {row["trial_id"] for row in events if row["event"] in ends}
+    clones = sum("clone" in row for row in events)
     asked = read_json(folder.experiment_file)["experiment"]["sweep"]["num_trials"]
+    asked = limits_by_hand(events).get("num_trials", asked) + clones
     how = ", ".join(f"{counts[kind]} {kind}" for kind in sorted(ends) if counts[kind])
     return [
         f"sweep {root}: {state}",
         f"trials: {len(ended)} of {asked} ended ({how or 'none yet'}), "
-        f"{counts['proposed'] - len(ended)} not yet",
+        f"{counts['proposed'] + clones - len(ended)} not yet",
+        *(f"by hand: {line}" for line in steered(folder)),
     ]
 
 
@@ -66,7 +71,7 @@ def log_lines(root: Path) -> list[str]:
     return lines
 
 
-_TOLD = ("step", "recipe", "scores", "message")
+_TOLD = ("step", "recipe", "scores", "command", "accepted", "message")
 """Fields of an event that are shown."""
 
 
