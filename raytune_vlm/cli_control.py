@@ -96,17 +96,6 @@ def drain(folder: Path) -> None:
     _ask(folder, "drain")
 
 
-@control.command()
-@click.pass_obj
-def status(folder: Path) -> None:
-    """Print what every trial does now; needs no driver."""
-    from raytune_vlm.records import SweepFolder
-    from raytune_vlm.sweep.asking import status as lines
-
-    for line in lines(SweepFolder(folder)):
-        click.echo(line)
-
-
 def _ask(
     folder: Path, command: str, trial_id: str | None = None, values: tuple[str, ...] = ()
 ) -> None:

@@ -118,8 +118,8 @@ def sweep_folder(tmp_path):
     head = {"experiment": {"sweep": {"num_trials": 4}, "train": {"grace_s": 5}}}
     (tmp_path / "experiment.json").write_text(json.dumps(head))
     rows = [
-        {"event": "proposed", "trial_id": "t0000", "recipe": {"lora.rank": 4}},
-        {"event": "proposed", "trial_id": "t0001", "recipe": {"lora.rank": 8}},
+        {"event": "proposed", "trial_id": "t0000", "number": 0, "recipe": {"lora.rank": 4}},
+        {"event": "proposed", "trial_id": "t0001", "number": 1, "recipe": {"lora.rank": 8}},
         {"event": "scored", "trial_id": "t0000", "step": 8, "scores": {"cer@micro": 0.25}},
         {"event": "finished", "trial_id": "t0000", "step": 8},
     ]
@@ -135,9 +135,10 @@ def lease(root, pid, *, host=None, renewed=None):
 
 
 def test_a_sweep_folder_says_how_far_it_is(sweep_folder):
-    first, second = folder.status_lines(sweep_folder)
+    first, second, *trials = folder.status_lines(sweep_folder)
     assert "nothing drives it; `raytune-vlm resume" in first
     assert second == "trials: 1 of 4 ended (1 finished), 1 not yet"
+    assert trials == ["t0000  finished at step 8", "t0001  interrupted"]
     lease(sweep_folder, 12, host="elsewhere")
     assert "driven by process 12 on elsewhere" in folder.status_lines(sweep_folder)[0]
     told = run_cli("logs", sweep_folder).stdout.splitlines()

@@ -13,8 +13,7 @@ from typing import Any
 from raytune_vlm.errors import ConfigError, InfrastructureError
 from raytune_vlm.monitor import Say
 from raytune_vlm.records import SweepFolder, read_json, read_json_lines
-from raytune_vlm.sweep.asking import steered
-from raytune_vlm.sweep.control import limits_by_hand
+from raytune_vlm.sweep.asking import trial_lines
 from raytune_vlm.sweep.lease import EXPIRES_AFTER_S, driver_of
 
 POLL_S = 0.2
@@ -35,7 +34,8 @@ def grace_s(root: Path) -> float:
 
 
 def status_lines(root: Path) -> list[str]:
-    """Who drives the sweep, how many trials have ended how, and the result, if there is one."""
+    """Who drives the sweep, how many trials have ended how, the result if there is one, and what
+    every trial does."""
     folder = SweepFolder(root)
     driver = driver_of(folder.lease_file)
     if driver is not None:
@@ -56,8 +56,8 @@ def status_lines(root: Path) -> list[str]:
     return [
         f"sweep {root}: {state}",
         f"trials: {len(ended)} of {asked} ended ({how or 'none yet'}), "
-        f"{counts['proposed'] + clones - len(ended)} not yet",
-        *(f"by hand: {line}" for line in steered(folder)),
+        f"{counts['proposed'] - len(ended)} not yet",
+        *trial_lines(folder),
     ]
 
 

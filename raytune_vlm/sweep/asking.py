@@ -80,23 +80,10 @@ def _answer(folder: SweepFolder, request: Request) -> dict[str, Any] | None:
     return next((row for row in rows if row.get("request") == request.request_id), None)
 
 
-def status(folder: SweepFolder) -> list[str]:
-    """What a sweep does now, a line a trial, from its ledger.
-
-    Raises
-    ------
-    ConfigError
-        If the folder holds no sweep.
-    """
-    check_sweep(folder)
-    rows, driver = events(folder.ledger_file), driver_of(folder.lease_file)
-    if folder.result_file.exists():
-        head = "has ended"
-    elif driver is None:
-        head = "nobody is at work"
-    else:
-        head = f"driven by process {driver['pid']} on {driver['host']}"
-    lines = [f"{folder.root}: {head}"]
+def trial_lines(folder: SweepFolder) -> list[str]:
+    """What was changed by hand, and a line a trial on what it does now, from the ledger."""
+    rows, is_driven = events(folder.ledger_file), driver_of(folder.lease_file) is not None
+    lines = []
     endings = [kind for row in rows if (kind := ending_of(row)) is not None]
     if endings:
         lines.append(f"no new trials ({endings[-1]})")
@@ -105,7 +92,7 @@ def status(folder: SweepFolder) -> list[str]:
         lines.append(f"changed by hand: {changed}")
     last = {row["trial_id"]: row["event"] for row in rows if row.get("trial_id") is not None}
     for trial_id, state in replay(folder.ledger_file).items():
-        words = _words(state, last.get(trial_id), driver is not None)
+        words = _words(state, last.get(trial_id), is_driven)
         lines.append(f"{trial_id}  {', '.join(words)}")
     return lines
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from raytune_vlm.collate.batch import PixelTable
@@ -31,6 +32,9 @@ from raytune_vlm.prepare.stream import (
 )
 from raytune_vlm.records import read_json, write_json
 from raytune_vlm.train.world import World
+
+NAMED_SAMPLES = 5
+"""So many samples of a batch are named where something is wrong with it."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +134,13 @@ class Batches:
             batch = with_positions(self._base.model, batch, self._base.family)
         # A cache costs memory, and hides from transformers that a row is packed.
         return {**batch, "use_cache": False}, labels
+
+    def named(self, rows: np.ndarray) -> str:
+        """Samples by their ids, a few of them, where something is wrong with a batch."""
+        ids = [self._split.sample_ids[row] for row in rows[:NAMED_SAMPLES]]
+        return ", ".join(ids) + (
+            f" and {len(rows) - len(ids)} more" if len(rows) > len(ids) else ""
+        )
 
     def close(self) -> None:
         """Let go of whatever runs ahead."""

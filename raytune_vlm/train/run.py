@@ -49,9 +49,6 @@ MAX_SKIPPED_STEPS = 3
 
 __all__ = ["MAX_SKIPPED_STEPS", "Run", "StepMetrics", "TrainingData", "summed_cross_entropy"]
 
-NAMED_SAMPLES = 5
-"""So many samples of a batch are named where something is wrong with it."""
-
 
 class Run:
     """A trial in training.
@@ -295,8 +292,7 @@ class Run:
     def _shrink(self, failure: str) -> None:
         """Halve the micro-batch, the same on every rank."""
         before, limit = self.batches.limit, self.batches.halved(self.steps_done)
-        if self._world.device.startswith("cuda"):
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
         self.batches.lower(limit)
         if self._world.rank == 0:
             self.batches.remember(limit)
@@ -317,11 +313,9 @@ class Run:
 
     def _count_skip(self, rows: np.ndarray, loss: float, norm: float) -> None:
         self._skipped += 1
-        ids = [self._split.sample_ids[row] for row in rows[:NAMED_SAMPLES]]
-        more = f" and {len(rows) - len(ids)} more" if len(rows) > len(ids) else ""
         what = (
             f"step {self.steps_done + 1}: loss {loss} and gradient norm {norm}, samples "
-            f"{', '.join(ids)}{more}"
+            f"{self.batches.named(rows)}"
         )
         if self._skipped > MAX_SKIPPED_STEPS:
             raise TrialDiverged(f"more than {MAX_SKIPPED_STEPS} steps were not finite; {what}")

@@ -54,7 +54,8 @@ class Person:
         return done.output
 
     def status(self, trial_id):
-        (line,) = [row for row in self.ask("status").splitlines() if row.startswith(trial_id)]
+        shown = CliRunner().invoke(cli, ["status", str(self.folder)]).output
+        (line,) = [row for row in shown.splitlines() if row.startswith(trial_id)]
         return line
 
 
