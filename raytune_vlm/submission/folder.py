@@ -49,9 +49,7 @@ def status_lines(root: Path) -> list[str]:
     counts = Counter(row["event"] for row in events)
     ends = {"finished", "stopped", "failed", "infeasible"}
     ended = {row["trial_id"] for row in events if row["event"] in ends}
-    clones = sum("clone" in row for row in events)
     asked = read_json(folder.experiment_file)["experiment"]["sweep"]["num_trials"]
-    asked = limits_by_hand(events).get("num_trials", asked) + clones
     how = ", ".join(f"{counts[kind]} {kind}" for kind in sorted(ends) if counts[kind])
     return [
         f"sweep {root}: {state}",

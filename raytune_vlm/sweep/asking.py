@@ -97,16 +97,6 @@ def trial_lines(folder: SweepFolder) -> list[str]:
     return lines
 
 
-def steered(folder: SweepFolder) -> list[str]:
-    """The trials that are paused, pinned, being stopped or cloned by hand, a line each."""
-    found = []
-    for trial_id, state in replay(folder.ledger_file).items():
-        is_open = state.ended is None and (state.held or state.pinned or state.stop_asked)
-        if is_open or state.origin is not None:
-            found.append(f"{trial_id}  {', '.join(_words(state, None, True))}")
-    return found
-
-
 def _words(state: TrialState, last_event: str | None, is_driven: bool) -> list[str]:
     """What there is to say of a trial."""
     step = max(state.scored, default=0)
