@@ -31,7 +31,7 @@ class BoardState:
         self._max_failures = max_failures
         self._queue: deque[Job] = deque()
         self._held: dict[str, Job] = {}
-        self._num_ended = 0
+        self._num_ended = self._num_recovered = 0
         self._stopped: set[str] = set()
         self._reports: dict[str, asyncio.Queue[dict[str, Any]]] = {}
         self._progress: dict[str, dict[str, Any]] = {}
@@ -107,6 +107,7 @@ class BoardState:
         self._notes.append(f"{executor}: {message}")
         held = self._held.pop(executor, None)
         if held is not None and held.job_id not in self._stopped:
+            self._num_recovered += 1
             self._queue.appendleft(held)
             self._changed.set()
 
@@ -177,12 +178,15 @@ class BoardState:
         return found
 
     async def counts(self) -> dict[str, int]:
-        """How many executors are alive, and trials queued, running and ended."""
+        """How many executors are alive and in use, trials are queued, running and ended, and jobs
+        were handed out again."""
         return {
             "executors_alive": len(self._alive),
+            "slots_in_use": len(self._held),
             "trials_queued": sum(job.kind == "trial" for job in self._queue),
             "trials_running": sum(job.kind == "trial" for job in self._held.values()),
             "trials_ended": self._num_ended,
+            "recoveries": self._num_recovered,
         }
 
     async def halt(self, message: str) -> None:
@@ -205,6 +209,7 @@ class BoardState:
         if job.attempt > self._max_failures:
             self._fail(job, f"{message} (attempt {job.attempt})")
             return
+        self._num_recovered += 1
         self._notes.append(f"{message}; {job.job_id} goes on, attempt {job.attempt + 1}")
         self._queue.appendleft(replace(job, attempt=job.attempt + 1))
         self._changed.set()
