@@ -39,7 +39,7 @@ def test_the_map_names_everything_that_is_there_and_nothing_else():
         for path in PACKAGE.iterdir()
         if not path.name.startswith(("__", "."))
     }
-    folders = {"raytune_vlm/", "experiments/", "benchmarks/", "docs/", "tests/"}
+    folders = {"raytune_vlm/", "experiments/", "deploy/", "benchmarks/", "docs/", "tests/"}
     assert named == there | folders
 
 

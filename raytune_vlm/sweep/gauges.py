@@ -18,7 +18,8 @@ PREFIX = "raytune_vlm_"
 RENEW_EVERY_S = 8.0
 
 OF_TRIALS = ("trial_id", "executor")
-"""Labels of the gauges that an executor sets, one for each number of a line of metrics.jsonl."""
+"""Labels besides `sweep` of the gauges that an executor sets, one for each number of a line of
+metrics.jsonl."""
 
 OF_SWEEPS: dict[str, tuple[str, tuple[str, ...]]] = {
     "executors_alive": ("Executors that take jobs.", ()),
@@ -62,11 +63,11 @@ OF_SWEEPS: dict[str, tuple[str, tuple[str, ...]]] = {
 class TrialGauges:
     """The last logged step of the trial that an executor trains, one gauge a number.
 
-    Every numeric field of `train.run.StepMetrics`, tagged with `trial_id` and `executor`.
+    Every numeric field of `train.step_metrics.StepMetrics`, tagged with `sweep` and OF_TRIALS.
     """
 
-    def __init__(self, executor: str) -> None:
-        self._executor = executor
+    def __init__(self, sweep: str, executor: str) -> None:
+        self._sweep, self._executor = sweep, executor
         self._gauges: dict[str, Gauge] = {}
         self._values: dict[str, float] = {}
         self._trial_id = ""
@@ -97,13 +98,13 @@ class TrialGauges:
             self._values = {}
 
     def _show(self) -> None:
-        tags = {"trial_id": self._trial_id, "executor": self._executor}
+        tags = {"sweep": self._sweep, "trial_id": self._trial_id, "executor": self._executor}
         for name, value in self._values.items():
             if name not in self._gauges:
                 self._gauges[name] = Gauge(
                     f"{PREFIX}{name}",
                     f"{name.replace('_', ' ')} of the last logged step of a trial.",
-                    OF_TRIALS,
+                    ("sweep", *OF_TRIALS),
                 )
             self._gauges[name].set(value, tags)
         self._set_at = time.monotonic()

@@ -61,7 +61,7 @@ class Mirror:
 
 
 def _copy(trial: FrozenTrial) -> FrozenTrial:
-    return create_trial(
+    copy = create_trial(
         state=trial.state,
         values=trial.values,
         params=trial.params,
@@ -70,6 +70,8 @@ def _copy(trial: FrozenTrial) -> FrozenTrial:
         intermediate_values=trial.intermediate_values,
         constraints=trial.constraints,
     )
+    copy.datetime_start, copy.datetime_complete = trial.datetime_start, trial.datetime_complete
+    return copy
 
 
 def _remove(file: Path) -> None:

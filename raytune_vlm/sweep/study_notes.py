@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import optuna
 import pyarrow.parquet as pq
 from optuna.artifacts import FileSystemArtifactStore, upload_artifact
+from optuna.exceptions import ExperimentalWarning
 
 from raytune_vlm.config.experiment import ExperimentConfig
 from raytune_vlm.records import Scores, SweepFolder, read_json
@@ -60,12 +62,15 @@ class Notes:
         self._store = FileSystemArtifactStore(images_folder(folder))
 
     def write_head(self) -> None:
-        """Write the note of the study."""
+        """Name the objectives and write the note of the study."""
         file = self._folder.experiment_file
         if self._is_on and file.exists():
             from optuna_dashboard import save_note
 
             experiment = ExperimentConfig.model_validate(read_json(file)["experiment"])
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ExperimentalWarning)
+                self._study.set_metric_names(list(experiment.objectives))
             save_note(self._study, _study_note(experiment))
 
     def write(self, number: int) -> None:
@@ -94,27 +99,28 @@ class Notes:
         return "\n".join(lines) + "\n"
 
     def _answer_lines(self, trial_id: str, scores: Scores) -> list[str]:
-        """A table: image, right answer, answer, scores of the samples of the gallery."""
+        """Some samples: image, right answer, answer, scores."""
         evaluation = self._folder.trial(trial_id).evaluation("select", scores.step)
         there = [file.stem for file in self._folder.gallery.glob("*.jpg")]
         rows = pq.read_table(
             evaluation / "predictions.parquet", filters=[("sample_id", "in", there)]
         ).to_pylist()
         rows = sorted(rows, key=lambda row: str(row["sample_id"]))[:NUM_PICTURES]
-        if not rows:
-            return []
-        metrics = list(scores.metrics)
-        head = ["image", "right answer", "answer", *map(plain, metrics)]
-        lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+        lines = []
         for row in rows:
             right = " or ".join(dict.fromkeys(read_reference(row["reference"]).answers))
-            cells = [
+            values = [f"{metric} {row[metric]:.3f}" for metric in scores.metrics]
+            lines += [
+                # Not in the table, which would shrink it.
                 f"![]({self._image(row['sample_id'])})",
-                plain(right),
-                plain(row["prediction"]),
+                "",
+                "| | |",
+                "|---|---|",
+                f"| right answer | {plain(right)} |",
+                f"| answer | {plain(row['prediction'])} |",
+                f"| scores | {plain(', '.join(values))} |",
+                "",
             ]
-            cells += [f"{row[metric]:.3f}" for metric in metrics]
-            lines.append(f"| {' | '.join(cells)} |")
         return lines
 
     def _image(self, sample_id: str) -> str:
