@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import optuna
 import pytest
 from watched import Watched, config
@@ -33,8 +31,7 @@ def test_a_trial_s_note_has_recipe_interval_and_answers_beside_their_images(tmp_
     assert "| `lora.rank` | 4 |" in note and "0.500 | 0.400 to 0.600" in note
     assert "bun or a bun" in note and "![x]" not in note and "<b>" not in note
     stored = {file.name for file in images_folder(watched.folder).iterdir()}
-    attributes = study.system_attrs
-    known = {json.loads(v)["artifact_id"] for k, v in attributes.items() if k.startswith("artif")}
+    known = {meta.artifact_id for meta in optuna.artifacts.get_all_artifact_meta(study)}
     assert len(stored) == 2 and stored == known
     for name in stored:
         assert f"![](/artifacts/{study._study_id}/{name})" in note
