@@ -187,7 +187,7 @@ DATA = Board(
                    (sweep("fed_tokens", "trial_id"), "{{trial_id}} fed"))),
         ),
         "What was prepared": (
-            Panel("Samples", ((sweep("samples", "split, fate"), "{{split}} {{fate}}"),),
+            Panel("Samples", ((sweep("split_samples", "split, fate"), "{{split}} {{fate}}"),),
                   kind="bars", width=8, decimals=0),
             Panel("Quarantined, by reason",
                   ((sweep("quarantined_samples", "reason"), "{{reason}}"),), kind="bars", width=8,

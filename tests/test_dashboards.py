@@ -105,6 +105,7 @@ def test_the_gauges_say_what_the_ledger_says(tmp_path):
 
 
 def test_every_figure_has_a_gauge_with_its_labels(tmp_path):
+    assert not OF_SWEEPS.keys() & OF_STEPS, "one name, two gauges"
     watched = Watched(tmp_path)
     watched.first_life()
     tally = Tally(config(), watched.folder)

@@ -49,7 +49,7 @@ OF_SWEEPS: dict[str, tuple[str, tuple[str, ...]]] = {
         "Share of a trial's answers that are unparsed, empty or truncated.",
         ("trial_id", "fault"),
     ),
-    "samples": ("Samples of a split and what became of them.", ("split", "fate")),
+    "split_samples": ("Samples of a split and what became of them.", ("split", "fate")),
     "sample_tokens_mean": ("Mean length of a split's samples in tokens.", ("split",)),
     "sample_tokens_max": ("Longest sample of a split in tokens.", ("split",)),
     "quarantined_samples": ("Samples refused, by the first reason of its kind.", ("reason",)),

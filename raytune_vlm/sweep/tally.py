@@ -127,7 +127,7 @@ def data_figures(data: DataManifest) -> Iterator[Figure]:
             "duplicate": entry.num_duplicates,
         }
         for fate, number in fates.items():
-            yield "samples", {"split": split, "fate": fate}, number
+            yield "split_samples", {"split": split, "fate": fate}, number
         yield "sample_tokens_mean", {"split": split}, entry.mean_length
         yield "sample_tokens_max", {"split": split}, entry.max_length
     for reason, number in data.quarantine_reasons.items():
