@@ -49,16 +49,17 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-def write_split(base: Base, folder: Path, count: int) -> PreparedSplit:
-    """Conversations with one small image each, of receipt-like lengths, prepared."""
+def write_split(base: Base, folder: Path, count: int, side: int = 56) -> PreparedSplit:
+    """Conversations with one square image each, of receipt-like lengths, prepared."""
     encoder = Encoder(base.processor, base.family, sizes_only=True)
     maker = PixelMaker(base.processor.image_processor, base.family, None, ImageLimits())
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (56, 56, 3), dtype=np.uint8))
+    noise = np.random.default_rng(0)
     answers = np.clip(receipt_like_lengths(count, seed=0) // 4, 8, TOKENS - 128)
-    (folder / "shard").mkdir()
+    (folder / "shard").mkdir(parents=True)
     index = []
     with RowWriter(folder / "shard" / "train.arrow") as writer:
         for number, length in enumerate(answers.tolist()):
+            image = Image.fromarray(noise.integers(0, 256, (side, side, 3), dtype=np.uint8))
             asked = [{"type": "image"}, {"type": "text", "text": "read"}]
             talk = [
                 {"role": "user", "content": asked},

@@ -17,6 +17,7 @@ import click
 from raytune_vlm import __version__
 from raytune_vlm.cli_data import TRUST, data
 from raytune_vlm.cli_evaluate import evaluate
+from raytune_vlm.cli_jobs import ADDRESS, logs, resume_job, sent, status, stop, submit
 from raytune_vlm.errors import ConfigError, RaytuneVlmError
 
 if TYPE_CHECKING:
@@ -43,8 +44,8 @@ def cli() -> None:
     """
 
 
-cli.add_command(data)
-cli.add_command(evaluate)
+for command in (data, evaluate, submit, status, logs, stop):
+    cli.add_command(command)
 
 
 @cli.command()
@@ -61,8 +62,9 @@ def validate(
     from raytune_vlm.config.loader import render
     from raytune_vlm.models.location import check_model
     from raytune_vlm.prepare.sizes import noted_sizes
+    from raytune_vlm.records import SweepFolder
     from raytune_vlm.sweep.budget import planner_line
-    from raytune_vlm.sweep.detect import detectable_lines
+    from raytune_vlm.sweep.detect import detectable_lines, pilot_scores
     from raytune_vlm.train.packages import check_packages, check_searcher, check_trackers
 
     resolved = _load(experiment, overrides, trust)
@@ -84,7 +86,8 @@ def validate(
         f"({family.model_type}), {resolved.sweep.num_trials} trials of up to "
         f"{length}, {resolved.metric} scored at steps {scored}"
     )
-    for line in detectable_lines(resolved, noted_sizes(resolved)):
+    folder = SweepFolder(Path(resolved.storage_path) / resolved.name)
+    for line in detectable_lines(resolved, noted_sizes(resolved), pilot_scores(resolved, folder)):
         click.echo(f"as last prepared, {line}")
     click.echo(planner_line(resolved))
     for note in resolved.sweep.notes():
@@ -218,10 +221,31 @@ def _sweep(experiment: ExperimentConfig, monitor: Any) -> None:
 @click.argument("folder")
 @TRUST
 @click.option("--into", type=click.Path(path_type=Path), help="Where a copy is brought back to.")
-def resume(folder: str, trust: str | None, into: Path | None) -> None:
-    """Continue a sweep that was stopped or killed, from its folder or the URL of its copy."""
+@ADDRESS
+@sent
+def resume(
+    folder: str,
+    trust: str | None,
+    into: Path | None,
+    address: str | None,
+    working_dir: Path | None,
+    exclude: tuple[str, ...],
+    env: tuple[str, ...],
+) -> None:
+    """Continue a sweep that was stopped or killed, from its folder or the URL of its copy.
+
+    With --address as a job of that cluster; FOLDER may then be the id of the earlier job.
+    """
     from raytune_vlm.monitor import Monitor
 
+    if address is not None:
+        if into is not None:
+            raise ConfigError(f"--into {into} has no effect with --address")
+        resume_job(folder, trust, address, working_dir, exclude, env)
+        return
+    of_jobs = {"--working-dir": working_dir, "--exclude": exclude, "--env": env}
+    if named := [name for name, value in of_jobs.items() if value]:
+        raise ConfigError(f"{named[0]} has no effect without --address")
     is_copy = "://" in folder
     if is_copy != (into is not None):
         where = "a URL needs --into DIR" if is_copy else f"--into {into} has no effect"
@@ -281,6 +305,22 @@ def rescore(folder: Path, metrics: str | None) -> None:
     wanted = tuple(metrics.split(",")) if metrics is not None else None
     for line in rescore_folder(folder, wanted):
         click.echo(line)
+
+
+@cli.command()
+@click.option("--storage", type=click.Path(path_type=Path), default="runs", show_default=True)
+@click.option("--address", metavar="URL", help="Of a cluster's dashboard to look at.")
+def doctor(storage: Path, address: str | None) -> None:
+    """Look for what is wrong with this machine, and say what to do; status 1 if a sweep fails."""
+    from raytune_vlm.doctor import examine
+
+    problems = 0
+    for found in examine(storage, address):
+        problems += found.level == "problem"
+        click.echo(f"{found.level:8} {found.about}: {found.what}")
+        if found.remedy:
+            click.echo(f"{'':8}   -> {found.remedy}")
+    sys.exit(1 if problems else 0)
 
 
 @cli.command()

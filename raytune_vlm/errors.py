@@ -81,6 +81,11 @@ class SweepInterrupted(RaytuneVlmError, RuntimeError):
     exit_status = 3
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or its `repr` where it says nothing."""
+    return (str(error).strip() or repr(error)).splitlines()[0]
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`" (did you mean 'x'?)"` for the nearest known name, else the known names, else nothing."""
     names = sorted(known)

@@ -53,7 +53,7 @@ def test_a_stop_reaches_the_executor_and_takes_down_a_waiting_job():
         assert await board.push("a", JOB.job_id, {"step": 1}) == ""
         await board.stop(JOB.job_id)
         assert await board.push("a", JOB.job_id, {"step": 2}) == "stop"
-        assert (await board.status())["a"]["step"] == 2
+        assert (await board.status())[JOB.job_id]["step"] == 2
         waiting = replace(JOB, job_id="t0009")
         await board.submit(waiting)
         await board.stop("t0009")
@@ -104,7 +104,7 @@ def test_a_node_that_announces_its_end_costs_the_job_no_attempt():
     async def scene(board):
         await board.submit(JOB)
         await board.take("a")
-        await board.hand_back("a", "a node is about to go")
+        await board.hand_back("a", JOB.job_id, "a node is about to go")
         assert (await board.take("b")).attempt == 1
         assert await board.goes_on("a") and not await board.goes_on("a")
         assert await board.notes() == ["a: a node is about to go"] and await board.notes() == []
@@ -184,5 +184,42 @@ def test_an_executor_without_workers_is_given_up_unless_it_is_the_last():
             "trials_ended": 0,
             "recoveries": 1,
         }
+
+    play(scene)
+
+
+def test_trials_that_died_together_go_on_each_alone():
+    async def scene(board):
+        names = [f"t{number:04}" for number in range(4)]
+        for name in names:
+            await board.submit(replace(JOB, job_id=name))
+        for number in range(3):
+            assert (await board.take("a", 0.0, names[:number])).job_id == names[number]
+        again = await board.take("a", 0.0)  # its worker died: it holds none of them any more
+        assert again.attempt == 2
+        assert await board.take("a", 0.0, [again.job_id]) == IDLE, "a suspect has neighbours"
+        await board.report(again.job_id, {"step": 4})
+        assert await board.take("a", 0.0, [again.job_id]) == IDLE, "a suspect is a neighbour"
+        await board.finish("a", again.job_id)
+        second = await board.take("a", 0.0)
+        assert second.attempt == 2 and second.job_id != again.job_id
+        await board.finish("a", second.job_id)
+        third = await board.take("a", 0.0)
+        await board.finish("a", third.job_id)
+        assert {again.job_id, second.job_id, third.job_id} == set(names[:3])
+        assert (await board.take("a", 0.0)).job_id == names[3]
+
+    play(scene)
+
+
+def test_a_suspect_that_has_reported_has_neighbours_again():
+    async def scene(board):
+        await board.submit(JOB)
+        await board.take("a", 0.0)
+        assert (await board.take("a", 0.0)).attempt == 2
+        await board.submit(replace(JOB, job_id="t0001"))
+        assert await board.take("a", 0.0, [JOB.job_id]) == IDLE
+        await board.report(JOB.job_id, {"step": 4})
+        assert (await board.take("a", 0.0, [JOB.job_id])).job_id == "t0001"
 
     play(scene)

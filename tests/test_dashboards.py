@@ -113,6 +113,6 @@ def test_every_figure_has_a_gauge_with_its_labels(tmp_path):
         tally.add(event)
     split = SplitStatistics(10, 8, 1, 1, 8, 8, 90, 50.0, 20.0)
     data = DataManifest("d", "s", {"train": split}, {"no image": 1}, {})
-    busy = {"a": {"trial_id": "t", "asked": 8, "answered": 4, "seconds_left": 2.0}}
+    busy = {"t": {"executor": "a", "trial_id": "t", "asked": 8, "answered": 4, "seconds_left": 2.0}}
     for name, tags, _ in [*tally.figures(), *data_figures(data), *executor_figures(busy)]:
         assert set(tags) == set(OF_SWEEPS[name][1])

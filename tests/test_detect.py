@@ -8,8 +8,15 @@ from made import experiment
 from raytune_vlm.config.evaluation import METRIC_MODES, NO_SHARES
 from raytune_vlm.evaluate.metrics import METRICS
 from raytune_vlm.prepare.sizes import note_sizes, noted_sizes
-from raytune_vlm.records import MetricEstimate, Scores, SplitStatistics
-from raytune_vlm.sweep.detect import detectable, detectable_lines
+from raytune_vlm.records import (
+    BASE_TRIAL,
+    MetricEstimate,
+    Scores,
+    SplitStatistics,
+    SweepFolder,
+    write_json,
+)
+from raytune_vlm.sweep.detect import detectable, detectable_lines, pilot_scores
 
 PILOT = Scores(
     "base", 0, "select", 100, 100, {"cer@micro": MetricEstimate(1.2, 1, 2, 0.1)}, 0, 0, 0
@@ -37,6 +44,27 @@ def test_lines_name_the_splits_and_where_the_variance_is_from():
     errors = experiment(evaluation={"metrics": ["cer@micro"]})
     assert "known when the base model is scored" in detectable_lines(errors, {"select": (9, 9)})[0]
     assert detectable(errors, 100, PILOT) == pytest.approx(2.8016 * 2**0.5 * 0.1, abs=1e-4)
+
+
+def test_a_sweep_to_start_from_is_a_pilot_on_the_first_start(tmp_path):
+    earlier = SweepFolder(tmp_path / "earlier")
+    write_json(earlier.trial(BASE_TRIAL).evaluation("select", 0) / "scores.json", PILOT)
+    errors = experiment(
+        evaluation={"metrics": ["cer@micro"]}, sweep={"warm_start": [str(earlier.root)]}
+    )
+    new = SweepFolder(tmp_path / "new")
+    pilot = pilot_scores(errors, new)
+    assert pilot == PILOT
+    (line,) = detectable_lines(errors, {"select": (100, 100)}, pilot)
+    assert "cer@micro from 0.396 are told" in line and "from the base model's scores" in line
+    own = Scores("base", 0, "select", 9, 9, {"cer@micro": MetricEstimate(1, 1, 1, 0.2)}, 0, 0, 0)
+    write_json(new.trial(BASE_TRIAL).evaluation("select", 0) / "scores.json", own)
+    assert pilot_scores(errors, new) == own
+    plain = experiment(sweep={"warm_start": [str(earlier.root)]})
+    assert plain.metric not in PILOT.metrics and pilot_scores(plain, SweepFolder("x")) is None
+    across = {"warm_start": [str(earlier.root)], "warm_start_across_data": True}
+    assert pilot_scores(errors.model_copy(update={"sweep": experiment(sweep=across).sweep}), new)
+    assert pilot_scores(experiment(sweep=across), SweepFolder("x")) is None
 
 
 def test_sizes_of_the_last_preparation_are_found_again(tmp_path):

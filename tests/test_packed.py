@@ -7,10 +7,10 @@ import torch
 from made import experiment
 
 from raytune_vlm.packed.host import Host
+from raytune_vlm.packed.planner import Probe, chosen, measure, why_no_more
 from raytune_vlm.packed.routing import _Adding
 from raytune_vlm.packed.slot import Slot
 from raytune_vlm.train.batches import TrainingData
-from raytune_vlm.train.layers import change_layers
 from raytune_vlm.train.run import Run
 from raytune_vlm.train.world import World
 
@@ -163,15 +163,14 @@ def test_out_of_memory_packs_fewer_slots_and_the_results_stay(make, tiny_base):
 def test_recomputed_activations_draw_the_same_dropout(make, tiny_base):
     expected = [alone(make, "qwen2_5_vl", RECIPES[number])[1] for number in (1, 5)]
     base = tiny_base("qwen2_5_vl")
-    slots = [make.slot("qwen2_5_vl", RECIPES[number]) for number in (1, 5)]
-    recomputing = experiment(train={"activation_checkpointing": {"text": True}}).train
-    restore = change_layers(base.model, base.family, recomputing)
-    try:
-        for _ in range(STEPS):
-            Host(base, "fast").step(slots)
-    finally:
-        restore()
-    for slot, adapter in zip(slots, expected, strict=True):
+    recomputing = {"train.activation_checkpointing": {"text": True}}
+    slots = [make.slot("qwen2_5_vl", RECIPES[number] | recomputing) for number in (1, 5)]
+    slots.append(make.slot("qwen2_5_vl", RECIPES[0]))
+    for _ in range(STEPS):
+        Host(base, "fast").step(slots)
+    layer = base.model.get_submodule("model.language_model.layers.0")
+    assert not layer.gradient_checkpointing
+    for slot, adapter in zip(slots[:2], expected, strict=True):
         assert distance(weights(slot), adapter) <= 1e-4
 
 
@@ -191,3 +190,31 @@ def test_a_slot_goes_on_alone_from_its_checkpoint(make, tiny_base, tmp_path):
         run.step()
     assert distance(weights(run), expected) <= 1e-4
     run.close()
+
+
+def test_slots_are_added_while_they_pay():
+    def probes(*speeds):
+        return [Probe(2**power, speed) for power, speed in enumerate(speeds)]
+
+    assert chosen([]) == chosen(probes(10.0)) == 1
+    assert chosen(probes(10.0, 18.0, 25.0)) == 4
+    assert chosen(probes(10.0, 18.0, 18.5)) == 2
+    assert why_no_more([], 8, None) is None
+    assert why_no_more(probes(10.0, 18.0), 8, None) is None
+    assert why_no_more(probes(10.0, 18.0, 18.5), 8, None) == "4 gained +3% over 2"
+    assert "more than the 7 trials" in (why_no_more(probes(10.0, 18.0, 25.0), 7, None) or "")
+    near = [Probe(1, 10.0, 40), Probe(2, 18.0, 50)]
+    assert why_no_more(near, 8, 78) is None  # four would take 70
+    assert "would take" in (why_no_more(near, 8, 77) or "")
+
+
+def test_the_planner_measures_runs_and_takes_them_off(make, tiny_base):
+    base = tiny_base("idefics3")
+    before = {name: id(module) for name, module in base.model.named_modules()}
+    beats = []
+    probes, reason = measure(
+        base, lambda number: make("idefics3", {"seed": number}), "cpu", 2, lambda: beats.append(1)
+    )
+    assert [probe.slots for probe in probes] == [1, 2] and len(beats) == 8
+    assert all(probe.tokens_per_second > 0 for probe in probes) and reason
+    assert {name: id(module) for name, module in base.model.named_modules()} == before

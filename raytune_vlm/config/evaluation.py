@@ -1,11 +1,11 @@
 """`evaluation`: how checkpoints are scored by what they generate."""
 
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
 from raytune_vlm.config.section import Section
+from raytune_vlm.config.server import ServerConfig
 from raytune_vlm.errors import did_you_mean
 
 METRIC_MODES: dict[str, Literal["max", "min"]] = {
@@ -101,31 +101,8 @@ USUAL_CURVE = RobustnessConfig(
 """The curve that is made where one is asked for without saying which."""
 
 
-class JudgeConfig(Section):
+class JudgeConfig(ServerConfig):
     """An OpenAI-compatible server that extracts answers for the metrics `...@judge`."""
-
-    base_url: str
-    """Where it is, with the version: `http://localhost:8000/v1`."""
-    model: str = Field(min_length=1)
-    """The model to ask, as the server names it."""
-    api_key_env: str | None = Field(default=None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
-    """Name of the environment variable that holds the key; the key itself is in no file."""
-    timeout_s: float = Field(default=60.0, gt=0)
-    """The longest that one request may take."""
-    max_retries: int = Field(default=4, ge=0)
-    """Tries after the first, with growing pauses, where the server is busy or out of reach."""
-    parallel: int = Field(default=4, ge=1, le=64)
-    """Requests at once."""
-
-    @field_validator("base_url")
-    @classmethod
-    def _is_address(cls, value: str) -> str:
-        parts = urlsplit(value)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"{value!r} is no address: http://HOST:PORT/v1 is wanted")
-        if parts.username or parts.password or parts.query or parts.fragment:
-            raise ValueError("an address without user, password and query is wanted")
-        return value.rstrip("/")
 
 
 BENCHMARK_NAMES = (

@@ -216,6 +216,16 @@ class ExperimentConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _slots_fit(self) -> "ExperimentConfig":
+        train, slots = self.train, self.sweep.slots
+        if slots != 1 and (train.num_workers > 1 or train.backend != "ddp"):
+            raise ValueError(
+                f"sweep.slots={slots} needs train.num_workers=1 and train.backend=ddp, got "
+                f"{train.num_workers} and {train.backend}: slots share the base of one process"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _rung_samples_fit(self) -> "ExperimentConfig":
         shares, rungs = self.evaluation.rung_samples, self.rungs
         if shares is None:

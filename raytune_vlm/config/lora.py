@@ -109,6 +109,11 @@ class LoraConfig(Section):
         return tuple(self.modules_to_save.split("+")) if self.modules_to_save else ()
 
     @property
+    def leaves_towers(self) -> bool:
+        """Whether images have the same features as without the adapter."""
+        return {*self.scopes, *self.full_scopes} == {"text"}
+
+    @property
     def reads_weights(self) -> bool:
         """Whether the adapter's start depends on the base's weights."""
         return self.dora or self.init in ("pissa", "olora")

@@ -17,6 +17,9 @@ from raytune_vlm.config.objectives import Budget, ConstraintsConfig, Objective, 
 from raytune_vlm.config.searchers import CONDITIONAL, LEARNING, SearcherConfig, TpeSearcher
 from raytune_vlm.config.section import Section
 
+MOST_SLOTS = 256
+"""Slots that an executor may have."""
+
 
 class _Rungs(Section):
     grace_period: int = Field(default=50, ge=1)
@@ -72,7 +75,15 @@ class SweepConfig(Budget):
     num_trials: int = Field(default=16, ge=1)
     """How many recipes are tried."""
     num_executors: int = Field(default=1, ge=1)
-    """Resident executors, each training one trial at a time."""
+    """Resident executors, each with a base model of its own."""
+    slots: Annotated[int, Field(ge=1, le=MOST_SLOTS)] | Literal["auto"] = 1
+    """Trials that an executor trains at once on its one base model, which is in memory once. `auto`
+    (with packing=fast): measured when the sweep starts, twice as many at a time, until a doubling
+    gains less than 5 % or would take more than 90 % of a GPU's memory."""
+    packing: Literal["exact", "fast"] = "exact"
+    """With several slots. `exact`: they take turns, bit-equal to trials by themselves. `fast`: the
+    rows of all go through the base together, equal to rounding; DoRA, `lora.modules_to_save` and
+    scopes beyond the text still take turns."""
     include_default: bool = True
     """Make the experiment's own recipe the first trial, so that the winner has to beat it."""
     searcher: SearcherConfig = TpeSearcher(type="tpe")
@@ -105,6 +116,21 @@ class SweepConfig(Budget):
     """Let `warm_start` take sweeps on other data or another base model too."""
     stop_when_stable: StableConfig | None = None
     """End the search before `num_trials` once its outcome no longer changes; None: never."""
+
+    @property
+    def at_once(self) -> int:
+        """Trials that are in training at a time, at most."""
+        return self.num_executors * (1 if self.slots == "auto" else self.slots)
+
+    @model_validator(mode="after")
+    def _packing_has_slots(self) -> "SweepConfig":
+        if self.packing == "fast" and self.slots == 1:
+            raise ValueError("packing=fast has no effect with slots=1: raise slots")
+        if self.packing == "exact" and self.slots == "auto":
+            raise ValueError(
+                "slots=auto needs packing=fast: slots that take turns are as fast as one"
+            )
+        return self
 
     @model_validator(mode="after")
     def _grid_fits(self) -> "SweepConfig":

@@ -20,6 +20,7 @@ WITHOUT_EFFECT: dict[str, Any] = {
     "log_samples": True,
     "keep_best": True,
     "hang_timeout_s": True,
+    "feature_cache_gb": True,
     "grace_s": True,
 }
 """Keys of `train` that results do not depend on, as pydantic's `exclude` takes them: a run may be
@@ -137,6 +138,10 @@ class TrainConfig(Section):
     """Checkpoints kept per trial, the newest first, besides the best-scored ones."""
     keep_best: int = Field(default=1, ge=1)
     """Best-scored checkpoints kept per trial, besides the newest."""
+    feature_cache_gb: float = Field(default=1.0, ge=0)
+    """Memory of each executor, in 10^9 bytes, for what a frozen vision tower and projector make of
+    images: computed once an image, for all steps, trials and evaluations. The least recently used
+    are dropped. 0: computed in every pass. Trials that train any of it never use it."""
     hang_timeout_s: float = Field(default=1800, ge=1, le=7 * 86400)
     """Seconds without a step (or a batch of answers) after which a worker writes the stacks of its
     threads and is started again; four times as much until the first step of a trial is done."""

@@ -21,7 +21,7 @@ from raytune_vlm.evaluate.generate import Answering, Prompts, generate
 from raytune_vlm.evaluate.scoring import Prediction
 from raytune_vlm.models.adapter_file import load_adapter
 from raytune_vlm.models.loading import Base
-from raytune_vlm.models.lora import attach, detach
+from raytune_vlm.models.lora import attach, detach, unmixable
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,10 @@ def generate_many(
 
     The texts are those of `generate` with each adapter by itself. The base is left as it was.
     """
-    reasons = {name: _obstacle(adapter) for name, adapter in adapters.items()}
+    reasons = {
+        name: None if adapter is None else unmixable(adapter.recipe)
+        for name, adapter in adapters.items()
+    }
     apart = {name: reason for name, reason in reasons.items() if reason is not None}
     mixed = {name: adapter for name, adapter in adapters.items() if name not in apart}
     found = _answer_mixed(base, mixed, split, rows, config, device)
@@ -72,20 +75,6 @@ def generate_many(
         assert answers is not None
         found[name] = answers
     return Answers({name: found[name] for name in adapters}, apart)
-
-
-def _obstacle(adapter: Adapter | None) -> str | None:
-    """Why an adapter cannot share a batch; None if it can."""
-    if adapter is None:
-        return None
-    recipe = adapter.recipe
-    if recipe.dora:
-        return "PEFT does not mix DoRA"
-    if recipe.full_scopes:
-        return f"lora.modules_to_save={recipe.modules_to_save} is one module for all rows"
-    if tuple(recipe.scopes) != ("text",):
-        return f"lora.scope={recipe.scope}: rows of the towers are images, not samples"
-    return None
 
 
 def _answer_mixed(

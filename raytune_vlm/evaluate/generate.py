@@ -13,6 +13,7 @@ import torch
 
 from raytune_vlm.collate.batch import PixelTable, collate
 from raytune_vlm.collate.encoded import Encoded
+from raytune_vlm.collate.features import Features
 from raytune_vlm.collate.labels import structural_tokens
 from raytune_vlm.config.evaluation import EvaluationConfig
 from raytune_vlm.evaluate.scoring import Prediction
@@ -79,6 +80,7 @@ def generate(
     keep_going: Callable[[int], bool] = lambda done: True,
     keep: Callable[[Sequence[Prediction]], None] = lambda answers: None,
     together: Together | None = None,
+    features: Features | None = None,
 ) -> list[Prediction] | None:
     """The model's answers to the prompts of some rows, in the order of the rows.
 
@@ -95,13 +97,15 @@ def generate(
     together
         Where the model is cut up over workers, how to stay in step with them; every worker then
         needs a row at least.
+    features
+        What the base's tower and projector make of images, if the model's are the base's.
 
     Returns
     -------
     list of Prediction, or None
         None if `keep_going` said no.
     """
-    answering = Answering(model, base, split, config, device)
+    answering = Answering(model, base, split, config, device, features)
     found: dict[int, Prediction] = {}
     model.eval()
     chunks = list(_chunks(split.lengths, rows, base.family, config.batch_size))
@@ -122,8 +126,15 @@ class Answering:
     """Batches of prompts to a model, answers back."""
 
     def __init__(
-        self, model: Any, base: Base, split: Prompts, config: EvaluationConfig, device: str
+        self,
+        model: Any,
+        base: Base,
+        split: Prompts,
+        config: EvaluationConfig,
+        device: str,
+        features: Features | None = None,
     ) -> None:
+        self._features = features
         self._model, self._base, self._split = model, base, split
         self._device, self._config = device, config
         self._pixels = PixelTable(
@@ -145,7 +156,10 @@ class Answering:
             padding_side="left",
         )
         del batch["labels"]
-        batch = self._pixels({name: entry.to(self._device) for name, entry in batch.items()})
+        batch = {name: entry.to(self._device) for name, entry in batch.items()}
+        if self._features is not None and blank is None:
+            batch = self._features.replace(batch, self._split, rows)
+        batch = self._pixels(batch)
         output = self._model.generate(
             **batch,
             do_sample=False,

@@ -13,19 +13,15 @@ never guessed.
 from __future__ import annotations
 
 import hashlib
-import http.client
 import json
-import os
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from raytune_vlm.config.evaluation import JudgeConfig
-from raytune_vlm.errors import EvaluationError
+from raytune_vlm.evaluate.chat_server import ChatServer, NoAnswer
 from raytune_vlm.evaluate.metrics.mathvista import short_cut
 from raytune_vlm.evaluate.scoring import Prediction
 from raytune_vlm.records import read_json_lines, write_text
@@ -36,8 +32,6 @@ MAX_TOKENS = 256
 """Of the judge's answer."""
 MAX_RESPONSE = 20_000
 """Characters of the model's text that the judge is shown: its end, where answers stand."""
-RETRIED = (408, 409, 425, 429, 500, 502, 503, 504)
-"""HTTP statuses that may be others a little later."""
 
 _TASK = (
     "A model was asked a question about an image. Find the final answer in its response and repeat "
@@ -80,22 +74,15 @@ class Judge:
     def __init__(
         self, config: JudgeConfig, folder: Path, sleep: Callable[[float], None] = time.sleep
     ) -> None:
-        self._config, self._sleep = config, sleep
+        self._config = config
+        self._server = ChatServer(
+            config, "evaluation.judge", "evaluation.judge.api_key_env", sleep=sleep
+        )
         self._file = folder / JUDGE_FILE
         rows = read_json_lines(self._file)
         if rows and not self._file.read_bytes().endswith(b"\n"):  # its writer was killed
             write_text(self._file, "".join(json.dumps(row) + "\n" for row in rows))
         self._known = {row["digest"]: row["answer"] for row in rows}
-        self._key = None
-        if config.api_key_env is not None:
-            self._key = os.environ.get(config.api_key_env)
-            if not self._key:
-                raise EvaluationError(
-                    f"evaluation.judge.api_key_env={config.api_key_env!r}: no such environment "
-                    "variable on this worker"
-                )
-        # A redirect could carry the key to another host.
-        self._opener = urllib.request.build_opener(_NoRedirect)
 
     def extract(self, predictions: Sequence[Prediction]) -> list[str | None]:
         """The answer in each prediction; None where the server gave none.
@@ -148,41 +135,10 @@ class Judge:
 
     def _ask(self, body: dict[str, Any]) -> str | None:
         """The server's answer to a request; None if it has failed at every try."""
-        for attempt in range(self._config.max_retries + 1):
-            if attempt:
-                self._sleep(min(2.0 ** (attempt - 1), 30.0))
-            try:
-                return _answer(self._post(body))
-            except urllib.error.HTTPError as error:
-                with error:
-                    reason = error.read(500).decode("utf-8", "replace")
-                if error.code not in RETRIED:
-                    raise EvaluationError(
-                        f"evaluation.judge: {self._config.base_url} answers {error.code}: "
-                        f"{self._without_key(reason)}"
-                    ) from None
-            except (OSError, http.client.HTTPException, ValueError):
-                continue  # out of reach, too slow, or no answer that can be read
-        return None
-
-    def _post(self, body: dict[str, Any]) -> Any:
-        headers = {"Content-Type": "application/json"}
-        if self._key is not None:
-            headers["Authorization"] = f"Bearer {self._key}"
-        request = urllib.request.Request(
-            f"{self._config.base_url}/chat/completions", json.dumps(body).encode(), headers
-        )
-        with self._opener.open(request, timeout=self._config.timeout_s) as response:
-            return json.load(response)
-
-    def _without_key(self, text: str) -> str:
-        plain = " ".join(text.split())
-        return plain.replace(self._key, "...") if self._key else plain
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *_: Any) -> None:
-        return None
+        try:
+            return self._server.ask(body, _answer)
+        except NoAnswer:
+            return None
 
 
 def extraction_prompt(prediction: Prediction) -> str:

@@ -9,7 +9,7 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -112,77 +112,116 @@ def score(
     if not predictions:
         raise EvaluationError(f"{trial_id} at step {step} has no predictions on {split!r}")
     chosen = {name: _metric(name) for name in metrics}
-    references = [read_reference(prediction.reference) for prediction in predictions]
-    pairs = zip(predictions, references, strict=True)
+    samples = _Samples.of(predictions, overlapping)
+    pairs = zip(predictions, samples.references, strict=True)
     parsed = [_is_answer(entry.text, answer, reference) for entry, reference in pairs]
-    columns = _text_columns(predictions, parsed)
-    groups = [prediction.group_id for prediction in predictions]
-    categories = [reference.category for reference in references]
-    texts = [prediction.text for prediction in predictions]
-    estimates, by_category, clean = {}, {}, {}
-    failures: dict[str, int] = {}
-    dirty = set(overlapping)
-    clean_rows = np.array([row.sample_id not in dirty for row in predictions])
+    found = _Found(columns=_text_columns(predictions, parsed))
+    options = {"confidence": confidence, "num_bootstrap": num_bootstrap, "seed": seed}
     for name, metric in chosen.items():
-        if metric.needs_extraction:
-            answers = extracted_answers(name, extracted)
-            failures[name] = answers.count(None)
-            results = score_extracted(metric, answers, references)
-            columns[name + _EXTRACTED] = pa.array(answers, pa.string())
-        else:
-            results = metric.score_all(texts, references)
-        columns |= _metric_columns(name, results)
-        values, weights = statistics_of(metric, results)
-        if np.isnan(values).all():
-            if benchmark is not None:
-                continue
-            raise EvaluationError(f"{name} has no score for any of {len(results)} samples")
-        options: dict[str, Any] = {
-            "confidence": confidence,
-            "num_bootstrap": num_bootstrap,
-            "seed": seed,
-            "combine": metric.combine,
-        }
-        estimates[name] = estimate(values, weights, groups, **options)
-        if not clean_rows.all() and not np.isnan(values[clean_rows]).all():
-            kept = [group for group, is_clean in zip(groups, clean_rows, strict=True) if is_clean]
-            clean[name] = estimate(values[clean_rows], weights[clean_rows], kept, **options)
-        if any(categories):
-            by_category[name] = category_scores(metric, values, weights, categories)
+        has_score = found.add(name, metric, samples, extracted, options)
+        if not has_score and benchmark is None:
+            raise EvaluationError(f"{name} has no score for any of {len(predictions)} samples")
+    number = len(predictions)
     scores = Scores(
         trial_id=trial_id,
         step=step,
         split=split,
-        num_samples=len(predictions),
-        num_groups=len(set(groups)),
-        metrics=estimates,
-        by_category=by_category,
-        parse_failure_rate=1 - sum(parsed) / len(predictions),
-        empty_rate=sum(not row.text.strip() for row in predictions) / len(predictions),
-        truncation_rate=sum(row.truncated for row in predictions) / len(predictions),
+        num_samples=number,
+        num_groups=len(set(samples.groups)),
+        metrics=found.estimates,
+        by_category=found.by_category,
+        parse_failure_rate=1 - sum(parsed) / number,
+        empty_rate=sum(not row.text.strip() for row in predictions) / number,
+        truncation_rate=sum(row.truncated for row in predictions) / number,
         seconds=seconds,
-        clean=None if clean_rows.all() else _clean_scores(predictions, clean_rows, clean),
-        extraction_failures=failures,
+        clean=samples.clean_scores(found.clean),
+        extraction_failures=found.failures,
         benchmark=benchmark or {},
     )
     origin: dict[str, Any] = {"trial_id": trial_id, "step": step, "split": split, "answer": answer}
-    here = [
-        row.sample_id for row, is_clean in zip(predictions, clean_rows, strict=True) if not is_clean
-    ]
     if benchmark is not None:
         origin["benchmark"] = benchmark
+    here = [
+        row.sample_id for row, clean in zip(predictions, samples.clean, strict=True) if not clean
+    ]
     origin |= {"seconds": seconds, "overlapping": here}
     metadata = {_METADATA_KEY: json.dumps(origin).encode()}
-    return scores, pa.table(columns).replace_schema_metadata(metadata)
+    return scores, pa.table(found.columns).replace_schema_metadata(metadata)
 
 
-def _clean_scores(
-    predictions: Sequence[Prediction],
-    clean_rows: NDArray[np.bool_],
-    estimates: dict[str, MetricEstimate],
-) -> CleanScores:
-    kept = [row for row, is_clean in zip(predictions, clean_rows, strict=True) if is_clean]
-    return CleanScores(len(kept), len({row.group_id for row in kept}), estimates)
+@dataclass(frozen=True)
+class _Samples:
+    """What every metric is computed on, in the order of the predictions."""
+
+    texts: list[str]
+    references: list[Reference]
+    groups: list[str]
+    clean: NDArray[np.bool_]
+    """Which samples overlap no training sample."""
+
+    @classmethod
+    def of(cls, predictions: Sequence[Prediction], overlapping: Collection[str]) -> "_Samples":
+        dirty = set(overlapping)
+        return cls(
+            texts=[row.text for row in predictions],
+            references=[read_reference(row.reference) for row in predictions],
+            groups=[row.group_id for row in predictions],
+            clean=np.array([row.sample_id not in dirty for row in predictions]),
+        )
+
+    @property
+    def clean_groups(self) -> list[str]:
+        """The groups of the clean samples."""
+        return [name for name, is_clean in zip(self.groups, self.clean, strict=True) if is_clean]
+
+    def clean_scores(self, estimates: dict[str, MetricEstimate]) -> CleanScores | None:
+        """None where all samples are clean."""
+        groups = self.clean_groups
+        if len(groups) == len(self.groups):
+            return None
+        return CleanScores(len(groups), len(set(groups)), estimates)
+
+
+@dataclass
+class _Found:
+    """What the metrics give, one after the other."""
+
+    columns: dict[str, pa.Array]
+    estimates: dict[str, MetricEstimate] = field(default_factory=dict)
+    clean: dict[str, MetricEstimate] = field(default_factory=dict)
+    by_category: dict[str, Any] = field(default_factory=dict)
+    failures: dict[str, int] = field(default_factory=dict)
+
+    def add(
+        self,
+        name: str,
+        metric: Metric,
+        samples: _Samples,
+        extracted: Mapping[str, Sequence[str | None]] | None,
+        options: dict[str, Any],
+    ) -> bool:
+        """Compute one metric; whether any sample has a score."""
+        if metric.needs_extraction:
+            answers = extracted_answers(name, extracted)
+            self.failures[name] = answers.count(None)
+            results = score_extracted(metric, answers, samples.references)
+            self.columns[name + _EXTRACTED] = pa.array(answers, pa.string())
+        else:
+            results = metric.score_all(samples.texts, samples.references)
+        self.columns |= _metric_columns(name, results)
+        values, weights = statistics_of(metric, results)
+        if np.isnan(values).all():
+            return False
+        options = {**options, "combine": metric.combine}
+        self.estimates[name] = estimate(values, weights, samples.groups, **options)
+        clean = samples.clean
+        if not clean.all() and not np.isnan(values[clean]).all():
+            kept = samples.clean_groups
+            self.clean[name] = estimate(values[clean], weights[clean], kept, **options)
+        categories = [reference.category for reference in samples.references]
+        if any(categories):
+            self.by_category[name] = category_scores(metric, values, weights, categories)
+        return True
 
 
 def write_evaluation(folder: Path, scores: Scores, table: pa.Table) -> None:

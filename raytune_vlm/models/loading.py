@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raytune_vlm.config.model import ModelConfig
-from raytune_vlm.errors import ModelError, did_you_mean
+from raytune_vlm.errors import ModelError, did_you_mean, first_line
 from raytune_vlm.models.families import Family
 from raytune_vlm.models.image_backends import ImageBackend, image_backend
 from raytune_vlm.models.location import check_model, code_options, config_json, model_path
@@ -67,7 +67,7 @@ def load_processor(config: ModelConfig) -> Any:
                 model_path(config), revision=config.revision, trust_remote_code=False
             )
     except (OSError, ValueError, ImportError, AttributeError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        reason = first_line(error)
         raise ModelError(f"model.name={config.name!r}: no processor: {reason}") from error
     images = processor.image_processor
     if images.backend != "pil" and hasattr(transformers, f"{type(images).__name__}Pil"):

@@ -221,6 +221,24 @@ def lora_layers(model: PeftModel) -> dict[str, Any]:
     return {name: module for name, module in modules if isinstance(module, LoraLayer)}
 
 
+def unmixable(config: LoraConfig) -> str | None:
+    """Why rows of one batch cannot go through this adapter and through others; None if they can."""
+    if config.dora:
+        return "lora.dora=true: its norms are taken over a whole batch"
+    if config.full_scopes:
+        return f"lora.modules_to_save={config.modules_to_save} is one module for all rows"
+    if tuple(config.scopes) != ("text",):
+        return f"lora.scope={config.scope}: rows of the towers are images, not samples"
+    return None
+
+
+def wrapped(model: PeftModel) -> dict[str, tuple[Any, Any]]:
+    """Full name in the base -> PEFT's module that stands there, and the base's own."""
+    layers = {name: (layer, layer.base_layer) for name, layer in lora_layers(model).items()}
+    copies = {name: (copy, copy.original_module) for name, copy in _copies(model).items()}
+    return layers | copies
+
+
 def _copies(model: PeftModel) -> dict[str, Any]:
     """Full name in the base -> PEFT's wrapper around it and its trained copy."""
     from peft.utils import ModulesToSaveWrapper

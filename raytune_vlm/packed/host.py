@@ -15,18 +15,29 @@ from typing import Literal
 
 import torch
 
-from raytune_vlm.errors import RaytuneVlmError
+from raytune_vlm.collate.features import drops
+from raytune_vlm.errors import first_line
 from raytune_vlm.models.loading import Base
+from raytune_vlm.models.lora import unmixable
 from raytune_vlm.packed.routing import Share, routed
 from raytune_vlm.packed.slot import Slot
 from raytune_vlm.packed.super_batch import joined, length, num_rows
 from raytune_vlm.prepare.feed import MicroBatch
 from raytune_vlm.train.losses import summed_cross_entropy
+from raytune_vlm.train.run import Run
 from raytune_vlm.train.step_metrics import StepMetrics, Sums
 
 Mode = Literal["exact", "fast"]
-Outcome = StepMetrics | RaytuneVlmError
+Outcome = StepMetrics | Exception
 """What a step gave: its metrics, or the error that ends this slot's trial and no other."""
+
+
+def step_alone(run: Run) -> Outcome:
+    """One optimizer step of a run whose adapter is on the base."""
+    try:
+        return run.step()
+    except Exception as error:
+        return error
 
 
 class Host:
@@ -41,45 +52,80 @@ class Host:
     def __init__(self, base: Base, mode: Mode) -> None:
         self._base, self._mode = base, mode
         self._together: int | None = None
+        self._drops = any(map(drops, base.model.modules()))
         self.notes: list[str] = []
-        """What is to be said of memory; who reads it empties it."""
+        """What is to be said of memory and errors; who reads it empties it."""
+
+    def obstacle(self, run: Run) -> str | None:
+        """Why a run steps by itself in mode `fast`; None if it is packed."""
+        experiment = run.experiment
+        if experiment.model.dtype == "float16":
+            return "model.dtype=float16: every trial scales its loss itself"
+        if experiment.train.pack_tokens is not None:
+            return "train.pack_tokens: a row holds several samples"
+        if self._drops:
+            return f"{self._base.family.model_type} has dropout of its own, the same for all rows"
+        return unmixable(experiment.lora)
 
     def step(self, slots: Sequence[Slot]) -> list[Outcome]:
         """One optimizer step of each slot, in their order."""
-        if self._mode == "exact" or len(slots) == 1:
-            return [self._alone(slot) for slot in slots]
-        outcomes: list[Outcome] = []
-        while len(outcomes) < len(slots):
-            group = slots[len(outcomes) :][: self._together]
-            if len(group) == 1:
-                outcomes.append(self._alone(group[0]))
-                continue
-            states = [slot.random.state for slot in group]
-            try:
-                outcomes += self._packed(group)
-            except torch.OutOfMemoryError as error:
-                for slot, state in zip(group, states, strict=True):
-                    slot.random.state = state
-                    slot.run.forget_gradients()
-                self._together = (len(group) + 1) // 2 if len(group) > 2 else 1
-                self.notes.append(
-                    f"out of memory with {len(group)} slots at once: {self._together} from here on "
-                    f"({str(error).splitlines()[0]})"
-                )
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
-        return outcomes
+        outcomes: dict[int, Outcome] = {}
+        waiting = list(range(len(slots)))
+        while waiting:
+            numbers = self._next([slots[number] for number in waiting])
+            group = [waiting[number] for number in numbers]
+            found = self._step([slots[number] for number in group])
+            if found is not None:
+                outcomes |= dict(zip(group, found, strict=True))
+                waiting = [number for number in waiting if number not in outcomes]
+        return [outcomes[number] for number in range(len(slots))]
 
-    @staticmethod
-    def _alone(slot: Slot) -> Outcome:
-        with slot.mounted() as run:
-            try:
-                return run.step()
-            except RaytuneVlmError as error:
-                return error
+    def _next(self, slots: Sequence[Slot]) -> list[int]:
+        """Places of the first slot and of those that can be packed with it."""
+        first = slots[0].run
+        if self._mode == "exact" or self.obstacle(first) is not None:
+            return [0]
+        recomputed = first.config.activation_checkpointing
+        alike = [
+            number
+            for number, slot in enumerate(slots)
+            if slot.run.config.activation_checkpointing == recomputed
+            and self.obstacle(slot.run) is None
+        ]
+        return alike[: self._together]
 
-    def _packed(self, slots: Sequence[Slot]) -> list[Outcome]:
+    def _step(self, slots: Sequence[Slot]) -> list[Outcome] | None:
+        """One step of slots that fit together; None if it has to be tried again with fewer."""
+        if len(slots) == 1:
+            with slots[0].mounted() as run:
+                return [step_alone(run)]
         began = time.monotonic()
+        states = [slot.random.state for slot in slots]
+        try:
+            sums = self._gradients(slots)
+        except Exception as error:
+            for slot, state in zip(slots, states, strict=True):
+                slot.random.state = state
+                slot.run.forget_gradients()
+            self._pack_fewer(len(slots), error)
+            return None
+        return [_finished(slot, own, began) for slot, own in zip(slots, sums, strict=True)]
+
+    def _pack_fewer(self, count: int, error: Exception) -> None:
+        """A trial is to blame only for what it does alone."""
+        if isinstance(error, torch.OutOfMemoryError):
+            self._together, what = (count + 1) // 2 if count > 2 else 1, "out of memory"
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        else:
+            self._together, what = 1, type(error).__name__
+        self.notes.append(
+            f"{what} with {count} slots at once: {self._together} from here on "
+            f"({first_line(error)})"
+        )
+
+    def _gradients(self, slots: Sequence[Slot]) -> list[Sums]:
+        """Gradients of each slot's global batch, and what it summed up."""
         labelled = [slot.run.begin() for slot in slots]
         self._base.model.train()
         for slot in slots:
@@ -87,26 +133,25 @@ class Host:
                 layer.train()
         sums = [Sums() for _ in slots]
         feeds = [slot.run.micro_batches(own) for slot, own in zip(slots, sums, strict=True)]
-        for turn in zip_longest(*feeds):
-            part = [(n, entry) for n, entry in enumerate(turn) if entry is not None]
-            found = self._pass([(slots[n], entry, sums[n], labelled[n]) for n, entry in part])
-            for (n, _), loss in zip(part, found.tolist(), strict=True):
-                sums[n].loss += loss
-        outcomes: list[Outcome] = []
-        for slot, own in zip(slots, sums, strict=True):
-            with slot.mounted() as run:
-                try:
-                    outcomes.append(run.finish(own, began))
-                except RaytuneVlmError as error:
-                    outcomes.append(error)
-        return outcomes
+        layers = slots[0].run.layers
+        layers.change()
+        try:
+            for turn in zip_longest(*feeds):
+                part = [(n, entry) for n, entry in enumerate(turn) if entry is not None]
+                found = self._pass([(slots[n], entry, sums[n], labelled[n]) for n, entry in part])
+                for (n, _), loss in zip(part, found.tolist(), strict=True):
+                    sums[n].loss += loss
+        finally:
+            layers.restore()
+        return sums
 
     def _pass(self, parts: Sequence[tuple[Slot, MicroBatch, Sums, int]]) -> torch.Tensor:
         """Forward and backward for a micro-batch of each slot; their losses, float32 `[slots]`."""
         arrays = [entry.arrays for _, entry, _, _ in parts]
         pad = self._base.processor.tokenizer.pad_token_id
         together = joined(arrays, self._base.family, pad_token_id=pad)
-        batch, labels = parts[0][0].run.batches.on_device(together)
+        rows_of_all = [row for _, entry, *_ in parts for row in entry.rows]
+        batch, labels = parts[0][0].run.batches.on_device(together, rows_of_all)
         shares, begin = [], 0
         for (slot, *_), own in zip(parts, arrays, strict=True):
             rows = slice(begin, begin + num_rows(own))
@@ -128,3 +173,11 @@ class Host:
             )
             losses.sum().backward()
         return losses.detach()
+
+
+def _finished(slot: Slot, sums: Sums, began: float) -> Outcome:
+    with slot.mounted() as run:
+        try:
+            return run.finish(sums, began)
+        except Exception as error:
+            return error

@@ -6,18 +6,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from raytune_vlm.models.lora import lora_layers
+from raytune_vlm.models.lora import lora_layers, wrapped
 from raytune_vlm.packed.random import RandomState
 from raytune_vlm.train.run import Run
 
 
 class Slot:
-    """Parks a fresh run: its adapter is off the base, ready to be packed with others.
+    """Parks a run: its adapter is off the base, ready to be packed with others.
 
     Parameters
     ----------
     run
-        Just made, so that its adapter is on the base.
+        Its adapter is on the base, and the process's random state is its own.
     """
 
     def __init__(self, run: Run, device: str) -> None:
@@ -25,31 +25,39 @@ class Slot:
         self.random = RandomState(device)
         self.layers = lora_layers(run.model)
         """Full name in the base -> PEFT's layer."""
+        self._wrapped = wrapped(run.model)
         self._base = run.model.get_base_model()
         self._park()
 
     @contextmanager
     def mounted(self) -> Iterator[Run]:
-        """The run with its adapter on the base and its own random state: as if it were alone."""
-        for name, layer in self.layers.items():
-            self._base.set_submodule(name, layer)
-        self._base.peft_config = self._config
+        """The run with its adapter on the base and its own random state: as if it were alone.
+
+        It may be closed inside.
+        """
+        self._mount()
         try:
             with self.random.drawing():
                 yield self.run
         finally:
-            self._park()
+            if self.run.is_attached:
+                self._park()
 
     def close(self) -> None:
         """Take the adapter off for good."""
-        for name, layer in self.layers.items():
-            self._base.set_submodule(name, layer)
-        self._base.peft_config = self._config
+        self._mount()
         self.run.close()
 
+    def _mount(self) -> None:
+        for name, (module, _) in self._wrapped.items():
+            self._base.set_submodule(name, module)
+        self._base.peft_config = self._config
+        self.run.layers.change()
+
     def _park(self) -> None:
-        for name, layer in self.layers.items():
-            self._base.set_submodule(name, layer.base_layer)
+        self.run.layers.restore()
+        for name, (_, own) in self._wrapped.items():
+            self._base.set_submodule(name, own)
         # PEFT would take the base for one that has an adapter.
         self._config: Any = self._base.peft_config
         del self._base.peft_config

@@ -1,7 +1,8 @@
 """The board: where jobs are put up, taken by executors, and reported on. A small Ray actor.
 
 Proxies and the driver put jobs up and wait for reports; executors take jobs, push their progress
-and learn whether to stop. A job that an executor held when it died is handed to it again.
+and learn whether to stop. Jobs that an executor held when it died are handed out again, each alone:
+whose fault it was shows then.
 """
 
 from __future__ import annotations
@@ -9,18 +10,21 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any, Literal
 
 import ray
 
+from raytune_vlm.config.sweep import MOST_SLOTS
 from raytune_vlm.sweep.jobs import Job
 
 IDLE = "idle"
 """What `take` gives when there was nothing to do for a while; ask again."""
 
-Word = Literal["", "stop", "close"]
-"""What an executor is told: go on; drop this job; the run ends, save where you are."""
+Word = Literal["", "stop", "close", "leave"]
+"""What is to be done with a job: go on; drop it; save it, because the run ends; save it, because
+the executor leaves its node (which it sees itself)."""
 
 
 class BoardState:
@@ -30,7 +34,9 @@ class BoardState:
         self._alive = set(executors)
         self._max_failures = max_failures
         self._queue: deque[Job] = deque()
-        self._held: dict[str, Job] = {}
+        self._held: dict[str, dict[str, Job]] = {name: {} for name in executors}
+        """Executor -> its jobs by their ids."""
+        self._most = MOST_SLOTS
         self._num_ended = self._num_recovered = 0
         self._stopped: set[str] = set()
         self._reports: dict[str, asyncio.Queue[dict[str, Any]]] = {}
@@ -52,23 +58,28 @@ class BoardState:
         self._queue.append(job)
         self._changed.set()
 
-    async def take(self, executor: str, wait_s: float | None = None) -> Job | str | None:
+    async def take(
+        self, executor: str, wait_s: float | None = None, holding: Collection[str] = ()
+    ) -> Job | str | None:
         """The next job; None when the board is closed; `IDLE` if there was none for `wait_s`.
 
-        An executor that asks while it still holds a job has died with it in between: it gets the
-        job again, until `max_failures` is used up.
+        Jobs that were given to the executor and are not among those it says to be `holding` died
+        with it in between: they are handed out again, until `max_failures` is used up. A job that
+        died and has reported nothing since has its executor to itself.
         """
         self._alive.add(executor)
         # A call of a life that is over may still wait here: it must not take what the new one gets.
         mine = self._asking[executor] = object()
-        held = self._held.pop(executor, None)
-        if held is not None:
-            self._retry(held, f"{executor}: its worker died")
+        held = self._held.setdefault(executor, {})
+        for job_id in [job_id for job_id in held if job_id not in holding]:
+            self._retry(held.pop(job_id), f"{executor}: its worker died")
         ends = None if wait_s is None else time.monotonic() + wait_s
         while not (self._closed or self._halted) and self._asking[executor] is mine:
-            if self._queue:
+            alone = any(job.attempt > 1 for job in held.values())
+            full = len(held) >= self._most
+            if self._queue and not full and not (held and (alone or self._queue[0].attempt > 1)):
                 job = self._queue.popleft()
-                self._held[executor] = job
+                held[job.job_id] = job
                 return job
             self._changed.clear()
             try:
@@ -78,35 +89,37 @@ class BoardState:
                 return IDLE
         return None
 
+    async def limit_slots(self, most: int) -> None:
+        """Give no executor more jobs than these at once, from now on."""
+        self._most = most
+
     async def push(self, executor: str, job_id: str, progress: dict[str, Any]) -> Word:
         """Note an executor's progress; what it shall do."""
-        self._progress[executor] = {"job_id": job_id, **progress}
+        self._progress[job_id] = {"executor": executor, **progress}
         if job_id in self._stopped:
             return "stop"
         return "close" if self._closed or self._halted else ""
 
     async def report(self, job_id: str, report: dict[str, Any]) -> None:
         """Hand a result to whoever waits for the job. Failures are counted anew from here."""
-        for executor, job in self._held.items():
-            if job.job_id == job_id:
-                self._held[executor] = replace(job, attempt=1)
+        for executor, held in self._held.items():
+            if job_id in held:
+                held[job_id] = replace(held[job_id], attempt=1)
                 self._moved.add(executor)
         self._channel(job_id).put_nowait(report)
 
     async def finish(self, executor: str, job_id: str) -> None:
         """The executor is done with the job, whatever came of it."""
-        held = self._held.pop(executor, None)
-        self._progress.pop(executor, None)
+        held = self._dropped(executor, job_id)
         self._moved.add(executor)
         self._num_ended += held is not None and held.kind == "trial"
 
-    async def hand_back(self, executor: str, message: str) -> None:
+    async def hand_back(self, executor: str, job_id: str, message: str) -> None:
         """The executor leaves its node and has saved the job: nobody's failure."""
-        self._progress.pop(executor, None)
         self._moved.add(executor)
         self._notes.append(f"{executor}: {message}")
-        held = self._held.pop(executor, None)
-        if held is not None and held.job_id not in self._stopped:
+        held = self._dropped(executor, job_id)
+        if held is not None and job_id not in self._stopped:
             self._num_recovered += 1
             self._queue.appendleft(held)
             self._changed.set()
@@ -121,25 +134,23 @@ class BoardState:
         self._queue = deque(job for job in self._queue if job.job_id != job_id)
 
     async def abandon(self, executor: str, message: str) -> None:
-        """An executor is gone for good; its job goes to another one, or fails."""
+        """An executor is gone for good; its jobs go to another one, or fail."""
         self._alive.discard(executor)
-        self._progress.pop(executor, None)
-        held = self._held.pop(executor, None)
-        if held is not None:
-            self._retry(held, message)
+        for job_id in list(self._held.get(executor, ())):
+            self._retry(self._dropped(executor, job_id), message)
         if not self._alive:
             while self._queue:
                 self._fail(self._queue.popleft(), message)
 
     async def give_up_waiting(self, executor: str) -> int:
-        """An executor has no workers, and none will come: others get its job. Who is left."""
+        """An executor has no workers, and none will come: others get its jobs. Who is left."""
         others = self._alive - {executor}
         if others:
             await self.abandon(executor, f"{executor} has no workers")
         return len(others)
 
     async def status(self) -> dict[str, dict[str, Any]]:
-        """Executor -> what it does now."""
+        """Job -> who does it, and how far that is."""
         return dict(self._progress)
 
     async def here(self, executor: str) -> None:
@@ -154,7 +165,7 @@ class BoardState:
     async def goes_on(self, executor: str) -> bool:
         """Whether an executor whose group ended is started anew.
 
-        It is if it got anything done since this was last asked; else each time costs the job that
+        It is if it got anything done since this was last asked; else each time costs the jobs that
         it holds an attempt (whoever drives its workers may die too), and without one it is not.
         """
         if self._closed:
@@ -162,11 +173,10 @@ class BoardState:
         if executor in self._moved:
             self._moved.discard(executor)
             return True
-        held = self._held.pop(executor, None)
-        if held is None:
-            return False
-        self._retry(held, f"{executor}: its group ended")
-        return True
+        held = list(self._held.get(executor, ()))
+        for job_id in held:
+            self._retry(self._dropped(executor, job_id), f"{executor}: its group ended")
+        return bool(held)
 
     async def note(self, message: str) -> None:
         """Something that a person should read."""
@@ -182,9 +192,11 @@ class BoardState:
         were handed out again."""
         return {
             "executors_alive": len(self._alive),
-            "slots_in_use": len(self._held),
+            "slots_in_use": sum(map(len, self._held.values())),
             "trials_queued": sum(job.kind == "trial" for job in self._queue),
-            "trials_running": sum(job.kind == "trial" for job in self._held.values()),
+            "trials_running": sum(
+                job.kind == "trial" for held in self._held.values() for job in held.values()
+            ),
             "trials_ended": self._num_ended,
             "recoveries": self._num_recovered,
         }
@@ -203,8 +215,12 @@ class BoardState:
         self._closed = True
         self._changed.set()
 
-    def _retry(self, job: Job, message: str) -> None:
-        if job.job_id in self._stopped:
+    def _dropped(self, executor: str, job_id: str) -> Job | None:
+        self._progress.pop(job_id, None)
+        return self._held.get(executor, {}).pop(job_id, None)
+
+    def _retry(self, job: Job | None, message: str) -> None:
+        if job is None or job.job_id in self._stopped:
             return
         if job.attempt > self._max_failures:
             self._fail(job, f"{message} (attempt {job.attempt})")

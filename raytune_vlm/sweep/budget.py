@@ -95,7 +95,7 @@ def expected_steps(experiment: ExperimentConfig) -> float:
 def planner_line(experiment: ExperimentConfig) -> str:
     """What the sweep will do at most and on average, known before anything is measured."""
     sweep, most = experiment.sweep, experiment.train.max_steps
-    at_once = min(sweep.num_executors, sweep.num_trials)
+    at_once = min(sweep.at_once, sweep.num_trials)
     whole = sweep.num_trials * most
     line = (
         f"planner: {sweep.num_trials} trials, {at_once} at once; {whole:,} steps in all without "

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from raytune_vlm.config.experiment import ExperimentConfig
@@ -59,14 +61,47 @@ def ray_session(experiment: ExperimentConfig) -> Iterator[None]:
         log_to_driver=False,
         **local,
     )
-    previous = signal.getsignal(signal.SIGTERM)
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
-        _check_resources(experiment, ray.cluster_resources())
+        with interruptible():
+            _check_resources(experiment, ray.cluster_resources())
+            yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """SIGTERM does what Ctrl-C does, and Ctrl-C does it also where the shell had it ignored.
+
+    A script's `&` leaves SIGINT ignored, to everything that is started so: a job's driver, too, if
+    its cluster was.
+    """
+    previous = {kind: signal.getsignal(kind) for kind in (signal.SIGTERM, signal.SIGINT)}
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    if previous[signal.SIGINT] == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
-        ray.shutdown()
+        for kind, handler in previous.items():
+            signal.signal(kind, handler)
+
+
+def check_storage(storage_path: str) -> None:
+    """Raise ConfigError for a folder that would lie in a job's copy of the working directory."""
+    if not Path(storage_path).is_absolute():
+        raise ConfigError(
+            f"storage_path {storage_path}: is relative, and a job runs in Ray's copy of the "
+            "working directory, which is deleted after it; give an absolute path that all nodes "
+            "see: storage_path=/shared/runs"
+        )
+
+
+def runs_in_copy() -> bool:
+    """Whether this process is the driver of a Ray job that was sent its working directory."""
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+    working_dir = (job.get("runtime_env") or {}).get("working_dir")
+    return working_dir is not None and not working_dir.startswith("local://")
 
 
 def proxy_resources() -> Any:
@@ -89,7 +124,7 @@ def proxy_resources() -> Any:
 def _check_resources(experiment: ExperimentConfig, there: dict[str, float]) -> None:
     train = experiment.train
     workers = experiment.sweep.num_executors * train.num_workers
-    light = PROXY_CPUS * experiment.sweep.num_executors
+    light = PROXY_CPUS * experiment.sweep.at_once
     asked = {"CPU": workers * train.cpus_per_worker + light, "GPU": workers * train.gpus_per_worker}
     for kind, amount in asked.items():
         if amount > there.get(kind, 0):

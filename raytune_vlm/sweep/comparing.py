@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,8 @@ class Comparing:
     """Sample id -> the answer to the prompt as it is."""
     rows: list[int]
     """What comparisons are made on."""
+    _plain_scores: dict[tuple[str, ...], tuple[Scores, pa.Table]] = field(default_factory=dict)
+    """Samples -> the scores of their plain answers; most comparisons are on the same ones."""
 
     def controls(self) -> Comparisons | None:
         """The controls that this split's evaluations make; None where there are none."""
@@ -135,8 +137,7 @@ class Comparing:
         from raytune_vlm.evaluate.statistics import paired_test
 
         config = self.evaluation.worker.experiment.evaluation
-        same = [self.plain[entry.sample_id] for entry in answers]
-        own, own_table = self.evaluation.score(same, self.evaluation.folder, 0.0)
+        own, own_table = self._plain_of(answers)
         altered, table = scored
         if self.evaluation.worker.world.rank == 0:
             write_evaluation(folder, altered, table)
@@ -163,6 +164,14 @@ class Comparing:
             altered={metric: entry.value for metric, entry in altered.metrics.items()},
             tests=tests,
         )
+
+    def _plain_of(self, answers: Sequence[Prediction]) -> tuple[Scores, pa.Table]:
+        """The plain scores of the samples that some answers are for."""
+        ids = tuple(entry.sample_id for entry in answers)
+        if ids not in self._plain_scores:
+            same = [self.plain[name] for name in ids]
+            self._plain_scores[ids] = self.evaluation.score(same, self.evaluation.folder, 0.0)
+        return self._plain_scores[ids]
 
 
 def note_on(trial: TrialFolder, split: str, notes: Sequence[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from raytune_vlm.config.evaluation import NO_SHARES
 from raytune_vlm.config.experiment import ExperimentConfig
@@ -49,6 +50,21 @@ def base_scores(folder: SweepFolder, split: str = "select") -> Scores | None:
     """The base model's scores on a split, if it was scored."""
     file = folder.trial(BASE_TRIAL).evaluation(split, 0) / "scores.json"
     return Scores.from_json(read_json(file)) if file.exists() else None
+
+
+def pilot_scores(experiment: ExperimentConfig, folder: SweepFolder) -> Scores | None:
+    """The base model's scores on `select`, of this sweep or of one that it starts from.
+
+    A sweep of `sweep.warm_start` is a pilot where it has to be on the same data and base model.
+    """
+    places = [folder.root]
+    if not experiment.sweep.warm_start_across_data:
+        places += map(Path, experiment.sweep.warm_start)
+    for place in places:
+        found = base_scores(SweepFolder(place))
+        if found is not None and experiment.metric in found.metrics:
+            return found
+    return None
 
 
 def detectable_lines(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from raytune_vlm.config.experiment import ExperimentConfig
+from raytune_vlm.config.server import ServedModel
 from raytune_vlm.errors import ConfigError, did_you_mean
 from raytune_vlm.evaluate.benchmarks import Chosen
 from raytune_vlm.evaluate.benchmarks.card import Card, make_card
@@ -25,6 +26,7 @@ from raytune_vlm.sweep.benchmarks import (
     suite_of,
 )
 from raytune_vlm.sweep.cluster import ray_session
+from raytune_vlm.sweep.evaluate_served import score_served_benchmark, without_pixels
 from raytune_vlm.sweep.lease import Lease
 from raytune_vlm.sweep.ledger import replay
 from raytune_vlm.train.checkpoint import newest
@@ -51,9 +53,15 @@ def evaluate_model(
     data: str | None = None,
     limit: int | None = None,
     output: Path | None = None,
+    server: ServedModel | None = None,
     monitor: Monitor,
 ) -> Card:
     """A model by its name or folder, with an adapter on it or without.
+
+    Parameters
+    ----------
+    server
+        Who answers; the model's processor then only prepares the questions.
 
     Raises
     ------
@@ -66,7 +74,7 @@ def evaluate_model(
     folder = model_folder(experiment) if output is None else SweepFolder(output.resolve())
     if folder.experiment_file.exists():
         raise ConfigError(f"--output {output} is a sweep folder: choose another")
-    scoring = runner.Scoring(None, "", 0, adapter=adapter)
+    scoring = runner.Scoring(None, "", 0, adapter=adapter, served=server)
     return _evaluate(experiment, folder, scoring, chosen, data, limit, monitor)
 
 
@@ -79,6 +87,7 @@ def evaluate_trial(
     data: str | None = None,
     limit: int | None = None,
     trust: str | None = None,
+    server: ServedModel | None = None,
     monitor: Monitor,
 ) -> Card:
     """A trial of a sweep folder (its newest checkpoint), its winner (`best`) or its base model.
@@ -87,6 +96,8 @@ def evaluate_trial(
     ----------
     overrides
         Changes the recorded experiment: where and on what it runs.
+    server
+        Who answers, in the place of the base model.
 
     Raises
     ------
@@ -114,7 +125,7 @@ def evaluate_trial(
         # What else a recipe says is of training, and need not fit the benchmarks' data.
         recipe = {k: v for k, v in trial.recipe.items() if k == "seed" or k.startswith("lora.")}
         trial = replace(trial, recipe=recipe)
-    scoring = runner.Scoring(trial, "", step)
+    scoring = runner.Scoring(trial, "", step, served=server)
     return _evaluate(experiment, folder, scoring, chosen, data, limit, monitor)
 
 
@@ -127,20 +138,28 @@ def _evaluate(
     limit: int | None,
     monitor: Monitor,
 ) -> Card:
+    server = scoring.served
+    if server is not None:
+        experiment = without_pixels(experiment)
     suite = suite_of(experiment, chosen, data=data, limit=limit)
     preparing.plan_of(suite.experiment)
     with Lease(folder.lease_file), ray_session(suite.experiment):
         prepared, whole = prepare_suite(suite, monitor)
         scorings = scorings_of(scoring, prepared)
-        with runner.session(suite.experiment, folder, whole, monitor) as running:
-            score_benchmarks(running, scorings)
+        if server is not None:
+            for each in scorings:
+                score_served_benchmark(suite.experiment, folder, each, monitor)
+        else:
+            with runner.session(suite.experiment, folder, whole, monitor) as running:
+                score_benchmarks(running, scorings)
         scores = []
         for each in scorings:
             file = each.scores_file(folder)
             scores.append(Scores.from_json(read_json(file)))
             if (form := scores[-1].benchmark["submission"]) is not None:
                 write_submission(form, file.with_name("predictions.parquet"))
-    card = make_card(experiment.model.name, scores, experiment.evaluation.confidence)
+    name = experiment.model.name if server is None else f"{server.model} at {server.base_url}"
+    card = make_card(name, scores, experiment.evaluation.confidence)
     place = folder.trial(scoring.trial_id).card
     write_text(place, card.markdown())
     write_json(place.with_suffix(".json"), card.plain())

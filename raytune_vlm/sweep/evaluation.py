@@ -36,6 +36,8 @@ class Evaluation:
 
     def __init__(self, worker: Worker, job: Job, model: Any, split: str, step: int) -> None:
         self.worker, self.job, self.split, self.step = worker, job, split, step
+        own = job.adapter is None and worker.experiment.with_recipe(job.recipe).lora.leaves_towers
+        self._features = worker.features if own else None
         self._model = model
         self._pushed = 0.0
         self.asked = asked_of(worker, job, split, step)
@@ -103,6 +105,7 @@ class Evaluation:
                 keep_going=self._progress(stage, len(rows) - len(left), len(mine)),
                 keep=store.writer(world.rank).add,
                 together=together,
+                features=self._features,
             )
             if found is None:
                 raise EvaluationStopped
@@ -141,7 +144,7 @@ class Evaluation:
                 "seconds_left": None if pace is None else pace * (mine - done),
             }
             if size == 1:
-                return not worker.stopped(self.job, **where)
+                return not worker.told(self.job, **where)
             if worker.world.rank == 0 and time.monotonic() - self._pushed >= PUSH_EVERY_S:
                 self._pushed = time.monotonic()
                 ray.get(worker.setup.board.push.remote(worker.setup.name, self.job.job_id, where))

@@ -19,7 +19,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError
 
-from raytune_vlm.errors import InfrastructureError, SweepInterrupted
+from raytune_vlm.errors import InfrastructureError, SweepInterrupted, first_line
 from raytune_vlm.monitor import Monitor
 from raytune_vlm.sweep.attendance import Attendance
 from raytune_vlm.sweep.heartbeat import UNTIL_MOVING
@@ -49,8 +49,7 @@ def executors(setup: ExecutorSetup, names: list[str], monitor: Monitor) -> Itera
             try:
                 _trainer(replace(setup, name=name), life).fit()
             except Exception as error:
-                text = str(error).strip()
-                failure = text.splitlines()[0] if text else repr(error)
+                failure = first_line(error)
             try:
                 # Also without a failure: when its node announced its end.
                 if ray.get(board.goes_on.remote(name)):
@@ -87,8 +86,7 @@ def executors(setup: ExecutorSetup, names: list[str], monitor: Monitor) -> Itera
                 raise SweepInterrupted(f"{attendance.missing}; {goes_on}")
     except RayActorError as error:
         # No other actor is asked by the driver itself. What was trained is on the disk.
-        reason = str(error).strip().splitlines()[0]
-        raise SweepInterrupted(f"the board died ({reason}); {goes_on}") from None
+        raise SweepInterrupted(f"the board died ({first_line(error)}); {goes_on}") from None
     if len(failed) == len(names):
         raise InfrastructureError("; ".join(failed))
 

@@ -61,7 +61,7 @@ OF_SWEEPS: dict[str, tuple[str, tuple[str, ...]]] = {
 
 
 class TrialGauges:
-    """The last logged step of the trial that an executor trains, one gauge a number.
+    """The last logged steps of the trials that an executor trains, one gauge a number.
 
     Every numeric field of `train.step_metrics.StepMetrics`, tagged with `sweep` and OF_TRIALS.
     """
@@ -69,8 +69,8 @@ class TrialGauges:
     def __init__(self, sweep: str, executor: str) -> None:
         self._sweep, self._executor = sweep, executor
         self._gauges: dict[str, Gauge] = {}
-        self._values: dict[str, float] = {}
-        self._trial_id = ""
+        self._values: dict[str, dict[str, float]] = {}
+        """Trial -> its numbers by their names."""
         self._set_at = 0.0
         self._lock = threading.Lock()
 
@@ -78,8 +78,7 @@ class TrialGauges:
         """Show the numbers of a dataclass; what is no number or not known (None) is left out."""
         found = {field.name: getattr(metrics, field.name) for field in fields(metrics)}
         with self._lock:
-            self._trial_id = trial_id
-            self._values = {
+            self._values[trial_id] = {
                 name: float(value)
                 for name, value in found.items()
                 if isinstance(value, int | float)
@@ -92,21 +91,22 @@ class TrialGauges:
             if self._values and time.monotonic() - self._set_at >= RENEW_EVERY_S:
                 self._show()
 
-    def clear(self) -> None:
-        """Let them vanish."""
+    def drop(self, trial_id: str) -> None:
+        """Let those of a trial vanish."""
         with self._lock:
-            self._values = {}
+            self._values.pop(trial_id, None)
 
     def _show(self) -> None:
-        tags = {"sweep": self._sweep, "trial_id": self._trial_id, "executor": self._executor}
-        for name, value in self._values.items():
-            if name not in self._gauges:
-                self._gauges[name] = Gauge(
-                    f"{PREFIX}{name}",
-                    f"{name.replace('_', ' ')} of the last logged step of a trial.",
-                    ("sweep", *OF_TRIALS),
-                )
-            self._gauges[name].set(value, tags)
+        for trial_id, values in self._values.items():
+            tags = {"sweep": self._sweep, "trial_id": trial_id, "executor": self._executor}
+            for name, value in values.items():
+                if name not in self._gauges:
+                    self._gauges[name] = Gauge(
+                        f"{PREFIX}{name}",
+                        f"{name.replace('_', ' ')} of the last logged step of a trial.",
+                        ("sweep", *OF_TRIALS),
+                    )
+                self._gauges[name].set(value, tags)
         self._set_at = time.monotonic()
 
 

@@ -82,6 +82,7 @@ class Heartbeat:
         """From now on `beat` is expected; stacks go to `stacks_<rank>.txt` in the folder."""
         folder.mkdir(parents=True, exist_ok=True)
         with self._lock:
+            self._close()
             self._file = folder / f"stacks_{self._rank}.txt"
             # Open already: when something hangs it may be too late for that.
             self._stream = self._file.open("a", encoding="utf-8")
@@ -95,13 +96,15 @@ class Heartbeat:
     def rest(self) -> None:
         """Nothing is expected any more."""
         with self._lock:
-            faulthandler.cancel_dump_traceback_later()
-            if self._stream is not None and self._file is not None:
-                self._stream.close()
-                if self._file.stat().st_size == 0:
-                    self._file.unlink()
-            self._stream = self._file = None
-        self.gauges.clear()
+            self._close()
+
+    def _close(self) -> None:
+        faulthandler.cancel_dump_traceback_later()
+        if self._stream is not None and self._file is not None:
+            self._stream.close()
+            if self._file.stat().st_size == 0:
+                self._file.unlink()
+        self._stream = self._file = None
 
     def _run(self) -> None:
         while not self._over.wait(EVERY_S):

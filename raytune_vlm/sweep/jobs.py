@@ -36,7 +36,7 @@ class Job:
         Unique in a sweep.
     kind
         `trial`: train a recipe and score it at every rung; `evaluate`: score one checkpoint (or
-        the base model) on one split.
+        the base model) on one split; `plan`: find out how many slots pay.
     trial_id
         Whose folder the results go to.
     recipe
@@ -57,7 +57,7 @@ class Job:
     """
 
     job_id: str
-    kind: Literal["trial", "evaluate"]
+    kind: Literal["trial", "evaluate", "plan"]
     trial_id: str
     recipe: dict[str, Any]
     reported: tuple[int, ...] = ()

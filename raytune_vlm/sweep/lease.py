@@ -8,6 +8,7 @@ import threading
 import time
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from raytune_vlm.errors import LeaseError
 from raytune_vlm.records import read_json, write_json
@@ -35,7 +36,7 @@ class Lease:
     def __enter__(self) -> Lease:
         if self._file.exists():
             held = read_json(self._file)
-            if _is_alive(held):
+            if driver_of(self._file) is not None:
                 since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(held["renewed"]))
                 raise LeaseError(
                     f"{self._file.parent} is driven by process {held['pid']} on {held['host']} "
@@ -68,6 +69,15 @@ class Lease:
             "renewed": time.time(),
         }
         write_json(self._file, entry)
+
+
+def driver_of(file: Path) -> dict[str, Any] | None:
+    """Host, pid, fence and time of the process that holds a lease; None if none lives."""
+    try:
+        held = read_json(file)
+    except FileNotFoundError:
+        return None
+    return held if _is_alive(held) else None
 
 
 def _is_alive(held: dict[str, object]) -> bool:

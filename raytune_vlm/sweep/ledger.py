@@ -18,6 +18,7 @@ from typing import Any, Literal
 from raytune_vlm.errors import CheckpointError
 
 EVENTS = (
+    "planned",
     "proposed",
     "started",
     "noted",

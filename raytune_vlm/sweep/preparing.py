@@ -25,12 +25,21 @@ from raytune_vlm.prepare.prepare import (
 )
 from raytune_vlm.prepare.shard import ShardJob
 from raytune_vlm.records import Scores, SweepFolder, write_json
+from raytune_vlm.sweep.cluster import check_storage, runs_in_copy
 from raytune_vlm.sweep.detect import detectable_lines
 from raytune_vlm.train.packages import check_packages, check_searcher, check_trackers
 
 
 def located(experiment: ExperimentConfig) -> ExperimentConfig:
-    """The experiment with absolute local paths: Ray's workers run in folders of their own."""
+    """The experiment with absolute local paths: Ray's workers run in folders of their own.
+
+    Raises
+    ------
+    ConfigError
+        If results would lie in a job's copy of its working directory.
+    """
+    if runs_in_copy():
+        check_storage(experiment.storage_path)
     model, data = experiment.model, experiment.data
     local = model.name != "demo" and Path(model.name).is_dir()
     name = str(Path(model.name).resolve()) if local else model.name

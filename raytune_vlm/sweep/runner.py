@@ -5,6 +5,7 @@ prepare -> executors -> Ray Tune (proxies, Optuna, scheduler) -> decide -> repor
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
 import time
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from raytune_vlm.config.experiment import ExperimentConfig
+from raytune_vlm.config.server import ServedModel
 from raytune_vlm.errors import ConfigError, DataError, EvaluationError, SweepInterrupted
 from raytune_vlm.models.trust import with_trust
 from raytune_vlm.monitor import Monitor
@@ -23,12 +25,12 @@ from raytune_vlm.prepare.prepare import (
 )
 from raytune_vlm.records import BASE_TRIAL, SweepFolder, read_json
 from raytune_vlm.sweep.cluster import ray_session
-from raytune_vlm.sweep.detect import base_scores
+from raytune_vlm.sweep.detect import pilot_scores
 from raytune_vlm.sweep.folder_copy import copied
 from raytune_vlm.sweep.gauging import Gauging
 from raytune_vlm.sweep.jobs import Job, PreparedBenchmark
 from raytune_vlm.sweep.lease import Lease
-from raytune_vlm.sweep.ledger import Ledger, TrialState, replay
+from raytune_vlm.sweep.ledger import Ledger, TrialState, num_ended, replay
 from raytune_vlm.sweep.preparing import (
     located,
     plan_of,
@@ -99,7 +101,7 @@ def run_sweep(experiment: ExperimentConfig, *, command: str, monitor: Monitor) -
         require_splits(data, "select", "report")
         resolved = with_steps(experiment, data, monitor)
         check_rungs(resolved, data.split("select"))
-        say_detectable(resolved, data, monitor)
+        say_detectable(resolved, data, monitor, pilot_scores(resolved, folder))
         prepare_guard(experiment, monitor)
         write_head(folder, experiment, data, command)
         with Lease(folder.lease_file), copied(folder, resolved, monitor, new=True):
@@ -139,7 +141,7 @@ def resume_sweep(root: Path, *, monitor: Monitor, trust: str | None = None) -> S
                 f"{data.manifest.digest}): its trials could not be compared; start a new sweep"
             )
         resolved = with_steps(experiment, data, monitor)
-        say_detectable(resolved, data, monitor, base_scores(folder))
+        say_detectable(resolved, data, monitor, pilot_scores(resolved, folder))
         prepare_guard(experiment, monitor)
         with copied(folder, resolved, monitor, new=False):
             return _drive(resolved, folder, data, monitor)
@@ -183,19 +185,28 @@ def _drive(
     from raytune_vlm.report import build_report
     from raytune_vlm.sweep.decide import decide
     from raytune_vlm.sweep.gallery import write_gallery
+    from raytune_vlm.sweep.planning import find_slots
     from raytune_vlm.sweep.search import search
     from raytune_vlm.sweep.study_notes import NUM_PICTURES, how_to_watch
 
-    with (
-        session(experiment, folder, data, monitor) as running,
-        Follower(folder, experiment, monitor.say),
-        Gauging(running),
-    ):
-        score_base(running)
-        write_gallery(folder, experiment, data, "select", NUM_PICTURES)
-        monitor.say(how_to_watch(folder))
-        search(running)
-        decide(running)
+    try:
+        with (
+            session(experiment, folder, data, monitor) as running,
+            Follower(folder, experiment, monitor.say),
+            Gauging(running),
+        ):
+            score_base(running)
+            find_slots(running)
+            write_gallery(folder, experiment, data, "select", NUM_PICTURES)
+            monitor.say(how_to_watch(folder))
+            search(running)
+            decide(running)
+    except (SweepInterrupted, KeyboardInterrupt) as stop:
+        build_report(folder.root)  # what there is so far
+        if isinstance(stop, SweepInterrupted):
+            raise
+        ended = num_ended(replay(folder.ledger_file))
+        raise interrupted(folder, ended, experiment.sweep.num_trials) from None
     build_report(folder.root)
     return folder
 
@@ -244,10 +255,15 @@ class Scoring:
     """What is asked instead of the experiment's own split; `split` is its name."""
     adapter: Path | None = None
     """A PEFT adapter on the base model, instead of a trial."""
+    served: ServedModel | None = None
+    """Who answers in the place of an executor."""
 
     @property
     def trial_id(self) -> str:
         """Whose folder the scores go to."""
+        if self.served is not None:
+            name = re.sub(r"[^A-Za-z0-9._-]+", "-", self.served.model).strip("-.")
+            return f"served-{name}"
         if self.adapter is not None:
             return f"adapter-{self.adapter.name}"
         return self.trial.trial_id if self.trial else BASE_TRIAL

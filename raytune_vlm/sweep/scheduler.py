@@ -52,13 +52,13 @@ class Rule:
         assert isinstance(config, HalvingScheduler)
         least = config.min_results
         if least is None:
-            least = max(1, sweep.num_trials - sweep.num_executors + 1)
+            least = max(1, sweep.num_trials - sweep.at_once + 1)
         return cls(
             rungs=sweep.halving_rungs(experiment.train.max_steps),
             reduction_factor=config.reduction_factor,
             min_results=least,
             num_trials=sweep.num_trials,
-            num_executors=sweep.num_executors,
+            num_executors=sweep.at_once,
             metric=experiment.metric,
             mode=experiment.mode,
         )

@@ -52,7 +52,7 @@ def search(running: Session) -> None:
     if closing.ends_trials():
         end_interrupted(running, searcher.drop_interrupted())
     proposing: Searcher = searcher
-    most: int | None = experiment.sweep.num_executors
+    most: int | None = experiment.sweep.at_once
     if isinstance(experiment.sweep.scheduler, HalvingScheduler):
         num_known = sum(state.ended is None for state in states.values())
         halving = Halving(
@@ -76,7 +76,7 @@ def search(running: Session) -> None:
     running.monitor.say(planner_line(experiment))
     running.monitor.say(
         f"sweep: {left} trials of up to {experiment.train.max_steps} steps on "
-        f"{experiment.sweep.num_executors} executors, scored at {list(experiment.rungs)}"
+        f"{_places(experiment)}, scored at {list(experiment.rungs)}"
     )
     tuner = tune.Tuner(
         tune.with_resources(Proxy, proxy_resources()),
@@ -104,6 +104,12 @@ def search(running: Session) -> None:
     ended = num_ended(states)
     if any(state.ended is None for state in states.values()) or not searcher.is_done:
         raise interrupted(running.folder, ended, total)
+
+
+def _places(experiment: ExperimentConfig) -> str:
+    sweep = experiment.sweep
+    slots = f" of {sweep.slots} slots ({sweep.packing})" if sweep.slots != 1 else ""
+    return f"{sweep.num_executors} executors{slots}"
 
 
 def build_searcher(running: Session, closing: Closing) -> OptunaSearcher:

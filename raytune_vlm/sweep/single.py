@@ -40,7 +40,11 @@ def train_one(experiment: ExperimentConfig, *, command: str, monitor: Monitor) -
     """
     experiment = preparing.located(experiment)
     single = experiment.model_copy(
-        update={"sweep": experiment.sweep.model_copy(update={"num_executors": 1})}
+        update={
+            "sweep": experiment.sweep.model_copy(
+                update={"num_executors": 1, "slots": 1, "packing": "exact"}
+            )
+        }
     )
     folder = SweepFolder(Path(single.storage_path) / single.name)
     jobs = preparing.plan_of(single)

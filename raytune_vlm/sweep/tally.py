@@ -135,9 +135,9 @@ def data_figures(data: DataManifest) -> Iterator[Figure]:
 
 
 def executor_figures(status: Mapping[str, Mapping[str, Any]]) -> Iterator[Figure]:
-    """How far the executors are, as they told the board."""
-    for executor, entry in sorted(status.items()):
-        tags = {"executor": executor, "trial_id": str(entry.get("trial_id"))}
+    """How far the jobs are, as the executors told the board."""
+    for _, entry in sorted(status.items()):
+        tags = {"executor": str(entry["executor"]), "trial_id": str(entry.get("trial_id"))}
         if entry.get("asked"):
             yield "prompts_asked", tags, entry["asked"]
             yield "prompts_answered", tags, entry["answered"]

@@ -1,10 +1,14 @@
-"""A trial on a worker: trained to each rung, saved, scored, reported."""
+"""A trial on a worker: trained to each rung, saved, scored, reported.
+
+It is a generator, so that a worker can have several in training: whoever drives it does the steps.
+"""
 
 from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, replace
+from collections.abc import Generator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +25,20 @@ from raytune_vlm.sweep.evaluate_job import evaluate
 from raytune_vlm.sweep.jobs import Job
 
 if TYPE_CHECKING:
+    from raytune_vlm.collate.features import Features
+    from raytune_vlm.packed.host import Outcome
     from raytune_vlm.sweep.worker import Worker
+    from raytune_vlm.train.run import Run
+    from raytune_vlm.train.step_metrics import StepMetrics
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What came of a step."""
+
+    outcome: Outcome
+    seconds: float
+    """The trial's share of the time that it took."""
 
 
 class TrialJob:
@@ -43,13 +60,17 @@ class TrialJob:
         maximise = self.experiment.mode == "max"
         self.retention = Retention(config.keep_checkpoints, config.keep_best, maximise)
         self.notes: list[str] = []
-        self.unlogged: list[Any] = []
+        self.unlogged: list[StepMetrics] = []
         """Metrics of the steps since the last line of metrics.jsonl."""
         self.tokens_per_second: float | None = None
 
-    def run(self) -> None:
+    def turns(self) -> Generator[Run, Turn, None]:
         """Train and score until the job's last rung, a stop, or an error; leaves the base as it
-        was."""
+        was.
+
+        Yields the run wherever a step is due, and is sent what came of it. The adapter is on the
+        base whenever this goes on.
+        """
         from raytune_vlm.train.run import Run, TrainingData
 
         worker = self.worker
@@ -62,14 +83,15 @@ class TrialJob:
             worker.world,
             TrainingData(data.digest, data.store, worker.setup.index_file, data.tier),
             limit_file=self.folder.micro_batch_file,
+            features=self._features(),
         )
-        status, failure = "failed", None
+        status, failure = "stopped", None
         try:
             self._resume(run)
             self._record(run, "running")
-            status = "finished" if self._rungs(run) else "stopped"
+            status = "finished" if (yield from self._rungs(run)) else "stopped"
         except Exception as error:
-            failure = str(error)
+            status, failure = "failed", str(error)
             raise
         finally:
             try:
@@ -77,7 +99,20 @@ class TrialJob:
             finally:
                 run.close()
 
-    def _resume(self, run: Any) -> None:
+    def _features(self) -> Features | None:
+        """What stands in for pixels while this trial trains; a note where that is not possible."""
+        features, lora = self.worker.features, self.experiment.lora
+        if features is None:
+            return None
+        if self.experiment.data.augmentation is not None:
+            self.notes.append("images are encoded in every step: data.augmentation changes them")
+            return None
+        if not lora.leaves_towers:
+            trained = "+".join((*lora.scopes, *lora.full_scopes))
+            self.notes.append(f"images are encoded in every pass: {trained} is trained")
+        return features
+
+    def _resume(self, run: Run) -> None:
         from raytune_vlm.train.checkpoint import clear_leftovers, newest
 
         if self.worker.world.rank == 0:
@@ -94,10 +129,10 @@ class TrialJob:
                 kept = [row for row in read_json_lines(file) if row["step"] <= run.steps_done]
                 write_text(file, "".join(json.dumps(row) + "\n" for row in kept))
 
-    def _rungs(self, run: Any) -> bool:
+    def _rungs(self, run: Run) -> Generator[Run, Turn, bool]:
         """Whether the last rung was reached (False: asked to stop, or paused)."""
         for rung in self.experiment.rungs:
-            if run.steps_done <= rung and not self._train_to(run, rung):
+            if run.steps_done <= rung and not (yield from self._train_to(run, rung)):
                 return False
             scores = self._scores(run, rung)
             if scores is None:
@@ -121,41 +156,44 @@ class TrialJob:
                 return False
         return True
 
-    def _train_to(self, run: Any, rung: int) -> bool:
-        config = self.experiment.train
-        began = time.monotonic()
-        try:
-            while run.steps_done < rung:
-                if self.worker.stopped(
-                    self.job,
-                    trial_id=self.job.trial_id,
-                    stage="training",
-                    step=run.steps_done,
-                    max_steps=config.max_steps,
-                    tokens_per_second=self.tokens_per_second,
-                ):
-                    # The run or its node ends, not the trial: no step is lost.
-                    ends = self.worker.word != "stop" and run.steps_done > 0
-                    if ends and not self._is_saved(run.steps_done):
-                        self._save(run)
-                    return False
-                metrics = run.step()
-                self.unlogged.append(metrics)
-                self.tokens_per_second = metrics.tokens_per_second
-                if config.log_samples:
-                    ids = self.worker.splits["train"].sample_ids
-                    row = {"step": metrics.step, "ids": [ids[row] for row in run.delivered]}
-                    _append(self.folder.samples / f"rank_{self.worker.world.rank}.jsonl", row)
-                if metrics.step % config.log_every == 0 or metrics.step in (1, rung):
-                    self._log()
-                if metrics.step < rung and self._is_regular(metrics.step):
+    def _train_to(self, run: Run, rung: int) -> Generator[Run, Turn, bool]:
+        while run.steps_done < rung:
+            if word := self.worker.told(
+                self.job,
+                trial_id=self.job.trial_id,
+                stage="training",
+                step=run.steps_done,
+                max_steps=self.experiment.train.max_steps,
+                tokens_per_second=self.tokens_per_second,
+            ):
+                # The run or its node ends, not the trial: no step is lost.
+                ends = word != "stop" and run.steps_done > 0
+                if ends and not self._is_saved(run.steps_done):
                     self._save(run)
-                    self._retain()
-        finally:
-            self.train_seconds += time.monotonic() - began
+                return False
+            turn = yield run
+            self.train_seconds += turn.seconds
+            if isinstance(turn.outcome, Exception):
+                raise turn.outcome
+            self._stepped(run, turn.outcome, rung)
         if not self._is_saved(rung):
             self._save(run)
         return True
+
+    def _stepped(self, run: Run, metrics: StepMetrics, rung: int) -> None:
+        """Log a step, and save where that is due."""
+        config = self.experiment.train
+        self.unlogged.append(metrics)
+        self.tokens_per_second = metrics.tokens_per_second
+        if config.log_samples:
+            ids = self.worker.splits["train"].sample_ids
+            row = {"step": metrics.step, "ids": [ids[row] for row in run.delivered]}
+            _append(self.folder.samples / f"rank_{self.worker.world.rank}.jsonl", row)
+        if metrics.step % config.log_every == 0 or metrics.step in (1, rung):
+            self._log()
+        if metrics.step < rung and self._is_regular(metrics.step):
+            self._save(run)
+            self._retain()
 
     def _is_saved(self, step: int) -> bool:
         there = (self.folder.checkpoint(step) / "manifest.json").exists()
@@ -166,10 +204,11 @@ class TrialJob:
         every = self.experiment.train.checkpoint_every
         return step in self.experiment.rungs or bool(every and step % every == 0)
 
-    def _save(self, run: Any) -> None:
+    def _save(self, run: Run) -> None:
         """A checkpoint of where the run stands, if there is room for it."""
         from raytune_vlm.train.retention import make_room, needed_bytes
 
+        began = time.monotonic()
         folder, failure = self.folder.checkpoints, None
         if self.worker.world.rank == 0:
             try:
@@ -181,8 +220,9 @@ class TrialJob:
         if failure is not None:
             raise failure
         run.save(self.folder.checkpoint(run.steps_done))
+        self.train_seconds += time.monotonic() - began
 
-    def _scores(self, run: Any, rung: int) -> Scores | None:
+    def _scores(self, run: Run, rung: int) -> Scores | None:
         began = time.monotonic()
         found = {entry.step: entry for entry in self.folder.scores("select")}
         known = self.worker.world.broadcast(found)
@@ -202,7 +242,7 @@ class TrialJob:
         most = max(shares.values(), default=1.0)
         return {step: value for step, value in self.scored.items() if shares[step] == most}
 
-    def _costs(self, run: Any) -> dict[str, float]:
+    def _costs(self, run: Run) -> dict[str, float]:
         """What the trial has cost by now; see `config.objectives.COSTS`."""
         costs = {
             "trainable_parameters": float(sum(run.trainable.values())),
@@ -225,7 +265,7 @@ class TrialJob:
             self.worker.heartbeat.gauges.set(self.job.trial_id, metrics)
         self.unlogged = []
 
-    def _record(self, run: Any, status: Any, failure: str | None = None) -> None:
+    def _record(self, run: Run, status: Any, failure: str | None = None) -> None:
         if self.worker.world.rank != 0:
             return
         record = TrialRecord(

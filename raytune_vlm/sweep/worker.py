@@ -1,21 +1,25 @@
-"""A worker of a resident executor: it takes jobs from the board, one by one.
+"""A worker of a resident executor: it takes jobs from the board, as many at once as it has slots.
 
 Nothing is started per trial: the base model and the prepared data stay loaded, an adapter is put
-on, trained, scored at every rung and taken off again.
+on, trained, scored at every rung and taken off again. With several slots, trials take turns on the
+base or go through it together (`packed`).
 """
 
 from __future__ import annotations
 
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from errno import EDQUOT, ENOSPC
-from typing import Any, Literal
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import ray
 import ray.train
 
 from raytune_vlm.config.experiment import ExperimentConfig
+from raytune_vlm.config.sweep import MOST_SLOTS
 from raytune_vlm.errors import (
     AuditFailed,
     CheckpointError,
@@ -24,13 +28,21 @@ from raytune_vlm.errors import (
     StorageFull,
     TrialDiverged,
     TrialInfeasible,
+    first_line,
 )
 from raytune_vlm.records import DataManifest, SweepFolder, write_text
-from raytune_vlm.sweep.board import IDLE
+from raytune_vlm.sweep.board import IDLE, Word
 from raytune_vlm.sweep.evaluate_job import run_evaluate
 from raytune_vlm.sweep.heartbeat import Heartbeat
 from raytune_vlm.sweep.jobs import Job
-from raytune_vlm.sweep.trial_job import TrialJob
+from raytune_vlm.sweep.planning import run_plan
+from raytune_vlm.sweep.trial_job import TrialJob, Turn
+
+if TYPE_CHECKING:
+    from raytune_vlm.collate.features import Features
+    from raytune_vlm.sweep.life import Life
+
+_T = TypeVar("_T")
 
 FAILURE_KINDS: dict[type[BaseException], str] = {
     TrialDiverged: "diverged",
@@ -82,6 +94,7 @@ class Worker:
 
         from raytune_vlm.collate.pixels import PixelMaker
         from raytune_vlm.models.loading import load_base
+        from raytune_vlm.packed.host import Host
         from raytune_vlm.prepare.store import open_split
         from raytune_vlm.train.backends import BACKENDS
         from raytune_vlm.train.world import World
@@ -115,92 +128,189 @@ class Worker:
             "report": self.experiment.data.max_report_samples,
         }
         self.rows = {name: self.splits[name].fixed_choice(limit) for name, limit in limits.items()}
-        self._pushed = self._looked = 0.0
-        self.word: Literal["", "stop", "close", "leave"] = ""
-        """What this worker was told last: go on; drop the job; the run ends; the node is about to
-        go. The same on all ranks."""
+        self.features = self._features()
+        self._lives: dict[str, Life] = {}
+        """The trials in training, by their jobs' ids."""
+        sweep = self.experiment.sweep
+        self._host = Host(self.base, sweep.packing) if sweep.slots != 1 else None
+        # Where it is to be found out, the board sees to it.
+        self._most = MOST_SLOTS if sweep.slots == "auto" else sweep.slots
+        self._asked = self._looked = 0.0
+        self._pushed: dict[str, float] = {}
+        self._words: dict[str, Word] = {}
+        """What was told last of each job: go on; drop it; the run ends; the node is about to go.
+        The same on all ranks."""
+        self._leaves = False
+
+    def _features(self) -> Features | None:
+        """What stands in for pixels, and why nothing does."""
+        from raytune_vlm.collate.features import Features
+
+        train, device = self.experiment.train, self.world.device
+        if not train.feature_cache_gb or self.backend.is_sharded(train):
+            return None
+        features = Features(self.base, device, int(train.feature_cache_gb * 1e9))
+        if features.obstacle is None:
+            return features
+        if self.world.rank == 0:
+            self._note(f"images are encoded in every pass: {features.obstacle}")
+        return None
 
     def work(self) -> None:
-        """Rank 0 takes jobs for all ranks, until there are no more or a node is about to go."""
-        board, name = self.setup.board, self.setup.name
-        wait_s = min(TAKE_WAIT_S, self.experiment.train.hang_timeout_s)
-        while True:
-            job = None
-            if self.world.rank == 0:
-                job = ray.get(board.take.remote(name, wait_s))
-            job = self.world.broadcast(job)
-            if job is None:
-                return
-            if job == IDLE:
-                continue
-            self.word, self._pushed = "", 0.0
-            self.heartbeat.watch(self.folder.trial(job.trial_id).root, job.job_id)
-            self._do(job)
-            self.heartbeat.rest()
-            leaves = self._leaves
-            if self.world.rank == 0 and leaves:
-                message = f"a node is about to go; {job.job_id} goes on elsewhere"
-                ray.get(board.hand_back.remote(name, message))
-            elif self.world.rank == 0:
-                ray.get(board.finish.remote(name, job.job_id))
-            if leaves:
-                return
-
-    @property
-    def _leaves(self) -> bool:
-        return self.word == "leave"
-
-    def _do(self, job: Job) -> None:
+        """Do what the board has, until it is closed or a node is about to go."""
         try:
-            if job.kind == "trial":
-                TrialJob(self, job).run()
-            else:
-                run_evaluate(self, job)
+            while (job := self._take()) is not None or self._lives:
+                if isinstance(job, Job):
+                    self._begin(job)
+                else:
+                    self._turn()
+                if self._leaves and not self._lives:
+                    return
+        finally:
+            for life in self._lives.values():  # an error that is no trial's goes through here
+                life.drop()
+
+    def _take(self) -> Job | str | None:
+        """The next job for all ranks, if there is a slot for it; waits only where all are free."""
+        now = time.monotonic()
+        if self._leaves or len(self._lives) >= self._most:
+            return IDLE
+        if self._lives and now - self._asked < PUSH_EVERY_S:
+            return IDLE
+        job = None
+        if self.world.rank == 0:
+            limit = self.experiment.train.hang_timeout_s
+            wait_s = 0.0 if self._lives else min(TAKE_WAIT_S, limit)
+            take = self.setup.board.take
+            job = ray.get(take.remote(self.setup.name, wait_s, list(self._lives)))
+        self._asked = now if job == IDLE else 0.0
+        found: Job | str | None = self.world.broadcast(job)
+        return found
+
+    def _begin(self, job: Job) -> None:
+        """Score what is to be scored; bring a trial to its first step."""
+        self._words[job.job_id], self._pushed[job.job_id] = "", 0.0
+        together = ", ".join([*self._lives, job.job_id])
+        self.heartbeat.watch(self.folder.trial(job.trial_id).root, together)
+        life = self._part(job, lambda: self._first(job))
+        if life is None:
+            self._end(job)
+        else:
+            self._lives[job.job_id] = life
+
+    def _first(self, job: Job) -> Life | None:
+        from raytune_vlm.sweep.life import Life
+
+        if job.kind == "evaluate":
+            run_evaluate(self, job)
+            return None
+        if job.kind == "plan":
+            run_plan(self, job)
+            return None
+        turns = TrialJob(self, job).turns()
+        run = next(turns, None)
+        if run is None:
+            return None
+        if self._host and self.experiment.sweep.packing == "fast":
+            obstacle = self._host.obstacle(run)
+            if obstacle is not None:
+                self._note(f"{job.job_id} steps by itself: {obstacle}")
+        return Life(job, turns, run, self.world.device, parked=self._host is not None)
+
+    def _turn(self) -> None:
+        """One step of every trial, and what follows from it."""
+        from raytune_vlm.packed.host import step_alone
+
+        lives = list(self._lives.values())
+        if not lives:
+            return
+        began = time.monotonic()
+        if self._host is None:
+            outcomes = [step_alone(life.run) for life in lives]
+        else:
+            outcomes = self._host.step([life.slot for life in lives if life.slot is not None])
+            for note in self._host.notes:
+                self._note(note)
+            self._host.notes = []
+        seconds = (time.monotonic() - began) / len(lives)
+        for life, outcome in zip(lives, outcomes, strict=True):
+            turn = Turn(outcome, seconds)
+            if not self._part(life.job, partial(life.go_on, turn)):
+                del self._lives[life.job.job_id]
+                self._end(life.job)
+
+    def _end(self, job: Job) -> None:
+        """The job is over here, whatever came of it."""
+        board, name = self.setup.board, self.setup.name
+        word = self._words.pop(job.job_id)
+        if not self._lives:
+            self.heartbeat.rest()
+        self.heartbeat.gauges.drop(job.trial_id)
+        if self.world.rank != 0:
+            return
+        if word == "leave":
+            message = f"a node is about to go; {job.job_id} goes on elsewhere"
+            ray.get(board.hand_back.remote(name, job.job_id, message))
+        else:
+            ray.get(board.finish.remote(name, job.job_id))
+
+    def _part(self, job: Job, do: Callable[[], _T]) -> _T | None:
+        """Do a part of a job; None where it failed, which is reported.
+
+        Raises
+        ------
+        Exception
+            What the recipe is not to blame for, or perhaps one rank alone has met: Ray Train
+            restarts the workers, and the board counts the attempt.
+        """
+        try:
+            return do()
         except Exception as error:
             if isinstance(error, StorageFull) or getattr(error, "errno", None) in (ENOSPC, EDQUOT):
                 # Every other trial would fail of it too: the run ends, this one stays as it is.
                 ray.get(self.setup.board.halt.remote(str(error)))
-                return
+                return None
             kind = FAILURE_KINDS.get(type(error), "error")
             if isinstance(error, InfrastructureError):
-                raise  # the recipe is not to blame: Ray Train restarts, the board counts
-            if self.world.size > 1 and kind in ("infeasible", "error"):
-                # Perhaps on this rank alone: the others would wait for it in a collective. Ray
-                # Train restarts the group, and the board counts the attempt.
                 raise
+            if self.world.size > 1 and kind in ("infeasible", "error"):
+                raise  # the other ranks would wait for this one in a collective
             trial = self.folder.trial(job.trial_id)
             if self.world.rank == 0 and not isinstance(error, RaytuneVlmError):
-                write_text(trial.root / "error.txt", traceback.format_exc())
-            message = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-            self.report(job, {"failed": kind, "message": message, "done": True})
-            self.word = "stop"  # also where its node is about to go: it is done with
+                write_text(trial.root / "error.txt", "".join(traceback.format_exception(error)))
+            self.report(job, {"failed": kind, "message": first_line(error), "done": True})
+            self._words[job.job_id] = "stop"  # also where its node is about to go
+            return None
 
     def report(self, job: Job, report: dict[str, Any]) -> None:
         """Hand a result of a job to whoever waits for it."""
         if self.world.rank == 0:
             ray.get(self.setup.board.report.remote(job.job_id, report))
 
+    def _note(self, message: str) -> None:
+        """Something that a person should read, though no trial's."""
+        ray.get(self.setup.board.note.remote(f"{self.setup.name}: {message}"))
+
     def beat(self) -> Literal[True]:
         """A sign that this worker has come on."""
         self.heartbeat.beat()
         return True
 
-    def stopped(self, job: Job, **progress: Any) -> bool:
-        """Push progress now and then; whether to leave the job, the same answer on all ranks.
-
-        `word` then says why.
-        """
+    def told(self, job: Job, **progress: Any) -> Word:
+        """Push a job's progress now and then; what to do with it, the same on all ranks."""
         self.beat()
-        now, look = time.monotonic(), False
+        now, look, word = time.monotonic(), False, self._words[job.job_id]
         if self.world.rank == 0:
-            if now - self._pushed >= PUSH_EVERY_S:
+            if now - self._pushed[job.job_id] >= PUSH_EVERY_S:
                 push = self.setup.board.push
-                self.word = ray.get(push.remote(self.setup.name, job.job_id, progress))
-                self._pushed = now
+                word = ray.get(push.remote(self.setup.name, job.job_id, progress))
+                self._pushed[job.job_id] = now
             look = now - self._looked >= LOOK_EVERY_S
-        self.word, look = self.world.broadcast((self.word, look))
+        word, look = self.world.broadcast((word, look))
         if look:
             self._looked = now
-            if not self.word and ray.train.get_preemption_info() is not None:
-                self.word = "leave"
-        return bool(self.word)
+            self._leaves = self._leaves or ray.train.get_preemption_info() is not None
+        if self._leaves:
+            word = word or "leave"
+        self._words[job.job_id] = word
+        return word

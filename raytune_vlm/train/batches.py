@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -9,6 +10,7 @@ from typing import Any, Literal
 import torch
 
 from raytune_vlm.collate.batch import PixelTable
+from raytune_vlm.collate.features import Features
 from raytune_vlm.collate.packed import SEGMENTS
 from raytune_vlm.collate.pixels import PixelMaker
 from raytune_vlm.collate.positions import with_positions
@@ -61,6 +63,8 @@ class Batches:
         Whether a pass over text alone gets a blank image beside it (`prepare.blank`).
     limit_file
         Where a limit is kept that a life of this trial before this one found; None: nowhere.
+    features
+        What stands in for pixels; None: pixels.
     """
 
     def __init__(
@@ -73,10 +77,12 @@ class Batches:
         *,
         sharded: bool,
         limit_file: Path | None = None,
+        features: Features | None = None,
     ) -> None:
         train = experiment.train
         self._base, self._split, self._experiment = base, split, experiment
         self._world, self._data, self._limit_file = world, data, limit_file
+        self._features = features
         self.plan = Plan(
             split.lengths, split.sources, plan_spec(experiment), data_digest=data.digest
         )
@@ -106,11 +112,19 @@ class Batches:
         """This rank's micro-batches of optimizer step `number`; see `Feed.step`."""
         return self._feed.step(number)
 
-    def on_device(self, arrays: Arrays) -> tuple[dict[str, Any], torch.Tensor]:
-        """What the model takes, pixels as floats, and the labels."""
+    def on_device(self, arrays: Arrays, rows: Sequence[int]) -> tuple[dict[str, Any], torch.Tensor]:
+        """What the model takes, pixels as floats or their features, and the labels.
+
+        Parameters
+        ----------
+        rows
+            The samples that the arrays were made of, in their order.
+        """
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
         batch = {name: tensor.to(self._world.device) for name, tensor in tensors.items()}
         labels = batch.pop("labels")
+        if self._features is not None:
+            batch = self._features.replace(batch, self._split, rows)
         batch = self._pixels(batch)
         if SEGMENTS in batch:
             batch = with_positions(self._base.model, batch, self._base.family)

@@ -15,26 +15,32 @@ from raytune_vlm.models.families import Family
 from raytune_vlm.models.lora import scope_of
 
 
-def change_layers(
-    model: torch.nn.Module, family: Family, config: TrainConfig
-) -> Callable[[], None]:
-    """Do what `train.activation_checkpointing` says; returns what undoes it.
+class RecomputedLayers:
+    """The layers that `train.activation_checkpointing` names, changed for the time of a run.
 
     Raises
     ------
     ModelError
         If the family has no layers that this can be done to.
     """
-    undo: list[Callable[[], None]] = []
-    for scope, wanted in config.activation_checkpointing.model_dump().items():
-        if wanted:
-            undo += [_recompute(layer) for layer in _layers(model, family, scope)]
 
-    def restore() -> None:
-        while undo:
-            undo.pop()()
+    def __init__(self, model: torch.nn.Module, family: Family, config: TrainConfig) -> None:
+        self._layers = [
+            layer
+            for scope, wanted in config.activation_checkpointing.model_dump().items()
+            if wanted
+            for layer in _layers(model, family, scope)
+        ]
+        self._undo: list[Callable[[], None]] = []
 
-    return restore
+    def change(self) -> None:
+        """Let them compute their activations again in the backward pass."""
+        self._undo += [_recompute(layer) for layer in self._layers]
+
+    def restore(self) -> None:
+        """Leave them as they were."""
+        while self._undo:
+            self._undo.pop()()
 
 
 def _layers(model: torch.nn.Module, family: Family, scope: str) -> list[Any]:

@@ -24,6 +24,7 @@ from raytune_vlm.collate.encoded import Encoded
 from raytune_vlm.config.experiment import ExperimentConfig
 from raytune_vlm.config.lora import LoraConfig
 from raytune_vlm.config.train import TrainConfig
+from raytune_vlm.errors import first_line
 from raytune_vlm.models.families import Family
 from raytune_vlm.models.image_backends import image_backend
 from raytune_vlm.models.loading import load_processor, meta_model
@@ -32,7 +33,7 @@ from raytune_vlm.models.lora import attach, trainable_by_scope
 from raytune_vlm.models.quantization import quantized_modules
 from raytune_vlm.models.shapes import ShapeRun
 from raytune_vlm.train.backends.fsdp2 import blocks
-from raytune_vlm.train.layers import change_layers
+from raytune_vlm.train.layers import RecomputedLayers
 from raytune_vlm.train.losses import summed_cross_entropy
 
 IMAGE_SIDE = 1024
@@ -98,7 +99,7 @@ def predict(experiment: ExperimentConfig, samples: Sequence[Encoded] | None = No
     saved = sum(round(p.nbytes - p.numel() * BITS_OF_NF4 / 8) for p in packed)
     with torch.device("meta"):
         adapted: Any = attach(model, family, experiment.lora, seed=0)
-    change_layers(adapted, family, experiment.train)
+    RecomputedLayers(adapted, family, experiment.train).change()
     trained = [p for p in adapted.parameters() if p.requires_grad]
     adapter = sum(p.nbytes for p in trained)
     tensors = {id(t): t for t in (*adapted.parameters(), *adapted.buffers())}
@@ -115,7 +116,7 @@ def predict(experiment: ExperimentConfig, samples: Sequence[Encoded] | None = No
     try:
         peak = _peak_of_passes(adapted, _batch(experiment, samples, processor, family), experiment)
     except RuntimeError as error:  # shapes that hang on the weights: experts, perhaps
-        obstacle = (str(error).strip() or repr(error)).splitlines()[0]
+        obstacle = first_line(error)
     else:
         # A layer in 4 bits is unpacked while it is used.
         peak += max((p.nbytes for p in packed), default=0)

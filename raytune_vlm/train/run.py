@@ -2,10 +2,6 @@
 
 The caller owns the loop: `run.step()` does one optimizer step, `run.save()` a checkpoint,
 `run.close()` takes the adapter off and leaves the base as it was, ready for the next trial.
-
-    run = Run(base, split, experiment, world, data_digest=digest)
-    while run.steps_done < experiment.train.max_steps:
-        metrics = run.step()
 """
 
 from __future__ import annotations
@@ -18,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from raytune_vlm.collate.features import Features
 from raytune_vlm.config.experiment import ExperimentConfig, digest_of
 from raytune_vlm.config.train import WITHOUT_EFFECT
 from raytune_vlm.errors import (
@@ -26,6 +23,7 @@ from raytune_vlm.errors import (
     ModelError,
     TrialDiverged,
     TrialInfeasible,
+    first_line,
 )
 from raytune_vlm.models.adapter_file import start_tensors
 from raytune_vlm.models.audit import check_merge, check_reload, last_logits
@@ -37,7 +35,7 @@ from raytune_vlm.train import checkpoint, random_state
 from raytune_vlm.train.auditor import Auditor
 from raytune_vlm.train.backends import BACKENDS
 from raytune_vlm.train.batches import Batches, MicroBatchLimit, TrainingData
-from raytune_vlm.train.layers import change_layers
+from raytune_vlm.train.layers import RecomputedLayers
 from raytune_vlm.train.losses import summed_cross_entropy
 from raytune_vlm.train.measure import Measure
 from raytune_vlm.train.optimizer import parameter_groups
@@ -71,6 +69,8 @@ class Run:
         Where the prepared data lies and how it is consumed.
     limit_file
         Where a smaller micro-batch is kept for the next life of this trial; None: nowhere.
+    features
+        What the base's tower and projector make of images, if nothing of them is trained.
     """
 
     def __init__(
@@ -82,6 +82,7 @@ class Run:
         data: TrainingData,
         *,
         limit_file: Path | None = None,
+        features: Features | None = None,
     ) -> None:
         self.experiment = experiment
         self.config = experiment.train
@@ -94,15 +95,24 @@ class Run:
         self._skipped = self._overflowed = 0
         self._samples_seen = 0
         self.batches = Batches(
-            base, split, experiment, world, data, sharded=self._is_sharded, limit_file=limit_file
+            base,
+            split,
+            experiment,
+            world,
+            data,
+            sharded=self._is_sharded,
+            limit_file=limit_file,
+            features=features if experiment.lora.leaves_towers else None,
         )
         self.plan = self.batches.plan
         # Last, because from here on the base is wrapped until `close`.
         with self._whole(experiment.lora.reads_weights):
             self.model = attach(base.model, base.family, experiment.lora, seed=experiment.seed)
-        self._is_attached = True
+        self.is_attached = True
+        """Whether the adapter is on the base, or parked beside it (`packed.slot`)."""
         try:
-            self._restore_layers = change_layers(self.model, base.family, self.config)
+            self.layers = RecomputedLayers(self.model, base.family, self.config)
+            self.layers.change()
         except ModelError:
             base.model = detach(self.model)
             raise
@@ -169,7 +179,7 @@ class Run:
             self._update(rows, sums.loss, norm, finite=finite)
         except torch.OutOfMemoryError as error:
             raise TrialInfeasible(
-                f"out of memory in the update of step {self.steps_done + 1}: {_first_line(error)}"
+                f"out of memory in the update of step {self.steps_done + 1}: {first_line(error)}"
             ) from None
         return self.measure.metrics(
             rows,
@@ -211,7 +221,7 @@ class Run:
         few = tuple(int(row) for row in (with_images if len(with_images) else rows)[:2])
         part = Part(few, tuple(range(len(few))))
         batch = self.batches.collation.collate(part, [self._split.encoded(row) for row in few])
-        return self.batches.on_device(batch.arrays)[0]
+        return self.batches.on_device(batch.arrays, few)[0]
 
     def audit_end(self, folder: Path) -> None:
         """The checks of a trial's end, on its last checkpoint; every rank calls it.
@@ -258,7 +268,7 @@ class Run:
         try:
             micro_batches = self.micro_batches(sums)
             for number, micro_batch in enumerate(micro_batches, start=1):
-                batch, labels = self.batches.on_device(micro_batch.arrays)
+                batch, labels = self.batches.on_device(micro_batch.arrays, micro_batch.rows)
                 self.measure.forward_begins()
                 logits = self.model(**batch).logits
                 self.measure.forward_ends(sums, micro_batch.arrays["labels"].size)
@@ -267,7 +277,7 @@ class Run:
                 total += summed.detach()
             sums.loss = float(total)
         except torch.OutOfMemoryError as error:
-            failure, sums.out_of_memory = _first_line(error), 1.0
+            failure, sums.out_of_memory = first_line(error), 1.0
         if failure is not None and self._is_sharded:
             self._leave(failure)
         return sums, failure
@@ -383,11 +393,7 @@ class Run:
             self._take_off()
 
     def _take_off(self) -> None:
-        if self._is_attached:
+        if self.is_attached:
             self.measure.close()
-            self._restore_layers()
-            self._base.model, self._is_attached = detach(self.model), False
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or repr(error)).splitlines()[0]
+            self.layers.restore()
+            self._base.model, self.is_attached = detach(self.model), False
