@@ -99,7 +99,7 @@ def main(overrides: list[str]) -> int:
             prometheus.wait()
     rules = [rule for group in groups for rule in group["rules"]]
     print(f"alerts: {len(rules)}, healthy: {sum(rule['health'] == 'ok' for rule in rules)}")
-    bad = [line for line in missing if ": GPU:" not in line]
+    bad = [line for line in missing if " GPU: " not in line]
     for line in missing:
         print(f"{'no GPU here' if line not in bad else 'NO DATA'}: {line}")
     return int(bool(bad) or any(rule["health"] != "ok" for rule in rules))
