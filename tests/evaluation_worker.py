@@ -78,7 +78,7 @@ class Alone(Worker):
                 None,
                 "",
             ),
-            Heartbeat(None, "executor-0", 0, 60.0),
+            Heartbeat(None, "executor-0", 0, 60.0, "test"),
         )
         self.slow_s = slow_s
         self.progress: list[dict[str, Any]] = []

@@ -28,7 +28,7 @@ from raytune_vlm.records import Scores, SweepFolder, write_json
 from raytune_vlm.sweep.cluster import check_storage, runs_in_copy
 from raytune_vlm.sweep.detect import detectable_lines
 from raytune_vlm.sweep.waiting import wait_for_a_cpu
-from raytune_vlm.train.packages import check_packages, check_searcher
+from raytune_vlm.train.packages import check_packages, check_searcher, check_trackers
 
 
 def located(experiment: ExperimentConfig) -> ExperimentConfig:
@@ -63,6 +63,7 @@ def plan_of(experiment: ExperimentConfig) -> list[ShardJob]:
     """
     check_packages(experiment.train)
     check_searcher(experiment.sweep)
+    check_trackers(experiment.report)
     family = check_model(experiment.model)
     family.check_scopes(experiment.lora_scopes())
     family.check_packing(experiment.train.pack_tokens)

@@ -27,6 +27,7 @@ from raytune_vlm.records import BASE_TRIAL, SweepFolder, read_json
 from raytune_vlm.sweep.cluster import ray_session
 from raytune_vlm.sweep.detect import pilot_scores
 from raytune_vlm.sweep.folder_copy import copied
+from raytune_vlm.sweep.gauging import Gauging
 from raytune_vlm.sweep.jobs import Job, PreparedBenchmark
 from raytune_vlm.sweep.lease import Lease
 from raytune_vlm.sweep.ledger import Ledger, TrialState, num_ended, replay
@@ -40,6 +41,7 @@ from raytune_vlm.sweep.preparing import (
     write_head,
 )
 from raytune_vlm.sweep.rungs import check_rungs
+from raytune_vlm.sweep.trackers.follower import Follower
 
 
 @dataclass
@@ -131,7 +133,9 @@ def resume_sweep(root: Path, *, monitor: Monitor, trust: str | None = None) -> S
     if folder.result_file.exists() and (folder.best / "README.md").exists():
         monitor.say(f"{root} has ended already; writing its report again")
         build_report(folder.root)
-        return folder
+        recorded = ExperimentConfig.model_validate(read_json(folder.experiment_file)["experiment"])
+        with Follower(folder, recorded, monitor.say):
+            return folder
     experiment = recorded_experiment(folder, trust)
     jobs = plan_of(experiment)
     with Lease(folder.lease_file), ray_session(experiment):
@@ -186,13 +190,21 @@ def _drive(
 ) -> SweepFolder:
     from raytune_vlm.report import build_report
     from raytune_vlm.sweep.decide import decide
+    from raytune_vlm.sweep.gallery import write_gallery
     from raytune_vlm.sweep.planning import find_slots
     from raytune_vlm.sweep.search import search
+    from raytune_vlm.sweep.study_notes import NUM_PICTURES, how_to_watch
 
     try:
-        with session(experiment, folder, data, monitor) as running:
+        with (
+            session(experiment, folder, data, monitor) as running,
+            Follower(folder, experiment, monitor.say),
+            Gauging(running),
+        ):
             score_base(running)
             find_slots(running)
+            write_gallery(folder, experiment, data, "select", NUM_PICTURES)
+            monitor.say(how_to_watch(folder))
             search(running)
             decide(running)
     except (SweepInterrupted, KeyboardInterrupt) as stop:

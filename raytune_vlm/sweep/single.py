@@ -16,11 +16,13 @@ from raytune_vlm.records import BASE_TRIAL, Scores, SweepFolder, read_json
 from raytune_vlm.sweep import preparing, runner
 from raytune_vlm.sweep.cluster import ray_session
 from raytune_vlm.sweep.folder_copy import copied
+from raytune_vlm.sweep.gauging import Gauging
 from raytune_vlm.sweep.jobs import Job
 from raytune_vlm.sweep.lease import Lease
 from raytune_vlm.sweep.ledger import TrialState, replay
 from raytune_vlm.sweep.progress import Watcher
 from raytune_vlm.sweep.rungs import check_rungs
+from raytune_vlm.sweep.trackers.follower import Follower
 from raytune_vlm.train.checkpoint import newest
 
 BEST = "best"
@@ -65,6 +67,8 @@ def train_one(experiment: ExperimentConfig, *, command: str, monitor: Monitor) -
             with (
                 copied(folder, resolved, monitor, new=is_new),
                 runner.session(resolved, folder, data, monitor) as running,
+                Follower(folder, resolved, monitor.say),
+                Gauging(running),
             ):
                 _drive(running)
     found, _ = newest(folder.trial(TRAINED).checkpoints)
