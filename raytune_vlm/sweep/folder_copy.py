@@ -27,8 +27,12 @@ EVERY_S = 5.0
 _LAST = ("manifest.json", "scores.json", "result.json")
 """Files that say that those beside them are whole."""
 
-_LOCAL = ("lease.json", "study.db")
-"""What means nothing elsewhere, or is made again."""
+_LOCAL = (
+    "lease.json",
+    *("study.db", "study.db-journal", "study-images"),
+    *("mlflow.db", "mlflow.db-journal", "tensorboard", "wandb"),
+)
+"""What means nothing elsewhere, or is made again; files and folders."""
 
 
 class FolderCopy:
@@ -64,7 +68,7 @@ class FolderCopy:
             relative = file.relative_to(root)
             # A link is not followed: it may show a file that has nothing to do with the sweep.
             passing = file.is_symlink() or any(part.startswith(".") for part in relative.parts)
-            own = relative.as_posix() in (*_LOCAL, self._folder.ledger_file.name)
+            own = relative.parts[0] in (*_LOCAL, self._folder.ledger_file.name)
             try:
                 if file.is_file() and not passing and not own:
                     state = file.stat()
