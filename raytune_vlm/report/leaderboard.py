@@ -43,6 +43,8 @@ class Row:
     """The constraint that the trial broke, so that it may not win."""
     is_in_front: bool = False
     """Whether no other trial beats it in every objective, where there are several."""
+    is_tied: bool = False
+    """Whether it cannot be told from the winner."""
     by_hand: tuple[str, ...] = ()
     """What a person did to it while the sweep ran."""
 
@@ -77,6 +79,7 @@ def leaderboard(view: SweepView) -> list[Row]:
     winner = view.result.winner if view.result else None
     infeasible = view.infeasible
     front = {row["trial_id"] for row in view.result.front} if view.result else set()
+    tied = set(view.result.indistinguishable) - {winner} if view.result else set()
 
     def key(trial: TrialView) -> tuple[bool, bool, int, float, bool, int]:
         best = view.best(trial)
@@ -98,7 +101,8 @@ def leaderboard(view: SweepView) -> list[Row]:
         row = _row(view, trial, rank if ranked else None)
         broken, is_in_front = infeasible.get(trial.trial_id), trial.trial_id in front
         by_hand = view.by_hand.get(trial.trial_id, ())
-        rows.append(replace(row, infeasible=broken, is_in_front=is_in_front, by_hand=by_hand))
+        marks = {"is_in_front": is_in_front, "is_tied": trial.trial_id in tied}
+        rows.append(replace(row, infeasible=broken, by_hand=by_hand, **marks))
     return rows
 
 
@@ -194,13 +198,19 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def _harmless(value: Any) -> Any:
+    """A text that a spreadsheet would take for a formula gets an apostrophe in front."""
+    is_formula = isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r"))
+    return f"'{value}" if is_formula else value
+
+
 def write_leaderboard(view: SweepView, rows: list[Row]) -> None:
     """Write `report/leaderboard.csv` and `report/leaderboard.json`."""
     flat = flat_rows(view, rows)
     stream = io.StringIO()
     writer = csv.DictWriter(stream, fieldnames=columns(view), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(flat)
+    writer.writerows({name: _harmless(value) for name, value in row.items()} for row in flat)
     write_text(view.folder.report / "leaderboard.csv", stream.getvalue())
     document = {"metric": view.metric, "mode": view.mode, "split": "select", "rows": flat}
     text = json.dumps(document, indent=1, ensure_ascii=False)
