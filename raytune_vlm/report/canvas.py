@@ -133,6 +133,17 @@ def canvas(width: float, height: float) -> Iterator[tuple[Figure, Axes]]:
         yield figure, figure.add_subplot()
 
 
+def thinned(points: list[tuple[float, float]], most: int) -> list[tuple[float, float]]:
+    """At most so many points in the same order: means of equal parts where there are more."""
+    size = -(-len(points) // most)
+    if size <= 1:
+        return points
+    parts = (points[start : start + size] for start in range(0, len(points), size))
+    return [
+        (sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)) for part in parts
+    ]
+
+
 def is_number(value: Any) -> bool:
     """Whether a value can be a coordinate."""
     return isinstance(value, int | float) and math.isfinite(value)

@@ -21,13 +21,15 @@ class Fault:
 def faults(view: SweepView) -> list[Fault]:
     """From the ledger in its order; then what the records say of trials that it does not name."""
     found = []
+    reasons = {trial.trial_id: trial.record.failure for trial in view.trials}
     for event in view.ledger:
         kind = _kind(event)
         if kind:
             when = ""
             if "time" in event:
                 when = f"{datetime.fromtimestamp(float(event['time']), UTC):%Y-%m-%d %H:%M:%S}"
-            text = str(event.get("message") or event.get("kind") or "")
+            reason = reasons.get(event.get("trial_id", "")) if kind == "failed" else None
+            text = str(event.get("message") or event.get("kind") or reason or "")
             found.append(Fault(when, str(event.get("trial_id") or ""), kind, text))
     told = {(fault.trial_id, fault.message) for fault in found}
     failed = {fault.trial_id for fault in found if fault.kind == "failed"}

@@ -185,16 +185,14 @@ def differences(text: str, truths: tuple[str, ...]) -> tuple[tuple[str, Mark], .
     if len(text) > MAX_COMPARED or max(map(len, truths)) > MAX_COMPARED:
         return ()
     words = re.findall(r"\S+\s*", text.strip())
-    found = [
-        difflib.SequenceMatcher(None, words, re.findall(r"\S+\s*", truth.strip()), autojunk=False)
-        for truth in truths
-    ]
-    best = max(found, key=lambda matcher: matcher.ratio())
-    if best.ratio() == 0:
+    right = [re.findall(r"\S+\s*", truth.strip()) for truth in truths]
+    found = [difflib.SequenceMatcher(None, words, own, autojunk=False) for own in right]
+    place = max(range(len(found)), key=lambda index: found[index].ratio())
+    if found[place].ratio() == 0:
         return ()
     pieces: list[tuple[str, Mark]] = []
-    for kind, start, end, start_truth, end_truth in best.get_opcodes():
-        own, lacking = "".join(best.a[start:end]), "".join(best.b[start_truth:end_truth])
+    for kind, start, end, start_truth, end_truth in found[place].get_opcodes():
+        own, lacking = "".join(words[start:end]), "".join(right[place][start_truth:end_truth])
         mark: Mark = "" if kind == "equal" else "extra" if kind == "delete" else "wrong"
         if own:
             pieces.append((own, mark))

@@ -22,8 +22,8 @@ def write_images(view: SweepView, shown: dict[str, Any]) -> None:
         for plot in _plots(value):
             (folder / f"{_slug(f'{part} {plot.title}')}.png").write_bytes(plot.png())
     for trial in view.trials:
-        if plot := loss_plot(trial):
-            (folder / f"loss-{_slug(trial.trial_id)}.png").write_bytes(plot.png())
+        if loss := loss_plot(trial):
+            (folder / f"loss-{_slug(trial.trial_id)}.png").write_bytes(loss.png())
 
 
 def _plots(value: Any) -> Iterator[Plot]:

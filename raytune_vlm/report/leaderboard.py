@@ -101,8 +101,9 @@ def leaderboard(view: SweepView) -> list[Row]:
         row = _row(view, trial, rank if ranked else None)
         broken, is_in_front = infeasible.get(trial.trial_id), trial.trial_id in front
         by_hand = view.by_hand.get(trial.trial_id, ())
-        marks = {"is_in_front": is_in_front, "is_tied": trial.trial_id in tied}
-        rows.append(replace(row, infeasible=broken, by_hand=by_hand, **marks))
+        is_tied = trial.trial_id in tied
+        row = replace(row, is_in_front=is_in_front, is_tied=is_tied, by_hand=by_hand)
+        rows.append(replace(row, infeasible=broken))
     return rows
 
 

@@ -18,8 +18,12 @@ from raytune_vlm.report.canvas import (
     is_number,
     legend_above,
     log_ticks,
+    thinned,
 )
 from raytune_vlm.report.loading import SweepView, TrialView
+
+MAX_POINTS = 200
+"""Of a curve of losses: the page stays small however long a trial is."""
 
 
 def learning_curves(view: SweepView) -> list[Plot]:
@@ -105,7 +109,7 @@ def _loss_by_step(view: SweepView) -> Plot | None:
             drawn = True
             line = _line(view, trial)
             line["linewidth"] *= 0.75
-            axes.plot(*zip(*points, strict=True), **line)
+            axes.plot(*zip(*thinned(points, MAX_POINTS), strict=True), **line)
         if not drawn:
             return None
         axes.set(xlabel="step", ylabel="loss per labelled token", yscale="log")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 from dataclasses import dataclass
 
-from raytune_vlm.report.canvas import Plot, canvas, is_number, log_ticks
+from raytune_vlm.report.canvas import Plot, canvas, is_number, log_ticks, thinned
 from raytune_vlm.report.formatting import count, score
 from raytune_vlm.report.loading import SweepView, TrialView
 
@@ -53,15 +53,13 @@ def loss_plot(trial: TrialView) -> Plot | None:
     return Plot(figure, trial.trial_id, f"Training loss of {trial.trial_id} by step.")
 
 
-def _points(trial: TrialView) -> list[tuple[int, float]]:
+def _points(trial: TrialView) -> list[tuple[float, float]]:
     return [(row["step"], row["loss"]) for row in trial.logs if is_number(row.get("loss"))]
 
 
-def _drawn(points: list[tuple[int, float]]) -> str:
-    """The points as an SVG image in a data URI: means of equal parts where there are many."""
-    size = -(-len(points) // MAX_POINTS)
-    parts = [points[start : start + size] for start in range(0, len(points), size)]
-    means = [tuple(sum(part) / len(chunk) for part in zip(*chunk, strict=True)) for chunk in parts]
+def _drawn(points: list[tuple[float, float]]) -> str:
+    """The points as an SVG image in a data URI."""
+    means = thinned(points, MAX_POINTS)
     left, right = means[0][0], means[-1][0]
     low, high = min(y for _, y in means), max(y for _, y in means)
     width, height = (right - left) or 1.0, (high - low) or 1.0

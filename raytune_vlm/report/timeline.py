@@ -39,8 +39,8 @@ def rung_timeline(view: SweepView) -> Plot | None:
             seen[status] = None
             axes.plot(times[-1:], [place], **_end(status, colour), zorder=4)
         axes.plot([], [], "|", color=INK, markersize=8, label="scored at a rung")
-        for status in seen:
-            axes.plot([], [], label=WORDS[status], linestyle="none", **_end(status, QUIET))
+        for ended in seen:
+            axes.plot([], [], label=WORDS[ended], linestyle="none", **_end(ended, QUIET))
         every = max(1, len(trials) // 60 + 1)
         axes.set_yticks(
             range(0, len(trials), every), [trial.trial_id for trial in trials[::every]], fontsize=7
