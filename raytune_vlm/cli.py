@@ -296,11 +296,12 @@ def export(
 
 @cli.command()
 @_FOLDER
-def report(folder: Path) -> None:
+@click.option("--png", is_flag=True, help="Also every plot, and the loss of each trial, as PNG.")
+def report(folder: Path, png: bool) -> None:
     """Write the report of a sweep folder again; needs neither Ray nor torch."""
     from raytune_vlm.report import build_report
 
-    tell(str(build_report(folder)))
+    tell(str(build_report(folder, png=png)))
 
 
 @cli.command()

@@ -3,7 +3,8 @@
 matplotlib's object interface only: no pyplot, no state that outlives a plot. The colours are Okabe
 and Ito's (2008, "Color Universal Design"), which colour-blind readers can tell apart, and no
 meaning rests on colour alone. Letters stay text (`svg.fonttype: none`), so that the browser sets
-them in the page's own type. The same folder gives the same bytes.
+them in the page's own type; where the reader's system is dark, an image turns its greys round. The
+same folder gives the same bytes.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import matplotlib
@@ -64,14 +66,51 @@ _STYLE: dict[str, Any] = {
 }
 
 
+_DARK = {INK: "#e6ebf1", MUTED: "#a9b4c1", GRID: "#2b3440", QUIET: "#667486", WINNER: "#4aa8e0"}
+_DARK["white"] = _DARK["#ffffff"] = "#161c24"
+"""Colour -> what it becomes on a dark page; the others are told apart on both."""
+
+
 @dataclass(frozen=True)
 class Plot:
-    """An image with its title, a sentence for those who cannot see it, and a note."""
+    """A figure with its title, a sentence for those who cannot see it, and a note."""
 
-    uri: str
+    figure: Figure
     title: str
     alt: str
     note: str = ""
+
+    @cached_property
+    def uri(self) -> str:
+        """The figure as an SVG image in a data URI, without date or version."""
+        stream = io.BytesIO()
+        blank = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        with matplotlib.rc_context(_STYLE):
+            self.figure.savefig(stream, format="svg", transparent=True, metadata=blank)
+        text = stream.getvalue().decode()
+        text = text.replace("'DejaVu Sans'", f"{_TYPE}, 'DejaVu Sans'")
+        text = text.replace("</defs>", f"<style>{_dark_rules()}</style></defs>", 1)
+        return "data:image/svg+xml;base64," + base64.b64encode(text.encode()).decode()
+
+    def png(self) -> bytes:
+        """The figure on white, at 200 dots per inch, for slides and papers."""
+        stream = io.BytesIO()
+        with matplotlib.rc_context(_STYLE):
+            self.figure.savefig(stream, format="png", dpi=200, metadata={"Software": None})
+        return stream.getvalue()
+
+
+_TYPE = "system-ui, 'Segoe UI', Helvetica, Arial"
+
+
+def _dark_rules() -> str:
+    """What turns the greys of an SVG image round where its reader prefers dark."""
+    rules = "".join(
+        f'[style*="{part}: {light}"]{{{part}:{dark}!important}}'
+        for light, dark in _DARK.items()
+        for part in ("fill", "stroke")
+    )
+    return f"@media (prefers-color-scheme: dark){{{rules}}}"
 
 
 def log_ticks(axis: Axis, low: float, high: float) -> None:
@@ -94,17 +133,15 @@ def canvas(width: float, height: float) -> Iterator[tuple[Figure, Axes]]:
         yield figure, figure.add_subplot()
 
 
-def data_uri(figure: Figure) -> str:
-    """The figure as an SVG image, set in the page's type, without date or version."""
-    stream = io.BytesIO()
-    blank = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    figure.savefig(stream, format="svg", transparent=True, metadata=blank)
-    text = (
-        stream.getvalue()
-        .decode()
-        .replace("'DejaVu Sans'", "system-ui, 'Segoe UI', Helvetica, Arial, 'DejaVu Sans'")
-    )
-    return "data:image/svg+xml;base64," + base64.b64encode(text.encode()).decode()
+def thinned(points: list[tuple[float, float]], most: int) -> list[tuple[float, float]]:
+    """At most so many points in the same order: means of equal parts where there are more."""
+    size = -(-len(points) // most)
+    if size <= 1:
+        return points
+    parts = (points[start : start + size] for start in range(0, len(points), size))
+    return [
+        (sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)) for part in parts
+    ]
 
 
 def is_number(value: Any) -> bool:
@@ -113,7 +150,7 @@ def is_number(value: Any) -> bool:
 
 
 def legend_above(axes: Axes) -> None:
-    """The legend as one line above the plot, where there is anything to explain."""
+    """The legend above the plot, in a line or two, where there is anything to explain."""
     handles, labels = axes.get_legend_handles_labels()
     if not labels:
         return
@@ -125,7 +162,7 @@ def legend_above(axes: Axes) -> None:
         [labels[index] for index in order],
         loc="lower left",
         bbox_to_anchor=(-0.02, 1.0),
-        ncols=6,
+        ncols=len(labels) if len(labels) < 5 else 3,
         handlelength=1.5,
         columnspacing=1.0,
         handletextpad=0.5,

@@ -10,7 +10,7 @@ from typing import Any
 
 from raytune_vlm.comparisons import CONTROLS_FILE, ROBUSTNESS_FILE, Comparison, Comparisons
 from raytune_vlm.records import read_json
-from raytune_vlm.report.canvas import BASE, DEFAULT, WINNER, Plot, canvas, data_uri, legend_above
+from raytune_vlm.report.canvas import BASE, DEFAULT, WINNER, Plot, canvas, legend_above
 from raytune_vlm.report.headline import clearly
 from raytune_vlm.report.loading import SweepView
 
@@ -127,9 +127,8 @@ def _plot(view: SweepView, curves: dict[str, list[Comparison]], kind: str) -> Pl
         axes.set_xlabel(_AXES.get(kind, kind))
         axes.set_ylabel(view.metric)
         legend_above(axes)
-        uri = data_uri(figure)
     return Plot(
-        uri,
+        figure,
         f"Robustness: {_AXES.get(kind, kind)}",
         f"{view.metric} with altered images. " + "; ".join(said),
         "dotted: images as they are; bars: interval of the difference to it",

@@ -18,7 +18,6 @@ from raytune_vlm.report.canvas import (
     QUIET,
     Plot,
     canvas,
-    data_uri,
     is_number,
     legend_above,
 )
@@ -205,7 +204,7 @@ def _histogram(name: str, entry: SplitStatistics, top: float, limit: int | None)
         legend_above(axes)
         fullest = max(range(len(counts)), key=counts.__getitem__)
         return Plot(
-            data_uri(figure),
+            figure,
             name,
             f"Histogram of the lengths of the samples of {name} in tokens: most stand between "
             f"{count(edges[fullest])} and {count(edges[fullest + 1])}, the mean is "

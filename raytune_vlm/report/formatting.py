@@ -69,7 +69,7 @@ def recipe_value(value: Any) -> str:
             mantissa, exponent = f"{value:.2e}".split("e")
             short = mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa
             return f"{short}e{int(exponent)}"
-        return f"{value:.3g}"
+        return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
     return str(value)
 
 

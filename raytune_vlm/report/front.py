@@ -11,7 +11,6 @@ from raytune_vlm.report.canvas import (
     WINNER,
     Plot,
     canvas,
-    data_uri,
     is_number,
     legend_above,
     log_ticks,
@@ -33,7 +32,7 @@ def front_plot(view: SweepView) -> Plot | None:
         return None
     first, second = list(result.objectives)[:2]
     row_of = {row["trial_id"]: row for row in result.front}
-    with canvas(5.6, 3.5) as (figure, axes):
+    with canvas(4.8, 3.1) as (figure, axes):
         for trial in view.trials:
             if trial.trial_id in row_of or trial.trial_id in view.infeasible:
                 continue
@@ -53,7 +52,7 @@ def front_plot(view: SweepView) -> Plot | None:
         axes.set(xlabel=COSTS.get(second, second), ylabel=f"{first} on select")
         legend_above(axes)
         return Plot(
-            data_uri(figure),
+            figure,
             "Pareto front",
             f"Trials by {second} and {first}, those that no other beats joined by a line.",
             "No trial is better than one on the line in every objective. The winner is the best "

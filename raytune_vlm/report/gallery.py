@@ -2,30 +2,33 @@
 winner's answer.
 
 Images are the thumbnails that `prepare` stored under `data/gallery/`; they are embedded unopened.
-Answers in tagged JSON become trees whose wrong fields are marked against the truth.
+Answers in tagged JSON become trees whose wrong fields are marked against the truth; of other
+answers the words that differ are marked.
 """
 
 from __future__ import annotations
 
 import base64
+import difflib
 import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import pyarrow.parquet
-
 from raytune_vlm.json_tokens import is_parsable, token2json
 from raytune_vlm.records import BASE_TRIAL
 from raytune_vlm.references import Reference, read_reference
 from raytune_vlm.report.loading import SweepView
+from raytune_vlm.report.predictions import predictions
 
 Mark = Literal["", "right", "wrong", "missing", "extra"]
 
 MAX_SAMPLES = 12
 NUM_OPENING = 4
 MAX_IMAGE_BYTES = 400_000
+MAX_COMPARED = 4000
+"""Characters of an answer beyond which its words are not compared."""
 _SAFE_NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
@@ -48,6 +51,9 @@ class Answer:
     tree: list[Line] | None
     score: float | None
     mark: Mark
+    pieces: tuple[tuple[str, Mark], ...] = ()
+    """The text cut where it differs from the truth, and what it lacks; empty where it has nothing
+    in common with it."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +90,8 @@ def gallery(view: SweepView) -> list[Exhibit]:
     """
     if view.result is None:
         return []
-    base = _predictions(view, BASE_TRIAL, None)
-    winner = _predictions(view, view.result.winner, view.result.winner_step)
+    base = predictions(view, BASE_TRIAL, None)
+    winner = predictions(view, view.result.winner, view.result.winner_step)
     sign = 1.0 if view.mode == "max" else -1.0
     pairs = []
     for sample_id in sorted(base.keys() & winner.keys()):
@@ -117,21 +123,6 @@ def _choose(view: SweepView, pairs: list[_Pair]) -> list[_Pair]:
 
 def _is_right(view: SweepView, row: dict[str, Any]) -> bool:
     return abs(float(row[view.metric]) - (1.0 if view.mode == "max" else 0.0)) < 1e-9
-
-
-def _predictions(view: SweepView, trial_id: str, step: int | None) -> dict[str, dict[str, Any]]:
-    """The rows of a trial's predictions on `report` by sample, at a step or else the last one."""
-    folder = view.folder.trial(trial_id).root / "evaluations" / "report"
-    files = sorted(folder.glob("step_*/predictions.parquet"))
-    wanted = [file for file in files if file.parent.name == f"step_{step or 0:06d}"]
-    if not files:
-        return {}
-    file = (wanted or files)[-1]
-    try:
-        rows = pyarrow.parquet.read_table(file).to_pylist()
-    except (OSError, ValueError):
-        return {}
-    return {str(row["sample_id"]): row for row in rows if "sample_id" in row}
 
 
 def _exhibit(view: SweepView, pair: _Pair) -> Exhibit:
@@ -181,8 +172,33 @@ def _answer(view: SweepView, row: dict[str, Any], reference: Reference) -> Answe
     if len(reference.answers) == 1 and is_parsable(gold) and is_parsable(text):
         return Answer(text, compare(token2json(text), token2json(gold)), score, "")
     answers = {answer.strip() for answer in reference.answers}
-    mark: Mark = "right" if text.strip() in answers else "wrong"
-    return Answer(text, None, score, mark)
+    if text.strip() in answers:
+        return Answer(text, None, score, "right")
+    return Answer(text, None, score, "wrong", differences(text, reference.answers))
+
+
+def differences(text: str, truths: tuple[str, ...]) -> tuple[tuple[str, Mark], ...]:
+    """The words of a text, marked against the most alike of the truths; those it lacks as missing.
+
+    Nothing for texts without a common word, and for very long ones.
+    """
+    if len(text) > MAX_COMPARED or max(map(len, truths)) > MAX_COMPARED:
+        return ()
+    words = re.findall(r"\S+\s*", text.strip())
+    right = [re.findall(r"\S+\s*", truth.strip()) for truth in truths]
+    found = [difflib.SequenceMatcher(None, words, own, autojunk=False) for own in right]
+    place = max(range(len(found)), key=lambda index: found[index].ratio())
+    if found[place].ratio() == 0:
+        return ()
+    pieces: list[tuple[str, Mark]] = []
+    for kind, start, end, start_truth, end_truth in found[place].get_opcodes():
+        own, lacking = "".join(words[start:end]), "".join(right[place][start_truth:end_truth])
+        mark: Mark = "" if kind == "equal" else "extra" if kind == "delete" else "wrong"
+        if own:
+            pieces.append((own, mark))
+        if lacking and kind != "equal":
+            pieces.append((lacking, "missing"))
+    return tuple(pieces)
 
 
 def tree_of(value: Any, mark: Mark = "", key: str = "", depth: int = 0) -> list[Line]:

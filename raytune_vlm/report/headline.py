@@ -181,16 +181,14 @@ def _facts(view: SweepView) -> list[tuple[str, str, str]]:
     result = view.result
     corrected = result.corrected
     touches = view.num_report_touches
-    facts = [
-        (
-            "Naive select score",
-            formatting.score(result.naive),
-            f"at step {result.winner_step:,}; flattered by having been picked",
-        )
-    ]
+    confidence = formatting.percent(view.confidence)
+    text = f"at step {result.winner_step:,}; flattered by having been picked"
+    scored = dict(view.winner.estimates(view.metric)) if view.winner else {}
+    if picked := scored.get(result.winner_step):
+        text += f"; {confidence} interval {interval(picked.lower, picked.upper)}"
+    facts = [("Naive select score", formatting.score(result.naive), text)]
     if corrected:
         reach = interval(corrected.lower, corrected.upper)
-        confidence = formatting.percent(view.confidence)
         text = f"selection bias removed; {confidence} interval {reach}"
         facts.append(("Bias-corrected", formatting.score(corrected.value), text))
     facts += _other_seeds(view)

@@ -1,38 +1,53 @@
-"""The report page: one HTML file without scripts that needs no network.
+"""The report page: one HTML file that needs no network.
 
-Everything that comes from data, models or messages is escaped by jinja2; the page's own
-Content-Security-Policy forbids scripts, frames, forms and every request.
+Everything that comes from data, models or messages is escaped by jinja2. The page's own
+Content-Security-Policy forbids frames, forms and every request, and allows one script by its hash:
+the one that sorts and filters the leaderboard (`templates/table.js`), the same for every sweep.
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from raytune_vlm.records import TrialRecord, write_text
 from raytune_vlm.report.controls import controls_section
+from raytune_vlm.report.cost import quality_against_cost
 from raytune_vlm.report.data import data_section
+from raytune_vlm.report.faults import faults
 from raytune_vlm.report.formatting import FILTERS
 from raytune_vlm.report.front import front_plot
 from raytune_vlm.report.gallery import NUM_OPENING, gallery
 from raytune_vlm.report.headline import clearly, headline
+from raytune_vlm.report.images import write_images
+from raytune_vlm.report.importance import importance
 from raytune_vlm.report.leaderboard import leaderboard, write_leaderboard
 from raytune_vlm.report.loading import SweepView, load_view
+from raytune_vlm.report.parallel import parallel_coordinates
 from raytune_vlm.report.plots import learning_curves
+from raytune_vlm.report.slices import slices
 from raytune_vlm.report.space_plots import space_plots
+from raytune_vlm.report.sparklines import losses
+from raytune_vlm.report.timeline import rung_timeline
 
 POLICY = (
-    "default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
+    "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; "
     "base-uri 'none'; form-action 'none'"
 )
 MAX_QUARANTINED_ROWS = 50
 
 
-def build_report(folder: Path) -> Path:
+def build_report(folder: Path, *, png: bool = False) -> Path:
     """Write `report/index.html` and the leaderboard files of a sweep folder; the page's path.
+
+    With `png`, every plot and the loss of every trial is also written to `report/plots/`.
 
     Raises
     ------
@@ -40,13 +55,16 @@ def build_report(folder: Path) -> Path:
         If the folder is not a sweep folder.
     """
     view = load_view(folder)
-    write_leaderboard(view, leaderboard(view))
+    shown = content(view)
+    write_leaderboard(view, shown["rows"])
     page = view.folder.report / "index.html"
-    write_text(page, render(view))
+    write_text(page, render(shown))
+    if png:
+        write_images(view, shown)
     return page
 
 
-def render(view: SweepView) -> str:
+def render(shown: dict[str, Any]) -> str:
     """The page as text."""
     environment = Environment(
         loader=PackageLoader("raytune_vlm.report"),
@@ -56,31 +74,44 @@ def render(view: SweepView) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update(FILTERS)
+    script = (files("raytune_vlm.report") / "templates" / "table.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    page = environment.get_template("index.html.j2")
+    return page.render(policy=POLICY.format(digest=digest), script=Markup(script), **shown)
+
+
+def content(view: SweepView) -> dict[str, Any]:
+    """All that the templates show, by name."""
     wide, panels = space_plots(view)
-    return environment.get_template("index.html.j2").render(
-        policy=POLICY,
-        view=view,
-        headline=headline(view),
-        rows=leaderboard(view),
-        paired=_paired(view),
-        metric_table=_metric_table(view),
-        against_base=_against_base(view),
-        seeds=view.result.seeds() if view.result else [],
-        controls=controls_section(view),
-        guard=_guard(view),
-        front=front_plot(view),
-        curves=learning_curves(view),
-        wide_plots=wide,
-        panels=panels,
-        exhibits=gallery(view),
-        num_opening=NUM_OPENING,
-        data=data_section(view),
-        quarantined=view.quarantined[:MAX_QUARANTINED_ROWS],
-        times=_times(view),
-        audit=_audit(view),
-        experiment_yaml=yaml.safe_dump(view.experiment, sort_keys=False, allow_unicode=True),
-        has_best=view.folder.best.is_dir(),
-    )
+    return {
+        "view": view,
+        "headline": headline(view),
+        "rows": leaderboard(view),
+        "paired": _paired(view),
+        "metric_table": _metric_table(view),
+        "against_base": _against_base(view),
+        "seeds": view.result.seeds() if view.result else [],
+        "controls": controls_section(view),
+        "guard": _guard(view),
+        "against_cost": [plot for plot in (front_plot(view), *quality_against_cost(view)) if plot],
+        "losses": losses(view),
+        "curves": learning_curves(view),
+        "wide_plots": wide,
+        "panels": panels,
+        "parallel": parallel_coordinates(view),
+        "importance": importance(view),
+        "slices": slices(view),
+        "exhibits": gallery(view),
+        "num_opening": NUM_OPENING,
+        "data": data_section(view),
+        "quarantined": view.quarantined[:MAX_QUARANTINED_ROWS],
+        "times": _times(view),
+        "timeline": rung_timeline(view),
+        "faults": faults(view),
+        "audit": _audit(view),
+        "experiment_yaml": yaml.safe_dump(view.experiment, sort_keys=False, allow_unicode=True),
+        "has_best": view.folder.best.is_dir(),
+    }
 
 
 def _paired(view: SweepView) -> list[dict[str, Any]]:

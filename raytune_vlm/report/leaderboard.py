@@ -43,6 +43,8 @@ class Row:
     """The constraint that the trial broke, so that it may not win."""
     is_in_front: bool = False
     """Whether no other trial beats it in every objective, where there are several."""
+    is_tied: bool = False
+    """Whether it cannot be told from the winner."""
     by_hand: tuple[str, ...] = ()
     """What a person did to it while the sweep ran."""
 
@@ -77,6 +79,7 @@ def leaderboard(view: SweepView) -> list[Row]:
     winner = view.result.winner if view.result else None
     infeasible = view.infeasible
     front = {row["trial_id"] for row in view.result.front} if view.result else set()
+    tied = set(view.result.indistinguishable) - {winner} if view.result else set()
 
     def key(trial: TrialView) -> tuple[bool, bool, int, float, bool, int]:
         best = view.best(trial)
@@ -98,7 +101,9 @@ def leaderboard(view: SweepView) -> list[Row]:
         row = _row(view, trial, rank if ranked else None)
         broken, is_in_front = infeasible.get(trial.trial_id), trial.trial_id in front
         by_hand = view.by_hand.get(trial.trial_id, ())
-        rows.append(replace(row, infeasible=broken, is_in_front=is_in_front, by_hand=by_hand))
+        is_tied = trial.trial_id in tied
+        row = replace(row, is_in_front=is_in_front, is_tied=is_tied, by_hand=by_hand)
+        rows.append(replace(row, infeasible=broken))
     return rows
 
 

@@ -83,6 +83,8 @@ class SweepView:
     manifest: DataManifest | None
     quarantined: tuple[Quarantined, ...]
     ledger: tuple[dict[str, Any], ...]
+    like_train: frozenset[str] = frozenset()
+    """Samples of `report` that are much like one of `train`."""
     notes: tuple[str, ...] = field(default=())
     """What could not be read, for people."""
 
@@ -294,6 +296,9 @@ def load_view(root: Path | str) -> SweepView:
             reader.read(folder.quarantine_file, lambda f: _rows(f, Quarantined)) or ()
         ),
         ledger=tuple(reader.read(folder.ledger_file, read_json_lines) or ()),
+        like_train=frozenset(
+            reader.read(folder.overlap_file, lambda _: folder.overlapping("report")) or ()
+        ),
         notes=tuple(reader.notes),
     )
 

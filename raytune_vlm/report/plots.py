@@ -15,12 +15,15 @@ from raytune_vlm.report.canvas import (
     WORDS,
     Plot,
     canvas,
-    data_uri,
     is_number,
     legend_above,
     log_ticks,
+    thinned,
 )
 from raytune_vlm.report.loading import SweepView, TrialView
+
+MAX_POINTS = 200
+"""Of a curve of losses: the page stays small however long a trial is."""
 
 
 def learning_curves(view: SweepView) -> list[Plot]:
@@ -46,7 +49,7 @@ def _line(view: SweepView, trial: TrialView) -> dict[str, Any]:
 def _metric_by_step(view: SweepView) -> Plot | None:
     if not any(trial.estimates(view.metric) for trial in view.trials):
         return None
-    with canvas(5.6, 3.5) as (figure, axes):
+    with canvas(4.8, 3.1) as (figure, axes):
         seen: set[str] = set()
         for trial in _drawn_last(view):
             points = trial.estimates(view.metric)
@@ -75,7 +78,7 @@ def _metric_by_step(view: SweepView) -> Plot | None:
         legend_above(axes)
         better = "higher" if view.mode == "max" else "lower"
         return Plot(
-            data_uri(figure),
+            figure,
             "Score on select by step",
             f"Curves of {view.metric} on the select split by step, one a trial.",
             f"Each point is a rung; {better} is better.",
@@ -95,7 +98,7 @@ def _legend_of_ends(axes: Axes, seen: set[str]) -> None:
 
 
 def _loss_by_step(view: SweepView) -> Plot | None:
-    with canvas(5.6, 3.5) as (figure, axes):
+    with canvas(4.8, 3.1) as (figure, axes):
         drawn = False
         for trial in _drawn_last(view):
             points = [
@@ -106,7 +109,7 @@ def _loss_by_step(view: SweepView) -> Plot | None:
             drawn = True
             line = _line(view, trial)
             line["linewidth"] *= 0.75
-            axes.plot(*zip(*points, strict=True), **line)
+            axes.plot(*zip(*thinned(points, MAX_POINTS), strict=True), **line)
         if not drawn:
             return None
         axes.set(xlabel="step", ylabel="loss per labelled token", yscale="log")
@@ -114,4 +117,4 @@ def _loss_by_step(view: SweepView) -> Plot | None:
         log_ticks(axes.yaxis, *axes.get_ylim())
         legend_above(axes)
         alt = "Curves of the training loss by step on a logarithmic scale, one a trial."
-        return Plot(data_uri(figure), "Training loss by step", alt, "Logarithmic scale.")
+        return Plot(figure, "Training loss by step", alt, "Logarithmic scale.")

@@ -15,12 +15,12 @@ from raytune_vlm.report.canvas import (
     BASE,
     INK,
     MARKERS,
+    MUTED,
     QUIET,
     WINNER,
     WORDS,
     Plot,
     canvas,
-    data_uri,
     is_number,
     legend_above,
     log_ticks,
@@ -69,10 +69,10 @@ def _rank_by_learning_rate(view: SweepView) -> Plot | None:
         return None
     ranks = sorted({point.other for point in points})
     scores = [point.score for point in points]
-    with canvas(5.6, 3.5) as (figure, axes):
+    with canvas(4.8, 3.1) as (figure, axes):
         look: dict[str, Any] = {"cmap": "viridis" if view.mode == "max" else "viridis_r"}
         look |= {"vmin": min(scores), "vmax": max(scores), "s": 62, "zorder": 3}
-        look |= {"edgecolors": "white", "linewidths": 0.8}
+        look |= {"edgecolors": MUTED, "linewidths": 0.7}
         for status in dict.fromkeys(point.status for point in points):
             group = [point for point in points if point.status == status]
             x, y = [p.value for p in group], [ranks.index(p.other) for p in group]
@@ -89,7 +89,7 @@ def _rank_by_learning_rate(view: SweepView) -> Plot | None:
         bar = figure.colorbar(drawn, ax=axes, aspect=28, pad=0.02, label=view.metric)
         bar.outline.set_visible(False)  # type: ignore[operator]
         return Plot(
-            data_uri(figure),
+            figure,
             "Rank and learning rate",
             f"Scatter of {RANK} against {LEARNING_RATE}, coloured by {view.metric}.",
             f"n = {len(points)} trials, each at its best rung on select.",
@@ -102,9 +102,9 @@ def _panel(view: SweepView, key: str) -> Plot | None:
         return None
     with canvas(3.0, 2.3) as (figure, axes):
         values = [point.value for point in points]
-        if _is_continuous(view, key, values):
+        if is_continuous(view, key, values):
             xs = [float(value) for value in values]
-            if _is_logarithmic(view, key, xs):
+            if is_logarithmic(view, key, xs):
                 axes.set_xscale("log")
         else:
             xs = _categories(axes, points)
@@ -120,17 +120,18 @@ def _panel(view: SweepView, key: str) -> Plot | None:
             axes.axhline(base[1].value, color=BASE, linestyle=(0, (5, 3)), linewidth=1.1, zorder=2)
         axes.set_ylabel(view.metric)
         alt = f"{view.metric} on select against {key}, {len(points)} trials."
-        return Plot(data_uri(figure), key, alt, f"n = {len(points)}")
+        return Plot(figure, key, alt, f"n = {len(points)}")
 
 
-def _is_continuous(view: SweepView, key: str, values: list[Any]) -> bool:
+def is_continuous(view: SweepView, key: str, values: list[Any]) -> bool:
     """Numbers from an interval get an axis; choices, texts and truth values get places."""
     if any(isinstance(value, bool) or not is_number(value) for value in values):
         return False
     return _distribution(view, key).get("type") not in ("choice", "grid")
 
 
-def _is_logarithmic(view: SweepView, key: str, values: list[float]) -> bool:
+def is_logarithmic(view: SweepView, key: str, values: list[float]) -> bool:
+    """Whether the numbers of a key belong on a logarithmic scale."""
     if min(values) <= 0:
         return False
     kind = _distribution(view, key).get("type")
@@ -142,13 +143,17 @@ def _distribution(view: SweepView, key: str) -> dict[str, Any]:
     return entry if isinstance(entry, dict) else {}
 
 
+def ordered(values: list[Any]) -> list[Any]:
+    """The distinct values: numbers by size, texts by their length and then by their letters."""
+    distinct = list({recipe_value(value): value for value in values}.values())
+    if all(is_number(value) and not isinstance(value, bool) for value in distinct):
+        return sorted(distinct)
+    return sorted(distinct, key=lambda value: (len(str(value)), str(value)))
+
+
 def _categories(axes: Axes, points: list[Point]) -> list[float]:
     """A place per distinct value, its median as a bar, and a shift that keeps equal ones apart."""
-    values = list({recipe_value(p.value): p.value for p in points}.values())
-    if all(is_number(value) and not isinstance(value, bool) for value in values):
-        values.sort()
-    else:
-        values.sort(key=lambda value: (len(str(value)), str(value)))
+    values = ordered([point.value for point in points])
     names = [recipe_value(value) for value in values]
     labels = [name.replace("+", "\n+") for name in names]
     axes.set_xticks(range(len(names)), labels)
