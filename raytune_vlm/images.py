@@ -119,6 +119,12 @@ def thumbnail(data: bytes, limits: ImageLimits, max_side: int) -> bytes:
     return buffer.getvalue()
 
 
+def file_suffix(data: bytes) -> str:
+    """The suffix that names the format of an image that `decode` took: `.png`, `.jpeg`."""
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        return f".{str(image.format).lower()}"
+
+
 def encode_png(image: Image.Image) -> bytes:
     """The image as a PNG file."""
     buffer = io.BytesIO()
