@@ -9,7 +9,7 @@ CONSTRAINTS ?= constraints/cpu.txt
 
 BIN := $(VENV)/bin
 PIP_INSTALL = $(BIN)/python -m pip install --quiet $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
-CODE := raytune_vlm tests $(wildcard benchmarks docs)
+CODE := raytune_vlm tests $(wildcard benchmarks deploy docs)
 
 .PHONY: demo test lint format install install-dev clean
 .DELETE_ON_ERROR:

@@ -173,7 +173,9 @@ def measure(sizes: dict[str, Any], samples: int, repetitions: int, new_tokens: i
 
         def one_by_one() -> Any:
             return {
-                name: generate_many(base, {name: adapter}, split, rows, config).by_name[name]
+                name: generate_many(base, {name: adapter}, split, {name: rows}, config).by_name[
+                    name
+                ]
                 for name, adapter in adapters.items()
             }
 
@@ -183,7 +185,11 @@ def measure(sizes: dict[str, Any], samples: int, repetitions: int, new_tokens: i
             "one by one": (samples * len(RANKS), one_by_one),
             "mixed": (
                 samples * len(RANKS),
-                lambda: generate_many(base, adapters, split, rows, config).by_name,
+                lambda: (
+                    generate_many(
+                        base, adapters, split, dict.fromkeys(adapters, rows), config
+                    ).by_name
+                ),
             ),
         }
         rates: dict[str, list[float]] = {name: [] for name in ways}

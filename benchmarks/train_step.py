@@ -154,8 +154,8 @@ def plain(base: Base, split: PreparedSplit, device: str, steps: int) -> dict[str
     maker = Run(base, split, config, World(device=device), TrainingData("b"))
     batches = []
     for step in range(steps + 1):
-        arrays = [entry.arrays for entry in maker.batches.step(step)]
-        batches.append([maker.batches.on_device(entry) for entry in arrays])
+        found = maker.batches.step(step)
+        batches.append([maker.batches.on_device(entry.arrays, entry.rows) for entry in found])
     maker.close()
     model = attach(base.model, base.family, config.lora, seed=0)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -187,7 +187,7 @@ def trl(base: Base, split: PreparedSplit, device: str, steps: int) -> dict[str, 
     fed = []
     for step in range(steps + 1):
         for entry in maker.batches.step(step):
-            batch, labels = maker.batches.on_device(entry.arrays)
+            batch, labels = maker.batches.on_device(entry.arrays, entry.rows)
             fed.append({**{k: v for k, v in batch.items() if k != "use_cache"}, "labels": labels})
     maker.close()
     model = attach(base.model, base.family, config.lora, seed=0)

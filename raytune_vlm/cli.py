@@ -66,11 +66,12 @@ def validate(
     from raytune_vlm.records import SweepFolder
     from raytune_vlm.sweep.budget import planner_line
     from raytune_vlm.sweep.detect import detectable_lines, pilot_scores
-    from raytune_vlm.train.packages import check_packages, check_searcher
+    from raytune_vlm.train.packages import check_packages, check_searcher, check_trackers
 
     resolved = _load(experiment, overrides, trust)
     check_packages(resolved.train)
     check_searcher(resolved.sweep)
+    check_trackers(resolved.report)
     family = check_model(resolved.model)
     family.check_scopes(resolved.lora_scopes())
     family.check_packing(resolved.train.pack_tokens)

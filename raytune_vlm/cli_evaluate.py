@@ -63,7 +63,12 @@ SERVER_OPTIONS = {
 @click.argument("target")
 @click.argument("overrides", nargs=-1)
 @TRUST
-@click.option("--trial", "trial_id", help="Trial id, `best` or `base`.  [default: base]")
+@click.option(
+    "--trial",
+    "trials",
+    metavar="IDS",
+    help="Trial ids, `best` or `base`; several as t0003,base share batches.  [default: base]",
+)
 @click.option("--split", type=click.Choice(["select", "report"]), help="[default: select]")
 @click.option(
     "--benchmarks", metavar="NAMES", help="docvqa,chartqa@human,mine.yaml: see docs/benchmarks.md."
@@ -83,7 +88,7 @@ def evaluate(
     target: str,
     overrides: tuple[str, ...],
     trust: str | None,
-    trial_id: str | None,
+    trials: str | None,
     split: str | None,
     benchmarks: str | None,
     adapter: Path | None,
@@ -101,7 +106,7 @@ def evaluate(
     """
     served = _served(server, server_options)
     if served is not None:
-        ours = {"--trial": trial_id, "--adapter": adapter, "--robustness": robustness or None}
+        ours = {"--trial": trials, "--adapter": adapter, "--robustness": robustness or None}
         for name, value in ours.items():
             if value is not None:
                 raise ConfigError(f"{name} has no effect with --server: {served.model} answers")
@@ -110,8 +115,10 @@ def evaluate(
         named = [name for name, value in only.items() if value is not None] + list(overrides)
         if named:
             raise ConfigError(f"{named[0]} has no effect without --benchmarks")
-        trial = trial_id or "base"
-        _split(Path(target), trust, trial, split or "select", curve=robustness, served=served)
+        named_trials = _named_trials(trials)
+        _split(
+            Path(target), trust, named_trials, split or "select", curve=robustness, served=served
+        )
         return
     if robustness:
         raise ConfigError("--robustness has no effect with --benchmarks")
@@ -119,8 +126,8 @@ def evaluate(
         raise ConfigError(f"--split {split} and --benchmarks exclude each other")
     _check_keys(overrides, KEYS if served is None else SERVED_KEYS)
     shared = {"data": data, "limit": limit, "server": served}
-    card = _benchmarks(target, overrides, benchmarks, trust, trial_id, adapter, output, shared)
-    click.echo(card.text())
+    cards = _benchmarks(target, overrides, benchmarks, trust, trials, adapter, output, shared)
+    click.echo("\n\n".join(card.text() for card in cards))
 
 
 def _benchmarks(
@@ -128,16 +135,16 @@ def _benchmarks(
     overrides: tuple[str, ...],
     names: str,
     trust: str | None,
-    trial_id: str | None,
+    trials: str | None,
     adapter: Path | None,
     output: Path | None,
     shared: dict[str, Any],
-) -> Card:
+) -> list[Card]:
     from raytune_vlm.evaluate.benchmarks import find_benchmarks
 
     chosen = find_benchmarks(names)
     is_sweep = (Path(target) / "experiment.json").exists()
-    wrong = {"--adapter": adapter, "--output": output} if is_sweep else {"--trial": trial_id}
+    wrong = {"--adapter": adapter, "--output": output} if is_sweep else {"--trial": trials}
     for name, value in wrong.items():
         if value is not None:
             kind = "a sweep folder" if is_sweep else "a model, not a sweep folder"
@@ -145,12 +152,12 @@ def _benchmarks(
     from raytune_vlm.monitor import Monitor
 
     with Monitor() as monitor:
-        from raytune_vlm.sweep.evaluate_suite import evaluate_model, evaluate_trial
+        from raytune_vlm.sweep.evaluate_suite import evaluate_model, evaluate_trials
 
         if is_sweep:
-            return evaluate_trial(
+            return evaluate_trials(
                 Path(target),
-                trial_id or "base",
+                _named_trials(trials),
                 chosen,
                 overrides=lambda recorded: _overridden(recorded.model_dump(), overrides).trusting(
                     recorded.model.trusted_revision
@@ -162,9 +169,16 @@ def _benchmarks(
         from raytune_vlm.models.trust import with_trust
 
         experiment = with_trust(_overridden(_plain(target), overrides), trust)
-        return evaluate_model(
-            experiment, chosen, adapter=adapter, output=output, monitor=monitor, **shared
-        )
+        return [
+            evaluate_model(
+                experiment, chosen, adapter=adapter, output=output, monitor=monitor, **shared
+            )
+        ]
+
+
+def _named_trials(names: str | None) -> list[str]:
+    """The parts of `--trial`; the base model where it is not given."""
+    return [name.strip() for name in (names or "base").split(",")]
 
 
 def _served(server: str | None, options: dict[str, Any]) -> ServedModel | None:
@@ -199,7 +213,7 @@ def _served(server: str | None, options: dict[str, Any]) -> ServedModel | None:
 def _split(
     folder: Path,
     trust: str | None,
-    trial_id: str,
+    trial_ids: list[str],
     split: str,
     *,
     curve: bool,
@@ -212,26 +226,29 @@ def _split(
         if served is not None:
             from raytune_vlm.sweep.evaluate_served import score_served_split
 
-            scores = score_served_split(folder, split, served, monitor=monitor, trust=trust)
+            scored = score_served_split(folder, split, served, monitor=monitor, trust=trust)
+            found = {served.model: scored}
         else:
-            from raytune_vlm.sweep.single import evaluate_one
+            from raytune_vlm.sweep.single import evaluate_split
 
-            scores = evaluate_one(
+            found = evaluate_split(
                 folder,
-                trial_id,
+                trial_ids,
                 split,
                 monitor=monitor,
                 trust=trust,
                 robustness=USUAL_CURVE if curve else None,
             )
-    for name, entry in scores.metrics.items():
-        click.echo(f"{name} {entry.value:.4f} [{entry.lower:.4f}, {entry.upper:.4f}]")
-        if scores.clean is not None and name in scores.clean.metrics:
-            clean, number = scores.clean.metrics[name], scores.clean.num_samples
-            click.echo(
-                f"{name} {clean.value:.4f} [{clean.lower:.4f}, {clean.upper:.4f}] on the "
-                f"{number} samples that overlap no training sample"
-            )
+    for trial_id, scores in found.items():
+        who = f"{trial_id} step {scores.step}: " if len(found) > 1 else ""
+        for name, entry in scores.metrics.items():
+            click.echo(f"{who}{name} {entry.value:.4f} [{entry.lower:.4f}, {entry.upper:.4f}]")
+            if scores.clean is not None and name in scores.clean.metrics:
+                clean, number = scores.clean.metrics[name], scores.clean.num_samples
+                click.echo(
+                    f"{who}{name} {clean.value:.4f} [{clean.lower:.4f}, {clean.upper:.4f}] on the "
+                    f"{number} samples that overlap no training sample"
+                )
     if split == "report":
         from raytune_vlm.records import SweepFolder
 

@@ -22,6 +22,7 @@ from raytune_vlm.prepare.prepare import list_shards
 from raytune_vlm.prepare.shard import Preparer, TokenStep
 from raytune_vlm.prepare.store import read_index, write_index_table
 from raytune_vlm.records import BASE_TRIAL, DataManifest
+from raytune_vlm.sweep.board import Word
 from raytune_vlm.sweep.evaluate_job import run_evaluate
 from raytune_vlm.sweep.heartbeat import Heartbeat
 from raytune_vlm.sweep.jobs import Job
@@ -77,16 +78,16 @@ class Alone(Worker):
                 None,
                 "",
             ),
-            Heartbeat(None, "executor-0", 0, 60.0),
+            Heartbeat(None, "executor-0", 0, 60.0, "test"),
         )
         self.slow_s = slow_s
-        self.told: list[dict[str, Any]] = []
+        self.progress: list[dict[str, Any]] = []
         self.reports: list[dict[str, Any]] = []
 
-    def stopped(self, job: Job, **progress: Any) -> bool:
-        self.told.append(progress)
+    def told(self, job: Job, **progress: Any) -> Word:
+        self.progress.append(progress)
         time.sleep(self.slow_s)
-        return False
+        return ""
 
     def report(self, job: Job, report: dict[str, Any]) -> None:
         self.reports.append(report)

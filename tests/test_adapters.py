@@ -57,7 +57,7 @@ def test_adapters_in_one_batch_answer_as_alone(model_type, tiny_base, tiny_promp
     before = {name: tensor.clone() for name, tensor in base.model.state_dict().items()}
     adapters = {"base": None, **adapters_of(base, tmp_path, RECIPES)}
     rows = [3, 0, 11]
-    found = generate_many(base, adapters, split, rows, CONFIG)
+    found = generate_many(base, adapters, split, dict.fromkeys(adapters, rows), CONFIG)
     assert set(found.one_by_one) == {"dora", "towers", "full"}
     for name, adapter in adapters.items():
         expected = alone(base, adapter, lambda model: generate(model, base, split, rows, CONFIG))
@@ -87,3 +87,32 @@ def test_logits_in_one_batch_are_those_alone(tiny_base, tiny_prompts, tmp_path):
         single = alone(base, adapter, lambda model: model(**batch(1)).logits)[0]
         torch.testing.assert_close(together[row], single, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(together[0], together[1], atol=1e-3)
+
+
+def test_adapters_that_do_not_fit_at_once_are_loaded_after_each_other(
+    tiny_base, tiny_prompts, tmp_path
+):
+    base, split = tiny_base("idefics3"), tiny_prompts("idefics3")
+    adapters = {"base": None, **adapters_of(base, tmp_path, ["small", "large"])}
+    rows = {"base": [7], "small": [2, 7], "large": [2]}
+    batches: list[int] = []
+    found = generate_many(
+        base, adapters, split, rows, CONFIG, room=1, keep_going=lambda n: not batches.append(n)
+    )
+    assert batches == [0, 1, 3]  # one batch each, where all four answers would fit into one
+    assert found == generate_many(base, adapters, split, rows, CONFIG)
+    assert generate_many(base, adapters, split, rows, CONFIG, keep_going=lambda n: False) is None
+
+
+def test_a_family_whose_rows_are_not_samples_is_answered_one_by_one(
+    tiny_base, tiny_prompts, tmp_path
+):
+    base, split = tiny_base("mllama"), tiny_prompts("mllama")
+    adapters = {"base": None, **adapters_of(base, tmp_path, ["small"])}
+    rows = [3, 0]
+    found = generate_many(base, adapters, split, dict.fromkeys(adapters, rows), CONFIG)
+    assert set(found.one_by_one) == {"base", "small"}
+    assert found.one_by_one["small"].startswith("PEFT: Length of `adapter_names`")
+    for name, adapter in adapters.items():
+        expected = alone(base, adapter, lambda model: generate(model, base, split, rows, CONFIG))
+        assert found.by_name[name] == expected

@@ -407,7 +407,8 @@ def test_an_adapter_is_put_on_the_base_and_taken_off_again(prepared, tiny_base, 
         world=World(),
         folder=folder,
         beat=lambda: True,
-        stopped=lambda *_, **__: False,
+        told=lambda *_, **__: "",
+        features=None,
         report=lambda job, report: reports.append(report),
     )
     adapter = suites.check_adapter(tmp_path / "mine", worker.experiment)

@@ -178,9 +178,11 @@ def test_an_executor_without_workers_is_given_up_unless_it_is_the_last():
         assert await board.give_up_waiting("b") == 0
         assert await board.counts() == {
             "executors_alive": 1,
+            "slots_in_use": 1,
             "trials_queued": 0,
             "trials_running": 1,
             "trials_ended": 0,
+            "recoveries": 1,
         }
 
     play(scene)

@@ -8,27 +8,39 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from evaluation_worker import Alone, prepared
-from made import cli_environment, picture
+from made import cli_environment, experiment, picture
 
 from raytune_vlm.comparisons import Comparisons
 from raytune_vlm.config.data import ImageLimits
 from raytune_vlm.config.evaluation import EvaluationConfig
+from raytune_vlm.errors import ConfigError
 from raytune_vlm.evaluate.altered import ALTERATIONS, AlteredPrompts, own_pictures, partners
 from raytune_vlm.evaluate.answers import AnswerStore
 from raytune_vlm.evaluate.generate import deal, generate
 from raytune_vlm.evaluate.scoring import Prediction
-from raytune_vlm.records import TrialRecord, read_json, write_json
+from raytune_vlm.models.lora import attach, detach
+from raytune_vlm.records import SweepFolder, TrialRecord, read_json, write_json
 from raytune_vlm.sweep.comparing import note_on
+from raytune_vlm.sweep.evaluate_job import run_evaluate
+from raytune_vlm.sweep.jobs import Job
+from raytune_vlm.sweep.ledger import Ledger, TrialState
 from raytune_vlm.sweep.progress import where
+from raytune_vlm.sweep.runner import Scoring, scoring_jobs
+from raytune_vlm.sweep.single import chosen
+from raytune_vlm.train import checkpoint
 
 BOTH = ["blank_image", "gold"]
+FIELDS = [entry.name for entry in fields(Prediction)]
+FROM = {"text": "prediction"}
+"""A field of `Prediction` -> its column, where that has another name."""
 
 
 def child(folder: Path, split: str, slow_s: float) -> subprocess.Popen[bytes]:
@@ -76,10 +88,94 @@ def test_a_killed_evaluation_goes_on_where_it_was(tiny_model, tmp_path):
         stream.write('{"sample_id": "torn')
     again = Alone(tmp_path, experiment)
     again.evaluate("report")
-    asked = sum(progress["asked"] - progress["answered"] for progress in again.told[:1])
+    asked = sum(progress["asked"] - progress["answered"] for progress in again.progress[:1])
     assert asked == 20 - kept
     assert result(folder) == undisturbed
     assert not list(folder.rglob("answers"))
+
+
+def saved_trial(worker: Alone, trial_id: str, number: int, lora: dict[str, object]) -> Job:
+    """A checkpoint with an effect, and the job that scores it on `report`."""
+    recipe = {f"lora.{key}": value for key, value in lora.items()}
+    experiment = worker.experiment.with_recipe(recipe)
+    base = worker.base
+    model = attach(base.model, base.family, experiment.lora, seed=experiment.seed)
+    torch.manual_seed(number)
+    trained = [entry for entry in model.parameters() if entry.requires_grad]
+    for parameter in trained:
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    folder = worker.folder.trial(trial_id).checkpoint(3)
+    checkpoint.save(
+        folder, model, torch.optim.AdamW(trained), checkpoint.RunState(3, "", "", 0), []
+    )
+    base.model = detach(model)
+    return Job(f"{trial_id}/report/3", "evaluate", trial_id, recipe, split="report", step=3)
+
+
+def test_several_checkpoints_in_one_job_are_scored_as_one_by_one(tiny_model, tmp_path):
+    worker = Alone(tmp_path, prepared(tmp_path, tiny_model("idefics3"), controls=BOTH))
+    jobs = [
+        Job("base/report/0", "evaluate", "base", {}, split="report"),
+        saved_trial(worker, "t0000", 0, {"rank": 2}),
+        saved_trial(worker, "t0001", 1, {"rank": 8}),
+        saved_trial(worker, "t0002", 2, {"rank": 4, "dora": True}),
+    ]
+    folders = [worker.folder.trial(job.trial_id).evaluation("report", job.step) for job in jobs]
+    for job in jobs:
+        run_evaluate(worker, job)
+    apart = [result(folder) for folder in folders]
+    kept = {file: file.read_bytes() for file in folders[1].glob("made_with.json")}
+    rows = pq.read_table(folders[1] / "predictions.parquet").slice(0, 4).to_pylist()
+    for folder in folders:
+        shutil.rmtree(folder)
+    # What an earlier life of one of them left: four of its ten answers.
+    folders[1].mkdir()
+    for file, content in kept.items():
+        file.write_bytes(content)
+    known = [Prediction(**{name: row[FROM.get(name, name)] for name in FIELDS}) for row in rows]
+    AnswerStore(folders[1]).writer(0).add(known)
+    worker.progress.clear()
+    run_evaluate(worker, replace(jobs[0], others=tuple(jobs[1:])))
+    assert [result(folder) for folder in folders] == apart
+    assert (worker.progress[0]["answered"], worker.progress[0]["asked"]) == (4, 40)
+    assert worker.progress[0]["trial_id"] == "base, t0000, t0001, t0002"
+    notes = worker.reports[-1]["notes"]
+    assert notes[0][1].startswith("t0002 was answered by itself on report: lora.dora=true")
+    assert [note for note in notes if "by itself" in note[1]] == [notes[0]]
+    texts = {tuple(row["prediction"] for row in found["predictions.parquet"]) for found in apart}
+    assert len(texts) == 4
+
+
+def test_checkpoints_that_are_asked_the_same_share_a_job():
+    config = experiment(
+        evaluation={"rung_samples": 0.5, "every": 5},
+        sweep={"num_executors": 2, "num_trials": 4},
+        train={"max_steps": 10, "warmup_steps": 1},
+    )
+    trials = [TrialState(f"t{number}", number, {}) for number in range(3)]
+    asked = [Scoring(trial, "report", 10) for trial in trials] + [Scoring(None, "report", 0)]
+    jobs = scoring_jobs(config, asked)
+    ids = [[entry.trial_id for entry in (job, *job.others)] for job in jobs]
+    assert ids == [["t0", "t2"], ["t1", "base"]]
+    # A rung that saw less of `select` was asked something else.
+    jobs = scoring_jobs(config, [Scoring(trials[0], "select", 5), Scoring(trials[1], "select", 10)])
+    assert [job.others for job in jobs] == [(), ()]
+
+
+@pytest.mark.parametrize(
+    ("names", "line"),
+    [
+        (["base", "t0001"], r"has no trial 't0001' \(did you mean 't0000'\?\)"),
+        (["t0000"], "t0000 has no whole checkpoint"),
+        (["best"], "has no winner yet"),
+        (["base", "base"], "--trial base,base: base is named twice"),
+    ],
+)
+def test_trials_that_cannot_be_scored_are_refused(names, line, tmp_path):
+    folder = SweepFolder(tmp_path)
+    Ledger(folder.ledger_file).append("proposed", trial_id="t0000", number=0, recipe={})
+    with pytest.raises(ConfigError, match=line):
+        chosen(folder, names, "report")
 
 
 def test_answers_of_something_else_are_thrown_away(tmp_path):
@@ -152,7 +248,7 @@ def test_every_control_is_scored_beside_the_plain_answers(scored):
             assert test.lower <= test.difference <= test.upper
     gold = found.entries[-1]
     assert gold.altered == {"cer@micro": 0.0, "exact_match@strip": 1.0}
-    assert found.notes == scored.reports[-1]["notes"]
+    assert scored.reports[-1]["notes"] == [("base", note) for note in found.notes]
     assert "the base model is not shown to use its images" in found.notes[0]
 
 
@@ -167,9 +263,9 @@ def test_every_point_of_the_curve_is_scored(scored):
         "scale=0.5",
     ]
     assert all(entry.num_samples == 6 and entry.skipped is None for entry in entries)
-    told = {progress["stage"] for progress in scored.told}
+    told = {progress["stage"] for progress in scored.progress}
     assert {"scoring report", "scoring report, blank_image", "scoring report, scale=0.5"} <= told
-    last = scored.told[-1]
+    last = scored.progress[-1]
     assert 0 < last["answered"] < last["asked"] == 6
     assert last["seconds_left"] > 0
 
@@ -189,10 +285,10 @@ def test_a_curve_that_is_asked_for_later_asks_nothing_again(scored):
     folder = scored.evaluate("report")
     before = result(folder)
     (folder / "scores.json").unlink()
-    told = len(scored.told)
+    told = len(scored.progress)
     scored.evaluate("report")
     assert result(folder) == before
-    assert len(scored.told) == told
+    assert len(scored.progress) == told
 
 
 def test_select_makes_no_controls_unless_asked_to(scored):

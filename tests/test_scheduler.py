@@ -228,3 +228,17 @@ def test_a_small_sweep_trains_its_best_to_the_end(num_trials):
     states = play((rule, [[n / 10] * 3 for n in range(num_trials)], set(), 0))
     finished = [state.number for state in states.values() if state.ended == "finished"]
     assert finished[-1] == num_trials - 1 if num_trials < 3 else finished
+
+
+def test_no_trial_begins_before_the_proxy_of_a_paused_one_is_free(tmp_path):
+    states = {"t0": TrialState("t0", 0, {})}
+    rule = Rule((1, 3), 2, 1, 4, 1, METRIC, "max")
+    scheduler = Halving(rule, states, Ledger(tmp_path / "ledger.jsonl"))
+    trial = TuneTrial("t0")
+    scheduler.on_trial_add(None, trial)
+    trial.status = Trial.RUNNING
+    assert scheduler.on_trial_result(None, trial, {"step": 1}) == "PAUSE"
+    states["t0"].scored[1] = {METRIC: 0.5}
+    assert scheduler.next_action().kind == "wait", "Ray Tune would start a process for it"
+    trial.status = Trial.PAUSED
+    assert scheduler.next_action().kind != "wait"

@@ -197,7 +197,7 @@ def test_a_step_says_what_it_was(opened, tiny_split):
         steps = [run.step() for _ in range(3)]
     for number, step in enumerate(steps):
         rows = run.plan.rows(number)
-        assert step.tokens == split.lengths[rows].sum() and step.images == 8
+        assert step.tokens == split.lengths[rows].sum() and step.images == step.samples == 8
         assert step.tokens_per_second == pytest.approx(step.tokens / step.seconds)
         assert step.labelled_share == split.num_labelled[rows].sum() / step.tokens
         assert step.padding_share == pytest.approx(1 - step.tokens / step.fed_tokens)
@@ -205,7 +205,7 @@ def test_a_step_says_what_it_was(opened, tiny_split):
         assert step.mfu is None and step.peak_memory_bytes > 10**8
     line = merged(steps)
     seconds = sum(step.seconds for step in steps)
-    assert line.images_per_second == pytest.approx(24 / seconds)
+    assert line.images_per_second == line.samples_per_second == pytest.approx(24 / seconds)
     assert (line.step, line.loss) == (3, steps[-1].loss)
     wait = sum(step.data_wait_share * step.seconds for step in steps)
     assert line.data_wait_share == pytest.approx(wait / seconds)

@@ -245,7 +245,7 @@ def test_a_step_of_packs_has_the_loss_of_its_samples(model_type, start, tiny_bas
     with torch.no_grad():
         for row in rows.tolist():
             part = collation.collate(Part((row,), (0,)), [split.encoded(row)])
-            batch, labels = run.batches.on_device(part.arrays)
+            batch, labels = run.batches.on_device(part.arrays, part.rows)
             total += float(summed_cross_entropy(run.model(**batch).logits, labels))
     step = run.step()
     assert step.loss == pytest.approx(total / split.num_labelled[rows].sum(), rel=1e-5)

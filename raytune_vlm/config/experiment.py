@@ -11,6 +11,7 @@ from raytune_vlm.config.evaluation import METRIC_MODES, EvaluationConfig
 from raytune_vlm.config.lora import LoraConfig
 from raytune_vlm.config.model import ModelConfig
 from raytune_vlm.config.objectives import COSTS, Objective
+from raytune_vlm.config.report import ReportConfig
 from raytune_vlm.config.section import Section
 from raytune_vlm.config.sweep import FifoScheduler, MedianScheduler, SweepConfig
 from raytune_vlm.config.train import WITHOUT_EFFECT, TrainConfig
@@ -35,6 +36,7 @@ class ExperimentConfig(Section):
     train: TrainConfig = TrainConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     sweep: SweepConfig = SweepConfig()
+    report: ReportConfig = ReportConfig()
 
     @model_validator(mode="after")
     def _metric_is_computed(self) -> "ExperimentConfig":
@@ -298,6 +300,7 @@ class ExperimentConfig(Section):
                 "storage_path": True,
                 "storage_copy": True,
                 "name": True,
+                "report": True,
                 "data": {
                     "consumption",
                     "tier",

@@ -103,8 +103,8 @@ class SweepConfig(Budget):
     """How often a trial is started again after a worker died or hung, counted anew from every rung
     that it reaches; nodes that announce their end are not counted."""
     max_wait_s: float = Field(default=600, ge=1, le=7 * 86400)
-    """Seconds to wait for the workers of an executor, because a node is missing, before it is given
-    up; without any executor the run ends with status 3 and can be resumed."""
+    """Seconds to wait for the workers of an executor, because a node is missing or others hold it,
+    before it is given up; without any executor the run ends with status 3 and can be resumed."""
     search_space: dict[str, Distribution] = Field(default_factory=dict)
     """Dotted key of the experiment -> distribution."""
     points_to_evaluate: tuple[dict[str, Scalar], ...] = ()

@@ -207,7 +207,8 @@ class _Pdf:
         from pypdfium2 import raw
 
         for picture in page.get_objects(filter=[raw.FPDF_PAGEOBJ_IMAGE]):
-            self._check(*picture.get_px_size(), f"a picture in page {number}")
+            width, height = picture.get_px_size()
+            self._check(width, height, f"a picture in page {number}")
 
     def _check(self, width: int, height: int, what: str) -> None:
         if width * height > self._limits.max_pixels:

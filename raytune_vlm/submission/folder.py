@@ -69,7 +69,7 @@ def log_lines(root: Path) -> list[str]:
     return lines
 
 
-_TOLD = ("step", "recipe", "scores", "message")
+_TOLD = ("step", "recipe", "scores", "command", "accepted", "message")
 """Fields of an event that are shown."""
 
 

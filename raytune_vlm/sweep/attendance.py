@@ -18,7 +18,9 @@ from ray.exceptions import RayActorError
 
 from raytune_vlm.config.experiment import ExperimentConfig
 from raytune_vlm.monitor import Monitor
-from raytune_vlm.sweep.gauges import BoardGauges
+from raytune_vlm.prepare.holders import holders
+from raytune_vlm.sweep.gauges import SweepGauges
+from raytune_vlm.sweep.waiting import Waiting
 
 POLL_S = 1.0
 
@@ -29,7 +31,8 @@ class Attendance:
     def __init__(self, board: Any, experiment: ExperimentConfig, monitor: Monitor) -> None:
         self.missing: str | None = None
         self._board, self._experiment, self._monitor = board, experiment, monitor
-        self._gauges = BoardGauges(experiment.name)
+        self._gauges = SweepGauges(experiment.name)
+        self._waiting = Waiting(monitor)
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="attendance", daemon=True)
 
@@ -55,7 +58,8 @@ class Attendance:
         while not self._over.wait(POLL_S):
             try:
                 self._say()
-                self._gauges.set(ray.get(self._board.counts.remote()))
+                counts = ray.get(self._board.counts.remote())
+                self._gauges.set((name, {}, count) for name, count in counts.items())
                 self.missing = ray.get(self._board.halted.remote()) or self._absent()
             except RayActorError:
                 self.missing = "the board died"
@@ -66,10 +70,13 @@ class Attendance:
 
     def _absent(self) -> str | None:
         """What is missing, if the last executor has gone; others are given up here."""
-        for executor, seconds in ray.get(self._board.absent.remote()).items():
+        absent = ray.get(self._board.absent.remote())
+        self._waiting.look(max(absent.values(), default=0.0))
+        for executor, seconds in absent.items():
             if seconds < self._experiment.sweep.max_wait_s:
                 continue
             line = describe_missing(executor, seconds, self._experiment, ray.nodes())
+            line = f"{line}; {holders()}"
             if not ray.get(self._board.give_up_waiting.remote(executor)):
                 return line
             self._monitor.say(f"WARNING: {line}; its trial goes to another executor")

@@ -37,7 +37,7 @@ class BoardState:
         self._held: dict[str, dict[str, Job]] = {name: {} for name in executors}
         """Executor -> its jobs by their ids."""
         self._most = MOST_SLOTS
-        self._num_ended = 0
+        self._num_ended = self._num_recovered = 0
         self._stopped: set[str] = set()
         self._paused: set[str] = set()
         self._again: dict[str, Job] = {}
@@ -134,6 +134,7 @@ class BoardState:
         self._notes.append(f"{executor}: {message}")
         held = self._dropped(executor, job_id)
         if held is not None and job_id not in self._stopped | self._paused:
+            self._num_recovered += 1
             self._queue.appendleft(held)
             self._changed.set()
 
@@ -212,14 +213,17 @@ class BoardState:
         return found
 
     async def counts(self) -> dict[str, int]:
-        """How many executors are alive, and trials queued, running and ended."""
+        """How many executors are alive and in use, trials are queued, running and ended, and jobs
+        were handed out again."""
         return {
             "executors_alive": len(self._alive),
+            "slots_in_use": sum(map(len, self._held.values())),
             "trials_queued": sum(job.kind == "trial" for job in self._queue),
             "trials_running": sum(
                 job.kind == "trial" for held in self._held.values() for job in held.values()
             ),
             "trials_ended": self._num_ended,
+            "recoveries": self._num_recovered,
         }
 
     async def halt(self, message: str) -> None:
@@ -246,6 +250,7 @@ class BoardState:
         if job.attempt > self._max_failures:
             self._fail(job, f"{message} (attempt {job.attempt})")
             return
+        self._num_recovered += 1
         self._notes.append(f"{message}; {job.job_id} goes on, attempt {job.attempt + 1}")
         self._queue.appendleft(replace(job, attempt=job.attempt + 1))
         self._changed.set()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,13 @@ from raytune_vlm.config.experiment import ExperimentConfig
 from raytune_vlm.errors import ConfigError
 
 SPARE_CPUS = 1
-"""Logical CPUs declared beyond the machine's own on a local run: for proxies and data tasks."""
+"""Logical CPUs declared beyond the machine's own on a local run: for data tasks."""
 
-PROXY_CPUS = 0.01
-"""CPUs of a trial's proxy: Ray refuses 0, and so little never keeps a trial from being placed."""
+PROXY_SHARE = 0.0001
+"""What a trial's proxy takes of the resource that every node has one of, the least that Ray counts:
+a placement group must ask for something."""
+
+ROUNDING = 1e-9
 
 _RAY_SETTINGS = {
     # Ray Tune's own CSV, JSON and TensorBoard files: the ledger and metrics.jsonl have it all.
@@ -40,7 +43,7 @@ def ray_session(experiment: ExperimentConfig) -> Iterator[None]:
     Raises
     ------
     ConfigError
-        If the executors ask for more than the cluster has.
+        If the executors ask for more than the cluster could ever give them.
     """
     for key, value in _RAY_SETTINGS.items():
         os.environ.setdefault(key, value)
@@ -63,7 +66,8 @@ def ray_session(experiment: ExperimentConfig) -> Iterator[None]:
     )
     try:
         with interruptible():
-            _check_resources(experiment, ray.cluster_resources())
+            alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+            check_resources(experiment, alive)
             yield
     finally:
         ray.shutdown()
@@ -105,31 +109,53 @@ def runs_in_copy() -> bool:
 
 
 def proxy_resources() -> Any:
-    """What Ray Tune asks for a proxy: on the driver's own node, where it has CPUs for that.
+    """What Ray Tune asks for a proxy: next to nothing of the driver's own node, and no CPU.
 
-    The end of another node then takes no proxy away.
+    The end of another node then takes no proxy away, and two sweeps whose executors take all CPUs
+    do not wait for each other's proxies for ever.
     """
     import ray
     from ray.tune import PlacementGroupFactory
 
     home = ray.get_runtime_context().get_node_id()
-    resources = {node["NodeID"]: node["Resources"] for node in ray.nodes()}
-    bundles = [{"CPU": PROXY_CPUS}]
-    if resources[home].get("CPU", 0) < 1:
-        return PlacementGroupFactory(bundles)
-    selector = [{ray._raylet.RAY_NODE_ID_KEY: home}]
-    return PlacementGroupFactory(bundles, bundle_label_selector=selector)
+    (resources,) = (node["Resources"] for node in ray.nodes() if node["NodeID"] == home)
+    own = next(x for x in resources if x.startswith("node:") and not x.startswith("node:__"))
+    return PlacementGroupFactory([{own: PROXY_SHARE}])
 
 
-def _check_resources(experiment: ExperimentConfig, there: dict[str, float]) -> None:
+def check_resources(experiment: ExperimentConfig, nodes: Sequence[Mapping[str, float]]) -> None:
+    """Refuse workers that the nodes could not hold if nothing else ran on them.
+
+    Raises
+    ------
+    ConfigError
+        With what was asked and what is there.
+    """
+    train, sweep = experiment.train, experiment.sweep
+    workers = sweep.num_executors * train.num_workers
+    room = sum(_workers_on(experiment, node) for node in nodes)
+    if room >= workers:
+        return
+    each = f"{train.cpus_per_worker:g} CPU"
+    if train.gpus_per_worker:
+        each += f" + {train.gpus_per_worker:g} GPU"
+    there = ", ".join(
+        f"{node.get('CPU', 0):g} CPU + {node.get('GPU', 0):g} GPU"
+        for node in sorted(nodes, key=lambda node: (-node.get("GPU", 0), -node.get("CPU", 0)))
+    )
+    raise ConfigError(
+        f"sweep.num_executors={sweep.num_executors} x train.num_workers={train.num_workers} "
+        f"= {workers} workers ask for {each} each, but the cluster has room for {room}: "
+        f"{len(nodes)} nodes of {there}; lower one of them, train.cpus_per_worker or "
+        "train.gpus_per_worker"
+    )
+
+
+def _workers_on(experiment: ExperimentConfig, node: Mapping[str, float]) -> int:
+    """How many workers an empty node holds; a part of a GPU lies on one of them."""
     train = experiment.train
-    workers = experiment.sweep.num_executors * train.num_workers
-    light = PROXY_CPUS * experiment.sweep.at_once
-    asked = {"CPU": workers * train.cpus_per_worker + light, "GPU": workers * train.gpus_per_worker}
-    for kind, amount in asked.items():
-        if amount > there.get(kind, 0):
-            raise ConfigError(
-                f"sweep.num_executors x train.num_workers = {workers} workers ask for "
-                f"{amount:g} {kind} (proxies included), but the cluster has "
-                f"{there.get(kind, 0):g}; lower sweep.num_executors"
-            )
+    found = int(node.get("CPU", 0) / train.cpus_per_worker + ROUNDING)
+    gpus, asked = node.get("GPU", 0), train.gpus_per_worker
+    if 0 < asked < 1:
+        return min(found, int(gpus + ROUNDING) * int(1 / asked + ROUNDING))
+    return min(found, int(gpus / asked + ROUNDING)) if asked else found

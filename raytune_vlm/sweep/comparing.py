@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raytune_vlm.comparisons import Comparison, Comparisons
 from raytune_vlm.config.experiment import digest_of
-from raytune_vlm.errors import ModelError
+from raytune_vlm.errors import ModelError, RaytuneVlmError
 from raytune_vlm.records import BASE_TRIAL, Scores, TrialFolder, write_json
 from raytune_vlm.sweep.evaluation import Evaluation
 
@@ -19,6 +20,82 @@ if TYPE_CHECKING:
 
     from raytune_vlm.evaluate.generate import Prompts
     from raytune_vlm.evaluate.scoring import Prediction
+
+
+@dataclass(frozen=True)
+class Alteration:
+    """Other prompts in the place of an evaluation's own."""
+
+    kind: str
+    """`controls` or `robustness`."""
+    name: str
+    make: Callable[[list[int]], tuple[Prompts, list[int]]]
+    """Rows -> the prompts and which of the rows they are made of; raises one of `skipping()`."""
+
+    @property
+    def place(self) -> str:
+        """Its folder in that of the evaluation."""
+        return f"{self.kind}/{self.name}"
+
+    def made_with(self, own: Evaluation, prompts: Prompts, rows: list[int]) -> dict[str, Any]:
+        """What the answers depend on beside the checkpoint."""
+        return {
+            "images": self.name,
+            "seed": own.worker.experiment.seed,
+            "samples": digest_of([prompts.sample_ids[row] for row in rows]),
+        }
+
+
+def skipping() -> tuple[type[RaytuneVlmError], ...]:
+    """The errors of prompts that cannot be made of this model or these samples."""
+    from raytune_vlm.collate.encoded import SampleRefused
+    from raytune_vlm.evaluate.controls import ControlSkipped
+
+    return (ControlSkipped, SampleRefused, ModelError)
+
+
+def compared_rows(own: Evaluation) -> list[int]:
+    """What comparisons are made on."""
+    chosen = set(own.prompts.fixed_choice(own.worker.experiment.evaluation.controls_samples))
+    return [row for row in own.rows if row in chosen]
+
+
+def control_alterations(own: Evaluation) -> list[Alteration]:
+    """The controls that the model is asked for, on the splits that have them."""
+    from raytune_vlm.evaluate.controls import control_prompts
+
+    worker = own.worker
+    config = worker.experiment.evaluation
+    asked = config.controls if own.split in config.controls_on else ()
+
+    def make(name: Any, rows: list[int]) -> tuple[Prompts, list[int]]:
+        return control_prompts(
+            name,
+            worker.base,
+            own.prompts,
+            rows,
+            limits=worker.experiment.data.image_limits,
+            seed=worker.experiment.seed,
+        )
+
+    return [Alteration("controls", name, partial(make, name)) for name in asked if name != "gold"]
+
+
+def robustness_alterations(own: Evaluation) -> list[Alteration]:
+    """The points of the robustness curve, on `report` only."""
+    from raytune_vlm.evaluate.robustness import points, robustness_prompts
+
+    worker = own.worker
+    asked = points(worker.experiment.evaluation.robustness) if own.split == "report" else {}
+
+    def make(kind: str, strength: float, rows: list[int]) -> tuple[Prompts, list[int]]:
+        limits = worker.experiment.data.image_limits
+        return robustness_prompts(kind, strength, worker.base, own.prompts, rows, limits=limits)
+
+    return [
+        Alteration("robustness", name, partial(make, kind, strength))
+        for name, (kind, strength) in asked.items()
+    ]
 
 
 @dataclass
@@ -35,29 +112,17 @@ class Comparing:
 
     def controls(self) -> Comparisons | None:
         """The controls that this split's evaluations make; None where there are none."""
-        from raytune_vlm.evaluate.controls import blank_note, control_prompts
+        from raytune_vlm.evaluate.controls import blank_note
 
         own = self.evaluation
         worker, config = own.worker, own.worker.experiment.evaluation
         if own.split not in config.controls_on or not config.controls:
             return None
-        entries = []
-        for name in config.controls:
-            if name == "gold":
-                entries.append(self._gold())
-                continue
-
-            def make(name: Any = name) -> tuple[Prompts, list[int]]:
-                return control_prompts(
-                    name,
-                    worker.base,
-                    own.prompts,
-                    self.rows,
-                    limits=worker.experiment.data.image_limits,
-                    seed=worker.experiment.seed,
-                )
-
-            entries.append(self._compare(name, make, "controls"))
+        altered = {entry.name: entry for entry in control_alterations(own)}
+        entries = [
+            self._compare(altered[name]) if name in altered else self._gold()
+            for name in config.controls
+        ]
         trial_id = own.job.trial_id
         who = "the base model" if trial_id == BASE_TRIAL else trial_id
         metric = worker.experiment.metric
@@ -66,49 +131,21 @@ class Comparing:
 
     def robustness(self) -> Comparisons | None:
         """The points of the robustness curve, on `report` only; None where there are none."""
-        from raytune_vlm.evaluate.robustness import points, robustness_prompts
+        altered = robustness_alterations(self.evaluation)
+        return Comparisons([self._compare(entry) for entry in altered]) if altered else None
 
-        worker = self.evaluation.worker
-        asked = points(worker.experiment.evaluation.robustness)
-        if self.evaluation.split != "report" or not asked:
-            return None
-        entries = []
-        for name, (kind, strength) in asked.items():
-
-            def make(kind: str = kind, strength: float = strength) -> tuple[Prompts, list[int]]:
-                return robustness_prompts(
-                    kind,
-                    strength,
-                    worker.base,
-                    self.evaluation.prompts,
-                    self.rows,
-                    limits=worker.experiment.data.image_limits,
-                )
-
-            entries.append(self._compare(name, make, "robustness"))
-        return Comparisons(entries)
-
-    def _compare(
-        self,
-        name: str,
-        make: Callable[[], tuple[Prompts, list[int]]],
-        kind: str,
-    ) -> Comparison:
+    def _compare(self, altered: Alteration) -> Comparison:
         """Answers to altered prompts, scored beside the plain ones of the same samples."""
-        from raytune_vlm.collate.encoded import SampleRefused
-        from raytune_vlm.evaluate.controls import ControlSkipped
-
-        began, folder = time.monotonic(), self.evaluation.folder / kind / name
+        began, name, own = time.monotonic(), altered.name, self.evaluation
         try:
-            prompts, rows = make()
-            self.evaluation.together(prompts)
-        except (ControlSkipped, SampleRefused, ModelError) as error:
+            prompts, rows = altered.make(self.rows)
+            own.together(prompts)
+        except skipping() as error:
             return Comparison(name, skipped=error.message)
-        made = {"images": name, "seed": self.evaluation.worker.experiment.seed}
-        made["samples"] = digest_of([prompts.sample_ids[row] for row in rows])
-        stage = f"scoring {self.evaluation.split}, {name}"
-        answers = self.evaluation.answers(prompts, rows, folder, made, stage)
-        scored = self.evaluation.score(answers, folder, time.monotonic() - began)
+        folder = own.folder / altered.place
+        made = altered.made_with(own, prompts, rows)
+        answers = own.answers(prompts, rows, folder, made, f"scoring {own.split}, {name}")
+        scored = own.score(answers, folder, time.monotonic() - began)
         return self._compared(name, answers, scored, folder)
 
     def _gold(self) -> Comparison:

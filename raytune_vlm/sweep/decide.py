@@ -22,7 +22,6 @@ from raytune_vlm.evaluate.statistics import (
     corrected_winner,
     indistinguishable,
 )
-from raytune_vlm.images import thumbnail
 from raytune_vlm.models.export import write_adapter
 from raytune_vlm.records import (
     GuardScore,
@@ -47,13 +46,11 @@ from raytune_vlm.sweep.comparisons import (
 from raytune_vlm.sweep.constraints import infeasible
 from raytune_vlm.sweep.export import own_experiment
 from raytune_vlm.sweep.front import besides
+from raytune_vlm.sweep.gallery import write_gallery
 from raytune_vlm.sweep.guard import score_guard
 from raytune_vlm.sweep.jobs import Job
 from raytune_vlm.sweep.ledger import TrialState
 from raytune_vlm.sweep.runner import Scoring, Session, evaluate
-
-THUMBNAIL_SIDE = 320
-"""Longest side, in pixels, of the pictures that the report shows."""
 
 GALLERY_SIZE = 256
 """Pictures of `report` samples kept beside the report."""
@@ -107,7 +104,7 @@ def decide(running: Session) -> SweepResult:
             f"over other seeds {result.best_by_seeds()} is better on the mean than the winner "
             f"{result.winner}: its lead may be the luck of the seed"
         )
-    _write_gallery(running)
+    write_gallery(folder, experiment, running.data, "report", GALLERY_SIZE)
     _write_best(running, winner)
     write_json(folder.result_file, result)
     write_text(folder.best / "README.md", model_card(folder))
@@ -289,19 +286,6 @@ def _seconds(folder: SweepFolder) -> float:
             if later["event"] != "resumed"
         )
     )
-
-
-def _write_gallery(running: Session) -> None:
-    split = running.data.split("report")
-    rows = split.fixed_choice(running.experiment.data.max_report_samples)
-    folder = running.folder.gallery
-    folder.mkdir(parents=True, exist_ok=True)
-    for row in rows[:GALLERY_SIZE]:
-        images = split.images(row)
-        if images:
-            limits = running.experiment.data.image_limits
-            picture = thumbnail(images[0], limits, THUMBNAIL_SIDE)
-            (folder / f"{split.sample_ids[row]}.jpg").write_bytes(picture)
 
 
 def _write_best(running: Session, winner: Candidate) -> None:

@@ -111,9 +111,10 @@ class Desk(tune.Callback):
 
     def _write(self, request: Request, **fields: Any) -> dict[str, Any]:
         """The answer as the ledger has it."""
+        about = {"trial_id": request.trial_id} if request.trial_id is not None else {}
         row = {
             "command": request.command,
-            "trial_id": request.trial_id,
+            **about,
             "values": request.values,
             "request": request.request_id,
             **fields,

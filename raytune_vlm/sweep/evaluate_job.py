@@ -8,21 +8,37 @@ The ranks of an executor share the prompts; rank 0 scores and writes. Answers ar
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from raytune_vlm.comparisons import CONTROLS_FILE, ROBUSTNESS_FILE
 from raytune_vlm.records import BASE_TRIAL, Scores, read_json, write_json
-from raytune_vlm.sweep.comparing import Comparing, note_on
+from raytune_vlm.sweep.comparing import (
+    Comparing,
+    compared_rows,
+    control_alterations,
+    note_on,
+    robustness_alterations,
+    skipping,
+)
 from raytune_vlm.sweep.evaluation import Evaluation, EvaluationStopped
 from raytune_vlm.sweep.jobs import Job
 
 if TYPE_CHECKING:
+    from raytune_vlm.evaluate.adapters import Adapter
+    from raytune_vlm.evaluate.generate import Prompts
     from raytune_vlm.sweep.worker import Worker
 
 
-def evaluate(worker: Worker, job: Job, model: Any, split: str, step: int) -> Scores | None:
-    """Generate, score and store one checkpoint on one split; None if stopped half-way."""
+def evaluate(
+    worker: Worker, job: Job, model: Any, split: str, step: int, *, seconds: float = 0.0
+) -> Scores | None:
+    """Generate, score and store one checkpoint on one split; None if stopped half-way.
+
+    `seconds` is what its answers have taken before, together with those of other checkpoints.
+    """
     from raytune_vlm.evaluate.answers import AnswerStore
     from raytune_vlm.evaluate.scoring import write_evaluation
 
@@ -30,11 +46,10 @@ def evaluate(worker: Worker, job: Job, model: Any, split: str, step: int) -> Sco
     own = Evaluation(worker, job, model, split, step)
     try:
         plain = own.answers(own.prompts, own.rows, own.folder, {}, f"scoring {split}")
-        scores, table = own.score(plain, own.folder, time.monotonic() - began)
-        limit = worker.experiment.evaluation.controls_samples
-        chosen = set(own.prompts.fixed_choice(limit))
-        rows = [row for row in own.rows if row in chosen]
-        comparing = Comparing(own, {entry.sample_id: entry for entry in plain}, rows)
+        taken = seconds + time.monotonic() - began
+        scores, table = own.score(plain, own.folder, taken)
+        plain_by_id = {entry.sample_id: entry for entry in plain}
+        comparing = Comparing(own, plain_by_id, compared_rows(own))
         controls, robustness = comparing.controls(), comparing.robustness()
     except EvaluationStopped:
         return None
@@ -51,7 +66,29 @@ def evaluate(worker: Worker, job: Job, model: Any, split: str, step: int) -> Sco
 
 
 def run_evaluate(worker: Worker, job: Job) -> None:
-    """Score a checkpoint of a trial, or the base model, and report it."""
+    """Score a job's checkpoints, or the base model, and report that once all are scored."""
+    members = [replace(entry, job_id=job.job_id, others=()) for entry in (job, *job.others)]
+    notes: list[tuple[str, str]] = []
+    seconds = 0.0
+    if len(members) > 1:
+        try:
+            notes, seconds = _answer_together(worker, members)
+        except EvaluationStopped:
+            return
+    for member in members:
+        scores = _score(worker, member, seconds)
+        if scores is None:
+            return
+        if worker.world.rank == 0:
+            place = worker.folder.trial(member.trial_id).evaluation(member.split, scores.step)
+            file = place / CONTROLS_FILE
+            found = read_json(file)["notes"] if file.exists() else []
+            notes += [(member.trial_id, note) for note in found]
+    worker.report(job, {"notes": notes, "done": True})
+
+
+def _score(worker: Worker, job: Job, seconds: float) -> Scores | None:
+    """Score one checkpoint, or the base model; None if stopped."""
     from raytune_vlm.models.adapter_file import load_adapter
     from raytune_vlm.models.lora import attach, detach
     from raytune_vlm.train.checkpoint import verify
@@ -61,24 +98,133 @@ def run_evaluate(worker: Worker, job: Job) -> None:
 
         model = PeftModel.from_pretrained(worker.base.model, job.adapter)
         try:
-            scores = evaluate(worker, job, model, job.split, job.step)
+            return evaluate(worker, job, model, job.split, job.step, seconds=seconds)
         finally:
             worker.base.model = detach(model)
-    elif job.trial_id == BASE_TRIAL:
-        scores = evaluate(worker, job, worker.base.model, job.split, 0)
-    else:
-        recipe = worker.experiment.with_recipe(job.recipe)
-        source = worker.folder.trial(job.trial_id).checkpoint(job.step)
-        verify(source)
-        with worker.backend.whole(worker.base) if recipe.lora.reads_weights else nullcontext():
-            model = attach(worker.base.model, worker.base.family, recipe.lora, seed=recipe.seed)
+    if job.trial_id == BASE_TRIAL:
+        return evaluate(worker, job, worker.base.model, job.split, 0, seconds=seconds)
+    recipe = worker.experiment.with_recipe(job.recipe)
+    source = worker.folder.trial(job.trial_id).checkpoint(job.step)
+    verify(source)
+    with worker.backend.whole(worker.base) if recipe.lora.reads_weights else nullcontext():
+        model = attach(worker.base.model, worker.base.family, recipe.lora, seed=recipe.seed)
+    try:
+        load_adapter(source, model)
+        return evaluate(worker, job, model, job.split, job.step, seconds=seconds)
+    finally:
+        worker.base.model = detach(model)
+
+
+def _answer_together(worker: Worker, jobs: list[Job]) -> tuple[list[tuple[str, str]], float]:
+    """Ask for several checkpoints in shared batches.
+
+    Their stores then hold what an earlier life of each evaluation would have left there, so that
+    each finds its answers when it is scored.
+
+    Returns
+    -------
+    Trial and why it was answered by itself, for those that were; seconds of each one's share of
+    the plain answers.
+
+    Raises
+    ------
+    EvaluationStopped
+        If the job shall stop.
+    """
+    if worker.world.size > 1 and worker.backend.is_sharded(worker.experiment.train):
+        reason = f"train.backend={worker.experiment.train.backend} cuts up the base"
+        return [(job.trial_id, _apart(job, reason)) for job in jobs], 0.0
+    own = {
+        f"{job.trial_id}/{job.step}": Evaluation(worker, job, None, job.split, job.step)
+        for job in jobs
+    }
+    adapters = {name: _adapter(worker, entry.job) for name, entry in own.items()}
+    lead, *_ = own.values()
+    lead.who = ", ".join(dict.fromkeys(job.trial_id for job in jobs))
+    reasons: dict[str, str] = {}
+    shares = []
+    for asked in _prompt_sets(lead):
+        began = time.monotonic()
+        reasons |= _ask_together(worker, own, adapters, *asked)
+        shares.append((time.monotonic() - began) / len(jobs))
+    notes = [(own[name].job.trial_id, _apart(own[name].job, why)) for name, why in reasons.items()]
+    return notes, shares[0]
+
+
+def _apart(job: Job, reason: str) -> str:
+    return f"{job.trial_id} was answered by itself on {job.split}: {reason}"
+
+
+def _adapter(worker: Worker, job: Job) -> Adapter | None:
+    """What a job puts on the base model; None for the base itself."""
+    from raytune_vlm.evaluate.adapters import Adapter
+    from raytune_vlm.train.checkpoint import verify
+
+    if job.trial_id == BASE_TRIAL:
+        return None
+    recipe = worker.experiment.with_recipe(job.recipe)
+    source = worker.folder.trial(job.trial_id).checkpoint(job.step)
+    verify(source)
+    return Adapter(source, recipe.lora, recipe.seed)
+
+
+PromptSet = tuple["Prompts", list[int], str, dict[str, Any], str]
+"""Prompts, rows of them, the answers' folder in that of the evaluation, what else the answers
+depend on, and the stage that is shown."""
+
+
+def _prompt_sets(own: Evaluation) -> Iterator[PromptSet]:
+    """All that an evaluation asks its model, in the order in which it does."""
+    yield own.prompts, own.rows, "", {}, f"scoring {own.split}"
+    for entry in (*control_alterations(own), *robustness_alterations(own)):
         try:
-            load_adapter(source, model)
-            scores = evaluate(worker, job, model, job.split, job.step)
-        finally:
-            worker.base.model = detach(model)
-    if scores is not None:
-        values = {name: entry.value for name, entry in scores.metrics.items()}
-        file = worker.folder.trial(job.trial_id).evaluation(job.split, scores.step) / CONTROLS_FILE
-        notes = read_json(file)["notes"] if worker.world.rank == 0 and file.exists() else []
-        worker.report(job, {"step": job.step, **values, "notes": notes, "done": True})
+            prompts, rows = entry.make(compared_rows(own))
+        except skipping():
+            continue  # told by the evaluation of each checkpoint
+        made = entry.made_with(own, prompts, rows)
+        yield prompts, rows, entry.place, made, f"scoring {own.split}, {entry.name}"
+
+
+def _ask_together(
+    worker: Worker,
+    own: dict[str, Evaluation],
+    adapters: dict[str, Adapter | None],
+    prompts: Prompts,
+    rows: list[int],
+    place: str,
+    made: dict[str, Any],
+    stage: str,
+) -> dict[str, str]:
+    """Ask for what the stores of all evaluations lack; who was answered by itself, and why."""
+    from raytune_vlm.evaluate.adapters import generate_many
+    from raytune_vlm.evaluate.answers import AnswerStore
+    from raytune_vlm.evaluate.generate import deal
+
+    world, (lead, *_) = worker.world, own.values()
+    config, ids = lead.asked.evaluation, prompts.sample_ids
+    stores = {name: AnswerStore(entry.folder / place) for name, entry in own.items()}
+    known = {name: entry.known(stores[name], made) for name, entry in own.items()}
+    left = {name: [row for row in rows if ids[row] not in known[name]] for name in own}
+    every = sorted(set().union(*left.values()))
+    if not every:
+        return {}
+    hand = set(deal(prompts.lengths, every, world.size, config.max_new_tokens)[world.rank])
+    mine = {name: [row for row in asked if row in hand] for name, asked in left.items()}
+    writers = {name: store.writer(world.rank) for name, store in stores.items()}
+    found = generate_many(
+        worker.base,
+        adapters,
+        prompts,
+        mine,
+        config,
+        device=world.device,
+        keep_going=lead.progress(
+            stage, sum(map(len, known.values())), sum(map(len, mine.values()))
+        ),
+        keep=lambda name, answers: writers[name].add(answers),
+        features=worker.features,
+    )
+    if found is None:
+        raise EvaluationStopped
+    world.gather(None)  # every rank's answers are there
+    return found.one_by_one

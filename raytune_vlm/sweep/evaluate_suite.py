@@ -11,12 +11,12 @@ from typing import Any
 
 from raytune_vlm.config.experiment import ExperimentConfig
 from raytune_vlm.config.server import ServedModel
-from raytune_vlm.errors import ConfigError, did_you_mean
+from raytune_vlm.errors import ConfigError
 from raytune_vlm.evaluate.benchmarks import Chosen
 from raytune_vlm.evaluate.benchmarks.card import Card, make_card
 from raytune_vlm.evaluate.benchmarks.submissions import write_submission
 from raytune_vlm.monitor import Monitor
-from raytune_vlm.records import BASE_TRIAL, Scores, SweepFolder, read_json, write_json, write_text
+from raytune_vlm.records import Scores, SweepFolder, read_json, write_json, write_text
 from raytune_vlm.sweep import preparing, runner
 from raytune_vlm.sweep.benchmarks import (
     check_adapter,
@@ -28,11 +28,7 @@ from raytune_vlm.sweep.benchmarks import (
 from raytune_vlm.sweep.cluster import ray_session
 from raytune_vlm.sweep.evaluate_served import score_served_benchmark, without_pixels
 from raytune_vlm.sweep.lease import Lease
-from raytune_vlm.sweep.ledger import replay
-from raytune_vlm.train.checkpoint import newest
-
-BEST = "best"
-"""Names the winner of a sweep that has ended, at the winner's step."""
+from raytune_vlm.sweep.single import chosen as chosen_trials
 
 
 def model_folder(experiment: ExperimentConfig) -> SweepFolder:
@@ -75,12 +71,13 @@ def evaluate_model(
     if folder.experiment_file.exists():
         raise ConfigError(f"--output {output} is a sweep folder: choose another")
     scoring = runner.Scoring(None, "", 0, adapter=adapter, served=server)
-    return _evaluate(experiment, folder, scoring, chosen, data, limit, monitor)
+    (card,) = _evaluate(experiment, folder, [scoring], chosen, data, limit, monitor)
+    return card
 
 
-def evaluate_trial(
+def evaluate_trials(
     root: Path,
-    trial_id: str,
+    trial_ids: Sequence[str],
     chosen: Sequence[Chosen],
     *,
     overrides: Any = lambda experiment: experiment,
@@ -89,8 +86,10 @@ def evaluate_trial(
     trust: str | None = None,
     server: ServedModel | None = None,
     monitor: Monitor,
-) -> Card:
-    """A trial of a sweep folder (its newest checkpoint), its winner (`best`) or its base model.
+) -> list[Card]:
+    """Trials of a sweep folder (their newest checkpoints), its winner (`best`) or its base model.
+
+    Several share batches.
 
     Parameters
     ----------
@@ -102,65 +101,62 @@ def evaluate_trial(
     Raises
     ------
     ConfigError
-        If there is no such trial, or it has no checkpoint.
+        As `single.chosen`.
     """
     folder = SweepFolder(root.resolve())
     experiment = preparing.located(overrides(runner.recorded_experiment(folder, trust)))
-    known, step = replay(folder.ledger_file), 0
-    if trial_id == BEST:
-        result = folder.result()
-        if result is None:
-            raise ConfigError(f"{root} has no winner yet: give --trial a trial's id")
-        trial_id, step = result.winner, result.winner_step
-    elif trial_id != BASE_TRIAL:
-        if trial_id not in known:
-            near = did_you_mean(trial_id, [*known, BASE_TRIAL, BEST])
-            raise ConfigError(f"{root} has no trial {trial_id!r}{near}")
-        checkpoint, _ = newest(folder.trial(trial_id).checkpoints)
-        if checkpoint is None:
-            raise ConfigError(f"{folder.trial(trial_id).root} has no whole checkpoint")
-        step = int(checkpoint.name.removeprefix("step_"))
-    trial = known.get(trial_id)
-    if trial is not None:
-        # What else a recipe says is of training, and need not fit the benchmarks' data.
-        recipe = {k: v for k, v in trial.recipe.items() if k == "seed" or k.startswith("lora.")}
-        trial = replace(trial, recipe=recipe)
-    scoring = runner.Scoring(trial, "", step, served=server)
-    return _evaluate(experiment, folder, scoring, chosen, data, limit, monitor)
+    scorings = []
+    for scoring in chosen_trials(folder, trial_ids, ""):
+        trial = scoring.trial
+        if trial is not None:
+            # What else a recipe says is of training, and need not fit the benchmarks' data.
+            recipe = {k: v for k, v in trial.recipe.items() if k == "seed" or k.startswith("lora.")}
+            trial = replace(trial, recipe=recipe)
+        scorings.append(replace(scoring, trial=trial, served=server))
+    return _evaluate(experiment, folder, scorings, chosen, data, limit, monitor)
 
 
 def _evaluate(
     experiment: ExperimentConfig,
     folder: SweepFolder,
-    scoring: runner.Scoring,
+    trials: Sequence[runner.Scoring],
     chosen: Sequence[Chosen],
     data: str | None,
     limit: int | None,
     monitor: Monitor,
-) -> Card:
-    server = scoring.served
+) -> list[Card]:
+    server = trials[0].served
     if server is not None:
         experiment = without_pixels(experiment)
     suite = suite_of(experiment, chosen, data=data, limit=limit)
     preparing.plan_of(suite.experiment)
     with Lease(folder.lease_file), ray_session(suite.experiment):
         prepared, whole = prepare_suite(suite, monitor)
-        scorings = scorings_of(scoring, prepared)
+        asked = [scorings_of(scoring, prepared) for scoring in trials]
+        every = [each for scorings in asked for each in scorings]
         if server is not None:
-            for each in scorings:
+            for each in every:
                 score_served_benchmark(suite.experiment, folder, each, monitor)
         else:
             with runner.session(suite.experiment, folder, whole, monitor) as running:
-                score_benchmarks(running, scorings)
-        scores = []
-        for each in scorings:
-            file = each.scores_file(folder)
-            scores.append(Scores.from_json(read_json(file)))
-            if (form := scores[-1].benchmark["submission"]) is not None:
-                write_submission(form, file.with_name("predictions.parquet"))
+                score_benchmarks(running, every)
+        return [_card(experiment, folder, scorings) for scorings in asked]
+
+
+def _card(
+    experiment: ExperimentConfig, folder: SweepFolder, scorings: Sequence[runner.Scoring]
+) -> Card:
+    """The card of one checkpoint on all benchmarks, written beside its scores."""
+    scores = []
+    for each in scorings:
+        file = each.scores_file(folder)
+        scores.append(Scores.from_json(read_json(file)))
+        if (form := scores[-1].benchmark["submission"]) is not None:
+            write_submission(form, file.with_name("predictions.parquet"))
+    server = scorings[0].served
     name = experiment.model.name if server is None else f"{server.model} at {server.base_url}"
     card = make_card(name, scores, experiment.evaluation.confidence)
-    place = folder.trial(scoring.trial_id).card
+    place = folder.trial(scorings[0].trial_id).card
     write_text(place, card.markdown())
     write_json(place.with_suffix(".json"), card.plain())
     return card

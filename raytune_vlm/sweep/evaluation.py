@@ -19,6 +19,7 @@ from raytune_vlm.sweep.jobs import Job
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from raytune_vlm.evaluate.answers import AnswerStore
     from raytune_vlm.evaluate.generate import Prompts, Together
     from raytune_vlm.evaluate.scoring import Prediction
     from raytune_vlm.sweep.worker import Worker
@@ -40,6 +41,8 @@ class Evaluation:
         self._features = worker.features if own else None
         self._model = model
         self._pushed = 0.0
+        self.who = job.trial_id
+        """What is shown as being scored."""
         self.asked = asked_of(worker, job, split, step)
         self.prompts, self.rows = self.asked.split, self.asked.rows
         self.trial = worker.folder.trial(job.trial_id)
@@ -86,8 +89,7 @@ class Evaluation:
 
         world, config = self.worker.world, self.asked.evaluation
         store = AnswerStore(folder)
-        known = store.open(self._identity | made) if world.rank == 0 else None
-        known = world.broadcast(known)
+        known = self.known(store, made)
         left = [row for row in rows if prompts.sample_ids[row] not in known]
         found: list[Prediction] | None = []
         if left:
@@ -102,7 +104,7 @@ class Evaluation:
                 mine,
                 config,
                 device=world.device,
-                keep_going=self._progress(stage, len(rows) - len(left), len(mine)),
+                keep_going=self.progress(stage, len(rows) - len(left), len(mine)),
                 keep=store.writer(world.rank).add,
                 together=together,
                 features=self._features,
@@ -111,6 +113,12 @@ class Evaluation:
                 raise EvaluationStopped
         by_id = known | {entry.sample_id: entry for part in world.gather(found) for entry in part}
         return [by_id[prompts.sample_ids[row]] for row in rows]
+
+    def known(self, store: AnswerStore, made: dict[str, Any]) -> dict[str, Prediction]:
+        """The answers that a store has of earlier lives, by sample, on every rank."""
+        world = self.worker.world
+        found = store.open(self._identity | made) if world.rank == 0 else None
+        return dict(world.broadcast(found))
 
     def together(self, prompts: Prompts) -> Together | None:
         """How ranks that hold parts of the model stay in step."""
@@ -123,7 +131,7 @@ class Evaluation:
         blank = blank_sample(worker.base, prompts)
         return Together(lambda count: max(worker.world.gather(count)), blank)
 
-    def _progress(self, stage: str, before: int, mine: int) -> Callable[[int], bool]:
+    def progress(self, stage: str, before: int, mine: int) -> Callable[[int], bool]:
         """Tells the board how far this is, on one worker also whether to go on.
 
         Several ranks have different numbers of batches and cannot ask together: there rank 0 tells
@@ -136,7 +144,7 @@ class Evaluation:
             worker.beat()
             pace = (time.monotonic() - began) / done if done else None
             where = {
-                "trial_id": self.job.trial_id,
+                "trial_id": self.who,
                 "stage": stage,
                 "step": self.step,
                 "answered": before + done * size,

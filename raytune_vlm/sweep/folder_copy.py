@@ -27,8 +27,12 @@ EVERY_S = 5.0
 _LAST = ("manifest.json", "scores.json", "result.json")
 """Files that say that those beside them are whole."""
 
-_LOCAL = ("lease.json", "study.db")
-"""What means nothing elsewhere, or is made again."""
+_LOCAL = (
+    "lease.json",
+    *("study.db", "study.db-journal", "study-images"),
+    *("mlflow.db", "mlflow.db-journal", "tensorboard", "wandb"),
+)
+"""What means nothing elsewhere, or is made again; files and folders."""
 
 
 class FolderCopy:
@@ -63,7 +67,7 @@ class FolderCopy:
         for file in root.rglob("*"):
             relative = file.relative_to(root)
             passing = any(part.startswith(".") for part in relative.parts)
-            own = relative.as_posix() in (*_LOCAL, self._folder.ledger_file.name)
+            own = relative.parts[0] in (*_LOCAL, self._folder.ledger_file.name)
             try:
                 if file.is_file() and not passing and not own:
                     state = file.stat()

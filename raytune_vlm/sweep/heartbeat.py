@@ -46,10 +46,14 @@ class Heartbeat:
         This worker's; only rank 0 gives signs of life.
     hang_timeout_s
         `train.hang_timeout_s`.
+    sweep
+        The sweep's name, for the gauges.
     """
 
-    def __init__(self, board: Any, executor: str, rank: int, hang_timeout_s: float) -> None:
-        self.gauges = TrialGauges(executor)
+    def __init__(
+        self, board: Any, executor: str, rank: int, hang_timeout_s: float, sweep: str
+    ) -> None:
+        self.gauges = TrialGauges(sweep, executor)
         self._board, self._executor, self._rank = board, executor, rank
         self._timeout = hang_timeout_s
         self._file: Path | None = None

@@ -54,6 +54,9 @@ class Job:
         For `evaluate`: the benchmark to score instead of a split of the experiment's own data.
     adapter
         For `evaluate`: the folder of a PEFT adapter to put on, instead of a trial's checkpoint.
+    others
+        For `evaluate`: jobs that score other checkpoints on the same prompts, asked in the same
+        batches where their adapters allow it.
     attempt
         Counts from 1; grows each time an executor died with the job.
     """
@@ -70,3 +73,4 @@ class Job:
     attempt: int = 1
     benchmark: PreparedBenchmark | None = None
     adapter: str | None = None
+    others: tuple[Job, ...] = ()

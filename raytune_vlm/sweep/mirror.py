@@ -12,13 +12,16 @@ from optuna.trial import FrozenTrial, create_trial
 
 from raytune_vlm.errors import LeaseError
 from raytune_vlm.monitor import Say
+from raytune_vlm.records import SweepFolder
+from raytune_vlm.sweep.study_notes import Notes
 
 LOCK_TIMEOUT_S = 20
 """How long a write waits for another process that has locked the file."""
 
 
 class Mirror:
-    """A copy of the ended trials of a study in a file, without what samplers keep for themselves.
+    """A copy of the ended trials of a study in a file, without what samplers keep for themselves,
+    and with notes for optuna-dashboard.
 
     Raises
     ------
@@ -36,13 +39,18 @@ class Mirror:
         self._study = optuna.create_study(
             storage=storage, study_name=name, directions=list(directions)
         )
+        self._notes = Notes(SweepFolder(file.parent), self._study)
+        self._notes.write_head()
+        self._num_trials = 0
 
     def add(self, trial: FrozenTrial) -> None:
-        """Copy a trial that has ended."""
+        """Copy a trial that has ended, and write its note."""
         if self._is_gone:
             return
         try:
             self._study.add_trial(_copy(trial))
+            self._num_trials += 1
+            self._notes.write(self._num_trials - 1)
         except StorageInternalError as error:
             self._is_gone = True
             reason = str(error.__cause__ or error).splitlines()[0]
@@ -53,7 +61,7 @@ class Mirror:
 
 
 def _copy(trial: FrozenTrial) -> FrozenTrial:
-    return create_trial(
+    copy = create_trial(
         state=trial.state,
         values=trial.values,
         params=trial.params,
@@ -62,6 +70,8 @@ def _copy(trial: FrozenTrial) -> FrozenTrial:
         intermediate_values=trial.intermediate_values,
         constraints=trial.constraints,
     )
+    copy.datetime_start, copy.datetime_complete = trial.datetime_start, trial.datetime_complete
+    return copy
 
 
 def _remove(file: Path) -> None:

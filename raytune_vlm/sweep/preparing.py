@@ -27,7 +27,8 @@ from raytune_vlm.prepare.shard import ShardJob
 from raytune_vlm.records import Scores, SweepFolder, write_json
 from raytune_vlm.sweep.cluster import check_storage, runs_in_copy
 from raytune_vlm.sweep.detect import detectable_lines
-from raytune_vlm.train.packages import check_packages, check_searcher
+from raytune_vlm.sweep.waiting import wait_for_a_cpu
+from raytune_vlm.train.packages import check_packages, check_searcher, check_trackers
 
 
 def located(experiment: ExperimentConfig) -> ExperimentConfig:
@@ -62,6 +63,7 @@ def plan_of(experiment: ExperimentConfig) -> list[ShardJob]:
     """
     check_packages(experiment.train)
     check_searcher(experiment.sweep)
+    check_trackers(experiment.report)
     family = check_model(experiment.model)
     family.check_scopes(experiment.lora_scopes())
     family.check_packing(experiment.train.pack_tokens)
@@ -77,12 +79,15 @@ def prepare_data(
 ) -> PreparedData:
     """Prepare the data and say what it is; see `prepare.prepare`."""
     monitor.say(f"data: {len(jobs)} shards of {len(experiment.data.sources)} sources")
-    data = prepare(
-        experiment,
-        jobs,
-        lambda step, done, total: monitor.progress(f"data: shards, {step}", done, total),
-        for_training=for_training,
-    )
+    begun: set[str] = set()
+
+    def progress(step: str, done: int, total: int) -> None:
+        monitor.progress(f"data: shards, {step}", done, total)
+        if done < total and step not in begun:  # tasks are about to start
+            begun.add(step)
+            wait_for_a_cpu(monitor)
+
+    data = prepare(experiment, jobs, progress, for_training=for_training)
     splits = ", ".join(f"{name} {entry.num_used}" for name, entry in data.manifest.splits.items())
     monitor.say(
         f"data: {splits} samples; {len(data.quarantine)} quarantined "

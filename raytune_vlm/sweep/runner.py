@@ -9,9 +9,9 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from raytune_vlm.records import BASE_TRIAL, SweepFolder, read_json
 from raytune_vlm.sweep.cluster import ray_session
 from raytune_vlm.sweep.detect import pilot_scores
 from raytune_vlm.sweep.folder_copy import copied
+from raytune_vlm.sweep.gauging import Gauging
 from raytune_vlm.sweep.jobs import Job, PreparedBenchmark
 from raytune_vlm.sweep.lease import Lease
 from raytune_vlm.sweep.ledger import Ledger, TrialState, num_ended, replay
@@ -40,6 +41,7 @@ from raytune_vlm.sweep.preparing import (
     write_head,
 )
 from raytune_vlm.sweep.rungs import check_rungs
+from raytune_vlm.sweep.trackers.follower import Follower
 
 
 @dataclass
@@ -85,11 +87,7 @@ def run_sweep(experiment: ExperimentConfig, *, command: str, monitor: Monitor) -
 
     experiment = located(experiment)
     folder = SweepFolder(Path(experiment.storage_path) / experiment.name)
-    if folder.experiment_file.exists():
-        raise ConfigError(
-            f"{folder.root} holds a sweep already: `raytune-vlm resume {folder.root}` continues "
-            "it, another name= starts a new one"
-        )
+    _refuse_known(folder)
     jobs = plan_of(experiment)
     guard_suite(experiment)
     check_search(experiment)
@@ -101,9 +99,19 @@ def run_sweep(experiment: ExperimentConfig, *, command: str, monitor: Monitor) -
         check_rungs(resolved, data.split("select"))
         say_detectable(resolved, data, monitor, pilot_scores(resolved, folder))
         prepare_guard(experiment, monitor)
-        write_head(folder, experiment, data, command)
-        with Lease(folder.lease_file), copied(folder, resolved, monitor, new=True):
-            return _drive(resolved, folder, data, monitor)
+        with Lease(folder.lease_file):
+            _refuse_known(folder)  # another driver may have been as far as this
+            write_head(folder, experiment, data, command)
+            with copied(folder, resolved, monitor, new=True):
+                return _drive(resolved, folder, data, monitor)
+
+
+def _refuse_known(folder: SweepFolder) -> None:
+    if folder.experiment_file.exists():
+        raise ConfigError(
+            f"{folder.root} holds a sweep already: `raytune-vlm resume {folder.root}` continues "
+            "it, another name= starts a new one"
+        )
 
 
 def resume_sweep(root: Path, *, monitor: Monitor, trust: str | None = None) -> SweepFolder:
@@ -125,7 +133,9 @@ def resume_sweep(root: Path, *, monitor: Monitor, trust: str | None = None) -> S
     if folder.result_file.exists() and (folder.best / "README.md").exists():
         monitor.say(f"{root} has ended already; writing its report again")
         build_report(folder.root)
-        return folder
+        recorded = ExperimentConfig.model_validate(read_json(folder.experiment_file)["experiment"])
+        with Follower(folder, recorded, monitor.say):
+            return folder
     experiment = recorded_experiment(folder, trust)
     jobs = plan_of(experiment)
     with Lease(folder.lease_file), ray_session(experiment):
@@ -180,13 +190,21 @@ def _drive(
 ) -> SweepFolder:
     from raytune_vlm.report import build_report
     from raytune_vlm.sweep.decide import decide
+    from raytune_vlm.sweep.gallery import write_gallery
     from raytune_vlm.sweep.planning import find_slots
     from raytune_vlm.sweep.search import search
+    from raytune_vlm.sweep.study_notes import NUM_PICTURES, how_to_watch
 
     try:
-        with session(experiment, folder, data, monitor) as running:
+        with (
+            session(experiment, folder, data, monitor) as running,
+            Follower(folder, experiment, monitor.say),
+            Gauging(running),
+        ):
             score_base(running)
             find_slots(running)
+            write_gallery(folder, experiment, data, "select", NUM_PICTURES)
+            monitor.say(how_to_watch(folder))
             search(running)
             decide(running)
     except (SweepInterrupted, KeyboardInterrupt) as stop:
@@ -277,6 +295,7 @@ class Scoring:
 def evaluate(running: Session, scorings: list[Scoring]) -> None:
     """Score checkpoints, all executors at once, and wait; what was scored is left as it is.
 
+    Checkpoints that are asked the same share batches (`evaluate.adapters.generate_many`).
     Every scoring on `report` is a `touched` event of the ledger, also one whose event was lost when
     an earlier life of the sweep ended in between.
 
@@ -288,23 +307,38 @@ def evaluate(running: Session, scorings: list[Scoring]) -> None:
     import ray
 
     folder = running.folder
-    jobs = [None if s.scores_file(folder).exists() else s.job() for s in scorings]
-    for new in filter(None, jobs):
-        ray.get(running.board.submit.remote(new))
+    new = [scoring for scoring in scorings if not scoring.scores_file(folder).exists()]
+    jobs = scoring_jobs(running.experiment, new)
+    for job in jobs:
+        ray.get(running.board.submit.remote(job))
+    for job in jobs:
+        report: dict[str, Any] = ray.get(running.board.next_report.remote(job.job_id))
+        if "failed" in report:
+            names = ", ".join(entry.trial_id for entry in (job, *job.others))
+            raise EvaluationError(f"scoring {names} on {job.split} failed: {report['message']}")
+        for trial_id, note in report["notes"]:
+            running.ledger.append("noted", trial_id=trial_id, message=note)
+            running.monitor.say(note)
     known = {(row["trial_id"], row["step"]) for row in folder.report_touches()}
-    for scoring, job in zip(scorings, jobs, strict=True):
-        if job is not None:
-            report: dict[str, Any] = ray.get(running.board.next_report.remote(job.job_id))
-            if "failed" in report:
-                raise EvaluationError(
-                    f"scoring {job.trial_id} on {job.split} failed: {report['message']}"
-                )
-            for note in report.get("notes", ()):
-                running.ledger.append("noted", trial_id=job.trial_id, message=note)
-                running.monitor.say(note)
+    for scoring in scorings:
         touch = (scoring.trial_id, scoring.step)
-        if scoring.split == "report" and (job is not None or touch not in known):
+        if scoring.split == "report" and (scoring in new or touch not in known):
             running.ledger.append("touched", trial_id=touch[0], step=touch[1])
+
+
+def scoring_jobs(experiment: ExperimentConfig, scorings: Sequence[Scoring]) -> list[Job]:
+    """Jobs for executors: checkpoints asked the same together, an equal share for each executor."""
+    alike: dict[tuple[str, float], list[Job]] = {}
+    for scoring in scorings:
+        of_select = scoring.split == "select" and scoring.benchmark is None
+        share = experiment.select_share(scoring.step) if of_select else 1.0
+        alike.setdefault((scoring.split, share), []).append(scoring.job())
+    jobs = []
+    for group in alike.values():
+        hands = min(len(group), experiment.sweep.num_executors)
+        for first, *others in (group[number::hands] for number in range(hands)):
+            jobs.append(replace(first, others=tuple(others)))
+    return jobs
 
 
 def score_base(running: Session) -> None:

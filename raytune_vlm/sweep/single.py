@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,17 @@ from raytune_vlm.records import BASE_TRIAL, Scores, SweepFolder, read_json
 from raytune_vlm.sweep import preparing, runner
 from raytune_vlm.sweep.cluster import ray_session
 from raytune_vlm.sweep.folder_copy import copied
+from raytune_vlm.sweep.gauging import Gauging
 from raytune_vlm.sweep.jobs import Job
 from raytune_vlm.sweep.lease import Lease
 from raytune_vlm.sweep.ledger import TrialState, replay
 from raytune_vlm.sweep.progress import Watcher
 from raytune_vlm.sweep.rungs import check_rungs
+from raytune_vlm.sweep.trackers.follower import Follower
 from raytune_vlm.train.checkpoint import newest
+
+BEST = "best"
+"""Names the winner of a sweep that has ended, at the winner's step."""
 
 TRAINED = "t0000"
 """The trial id of a recipe that `train` runs."""
@@ -56,22 +62,28 @@ def train_one(experiment: ExperimentConfig, *, command: str, monitor: Monitor) -
         preparing.require_splits(data, "select")
         resolved = preparing.with_steps(single, data, monitor)
         check_rungs(resolved, data.split("select"))
-        preparing.write_head(folder, single, data, command)
-        with (
-            Lease(folder.lease_file),
-            copied(folder, resolved, monitor, new=is_new),
-            runner.session(resolved, folder, data, monitor) as running,
-        ):
-            states = running.states or {TRAINED: TrialState(TRAINED, 0, {})}
-            state = states[TRAINED]
-            if not running.states:
-                running.ledger.append("proposed", trial_id=TRAINED, number=0, recipe={})
-            if state.ended != "finished":
-                with Watcher(monitor, running.board, resolved, states, lambda: 1):
-                    _follow(running, state)
+        with Lease(folder.lease_file):
+            preparing.write_head(folder, single, data, command)
+            with (
+                copied(folder, resolved, monitor, new=is_new),
+                runner.session(resolved, folder, data, monitor) as running,
+                Follower(folder, resolved, monitor.say),
+                Gauging(running),
+            ):
+                _drive(running)
     found, _ = newest(folder.trial(TRAINED).checkpoints)
     assert found is not None
     return found
+
+
+def _drive(running: runner.Session) -> None:
+    states = running.states or {TRAINED: TrialState(TRAINED, 0, {})}
+    state = states[TRAINED]
+    if not running.states:
+        running.ledger.append("proposed", trial_id=TRAINED, number=0, recipe={})
+    if state.ended != "finished":
+        with Watcher(running.monitor, running.board, running.experiment, states, lambda: 1):
+            _follow(running, state)
 
 
 def _follow(running: runner.Session, state: TrialState) -> None:
@@ -94,19 +106,19 @@ def _follow(running: runner.Session, state: TrialState) -> None:
     running.ledger.append("finished", trial_id=TRAINED, step=step, message=None)
 
 
-def evaluate_one(
+def evaluate_split(
     root: Path,
-    trial_id: str,
+    trial_ids: Sequence[str],
     split: str,
     *,
     monitor: Monitor,
     trust: str | None = None,
     robustness: RobustnessConfig | None = None,
-) -> Scores:
-    """Score the newest checkpoint of a trial (or the base model) of a sweep folder on a split.
+) -> dict[str, Scores]:
+    """Score trials of a sweep folder, at the checkpoints that `chosen` finds, on a split.
 
-    With `robustness` that curve is made too, also where the scores are there already: their answers
-    are not asked for again.
+    Several share batches. With `robustness` that curve is made too, also where the scores are there
+    already: their answers are not asked for again.
 
     Raises
     ------
@@ -119,27 +131,52 @@ def evaluate_one(
     folder = SweepFolder(root.resolve())
     if not folder.experiment_file.exists():
         raise ConfigError(f"{root} is not a sweep folder: it has no experiment.json")
-    known = replay(folder.ledger_file)
-    if trial_id != BASE_TRIAL and trial_id not in known:
-        near = did_you_mean(trial_id, [*known, BASE_TRIAL])
-        raise ConfigError(f"{root} has no trial {trial_id!r}{near}")
+    scorings = chosen(folder, trial_ids, split)
     experiment = runner.recorded_experiment(folder, trust)
     if robustness is not None:
         curve = experiment.evaluation.model_copy(update={"robustness": robustness})
         experiment = experiment.model_copy(update={"evaluation": curve})
-    trial = known.get(trial_id)
-    step = 0
-    if trial is not None:
-        checkpoint, _ = newest(folder.trial(trial_id).checkpoints)
-        if checkpoint is None:
-            raise ConfigError(f"{folder.trial(trial_id).root} has no whole checkpoint")
-        step = int(checkpoint.name.removeprefix("step_"))
     jobs = preparing.plan_of(experiment)
     with Lease(folder.lease_file), ray_session(experiment):
         data = preparing.prepare_data(experiment, jobs, monitor)
         with runner.session(experiment, folder, data, monitor) as running:
-            scoring = runner.Scoring(trial, split, step)
             if robustness is not None:
-                scoring.scores_file(folder).unlink(missing_ok=True)
-            runner.evaluate(running, [scoring])
-            return Scores.from_json(read_json(scoring.scores_file(folder)))
+                for scoring in scorings:
+                    scoring.scores_file(folder).unlink(missing_ok=True)
+            runner.evaluate(running, scorings)
+            return {
+                scoring.trial_id: Scores.from_json(read_json(scoring.scores_file(folder)))
+                for scoring in scorings
+            }
+
+
+def chosen(folder: SweepFolder, trial_ids: Sequence[str], split: str) -> list[runner.Scoring]:
+    """What of a sweep folder is scored, by names: a trial's newest checkpoint, `best` (the winner
+    of a sweep that has ended, at the winner's step) or `base`.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such trial, it has no checkpoint, or one is named twice.
+    """
+    known = replay(folder.ledger_file)
+    found: list[runner.Scoring] = []
+    for name in trial_ids:
+        trial_id, step = name, 0
+        if name == BEST:
+            result = folder.result()
+            if result is None:
+                raise ConfigError(f"{folder.root} has no winner yet: give --trial a trial's id")
+            trial_id, step = result.winner, result.winner_step
+        elif name != BASE_TRIAL:
+            if name not in known:
+                near = did_you_mean(name, [*known, BASE_TRIAL, BEST])
+                raise ConfigError(f"{folder.root} has no trial {name!r}{near}")
+            checkpoint, _ = newest(folder.trial(name).checkpoints)
+            if checkpoint is None:
+                raise ConfigError(f"{folder.trial(name).root} has no whole checkpoint")
+            step = int(checkpoint.name.removeprefix("step_"))
+        if any(entry.trial_id == trial_id for entry in found):
+            raise ConfigError(f"--trial {','.join(trial_ids)}: {trial_id} is named twice")
+        found.append(runner.Scoring(known.get(trial_id), split, step))
+    return found

@@ -16,12 +16,14 @@ would learn from it what is not so. Proposals are counted without them.
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import optuna
+from optuna.trial import FrozenTrial
 from optuna.trial import TrialState as OptunaState
 
 from raytune_vlm.config.distributions import combinations
@@ -35,6 +37,32 @@ from raytune_vlm.sweep.samplers import KEEP_STATE, inside, optuna_distribution, 
 from raytune_vlm.sweep.warm_start import WarmTrial
 
 DIRECTIONS = {"max": "maximize", "min": "minimize"}
+
+
+class _Storage(optuna.storages.InMemoryStorage):
+    """Trials in memory; samplers may be shown some of them otherwise than they are.
+
+    A study copied for each proposal instead would make a proposal the dearer, the more trials there
+    are.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shown: dict[int, FrozenTrial] = {}
+        """Number -> what is given instead of the trial."""
+
+    def get_all_trials(
+        self,
+        study_id: int,
+        deepcopy: bool = True,
+        states: Container[OptunaState] | None = None,
+    ) -> list[FrozenTrial]:
+        if not self.shown:
+            return super().get_all_trials(study_id, deepcopy, states)
+        trials = super().get_all_trials(study_id, deepcopy=False)
+        trials = [self.shown.get(trial.number, trial) for trial in trials]
+        trials = [trial for trial in trials if states is None or trial.state in states]
+        return copy.deepcopy(trials) if deepcopy else trials
 
 
 class SweepStudy:
@@ -73,9 +101,8 @@ class SweepStudy:
         self._given = self._given_recipes()
         self._asked: dict[str, optuna.Trial] = {}
         directions = [DIRECTIONS[mode] for mode in experiment.objectives.values()]
-        self._study = optuna.create_study(
-            storage=optuna.storages.InMemoryStorage(), directions=directions
-        )
+        self._storage = _Storage()
+        self._study = optuna.create_study(storage=self._storage, directions=directions)
         for entry in warm:
             self._study.add_trial(entry.frozen(self._distributions, experiment.objectives))
         states = list(trials)
@@ -100,10 +127,11 @@ class SweepStudy:
         lets no trial go on that was. Samplers that keep nothing see them as PRUNED there.
         """
         place = number - sum(state.origin is not None for state in states.values())
-        given = self._given.get(place)
-        if given is None and self._sweep.searcher.type not in KEEP_STATE:
-            given = self._knowing_paused(place, states)
-        recipe, asked = self._ask(place, given)
+        self._storage.shown = self._paused(states)
+        try:
+            recipe, asked = self._ask(place, self._given.get(place))
+        finally:
+            self._storage.shown = {}
         if asked is not None:
             self._asked[trial_name(number)] = asked
         return recipe
@@ -122,33 +150,24 @@ class SweepStudy:
             self._tell(asked, state, study)
             self._mirror.add(study.get_trials(deepcopy=False)[asked.number])
 
-    def _knowing_paused(
-        self, number: int, states: Mapping[str, TrialState]
-    ) -> dict[str, Any] | None:
-        """What is proposed when open trials with scores count as PRUNED; None without any."""
-        paused = {
-            asked.number: states[trial_id]
-            for trial_id, asked in self._asked.items()
-            if trial_id in states and states[trial_id].scored
-        }
-        if not paused or len(self._experiment.objectives) > 1:
-            return None
+    def _paused(self, states: Mapping[str, TrialState]) -> dict[int, FrozenTrial]:
+        """Open trials with scores as a sampler that keeps nothing sees them: PRUNED."""
+        if self._sweep.searcher.type in KEEP_STATE or len(self._experiment.objectives) > 1:
+            return {}
         metric = self._experiment.metric
-        study = optuna.create_study(
-            storage=optuna.storages.InMemoryStorage(),
-            directions=self._study.directions,
-            sampler=sampler(self._sweep, self._experiment.seed, number),
-        )
-        for trial in self._study.get_trials(deepcopy=True):
-            if trial.number in paused:
-                scored = paused[trial.number].scored.items()
+        found: dict[int, FrozenTrial] = {}
+        for trial_id, asked in self._asked.items():
+            if trial_id in states and states[trial_id].scored:
+                trial = copy.copy(self._study.get_trials(deepcopy=False)[asked.number])
                 trial.state = OptunaState.PRUNED
                 trial.datetime_complete = trial.datetime_start
                 trial.intermediate_values = {
-                    step: row[metric] for step, row in scored if math.isfinite(row[metric])
+                    step: row[metric]
+                    for step, row in states[trial_id].scored.items()
+                    if math.isfinite(row[metric])
                 }
-            study.add_trial(trial)
-        return suggest(study.ask(), self._space)
+                found[asked.number] = trial
+        return found
 
     def _given_recipes(self) -> dict[int, dict[str, Any]]:
         """Number -> recipe of the proposals that no sampler makes."""

@@ -156,9 +156,20 @@ class Turns(TrialScheduler):
             )
             return Action("wait" if is_running else "end")
         action = self.next_by_rule(states)
+        if action.kind in ("start", "promote") and self._is_leaving():
+            return Action("wait")
         if action.kind == "end" and self.awaited() and not self._end.is_asked_for():
             return Action("wait")
         return action
+
+    def _is_leaving(self) -> bool:
+        """Whether a trial that pauses still has its proxy: whoever goes on next shall take it over,
+        or Ray Tune starts a process for it."""
+        return any(
+            trial.status == Trial.RUNNING and (state.held or self.is_paused(state))
+            for name, trial in self._trials.items()
+            if (state := self._states[name]).ended is None
+        )
 
     def awaited(self) -> list[str]:
         """The trials that are paused by hand."""

@@ -80,8 +80,8 @@ def executor_loop(config: dict[str, Any]) -> None:
     """Ray Train's `train_loop_per_worker`: take jobs until the board is closed."""
     setup: ExecutorSetup = config["setup"]
     rank = ray.train.get_context().get_world_rank()
-    timeout = setup.experiment.train.hang_timeout_s
-    with Heartbeat(setup.board, setup.name, rank, timeout) as heartbeat:
+    timeout, sweep = setup.experiment.train.hang_timeout_s, setup.experiment.name
+    with Heartbeat(setup.board, setup.name, rank, timeout, sweep) as heartbeat:
         Worker(setup, heartbeat).work()
 
 

@@ -58,10 +58,12 @@ class Measure:
         return StepMetrics(
             labelled_tokens=labelled,
             tokens=tokens,
+            samples=len(rows),
             images=images,
             fed_tokens=int(sums.fed_tokens),
             seconds=seconds,
             tokens_per_second=tokens / seconds,
+            samples_per_second=len(rows) / seconds,
             images_per_second=images / seconds,
             labelled_share=labelled / tokens,
             padding_share=1 - tokens / sums.fed_tokens,

@@ -29,6 +29,8 @@ class StepMetrics:
     """Tokens of the global batch that carry loss."""
     tokens: int
     """Tokens of the global batch, padding not counted."""
+    samples: int
+    """Samples of the global batch."""
     images: int
     """Images of the global batch."""
     fed_tokens: int
@@ -45,6 +47,8 @@ class StepMetrics:
     """Most rows of a forward pass; less than `train.micro_batch_size` after an out-of-memory."""
     tokens_per_second: float
     """Tokens, padding not counted, of all workers."""
+    samples_per_second: float
+    """Samples of all workers."""
     images_per_second: float
     """Images of all workers."""
     labelled_share: float
@@ -95,6 +99,7 @@ def merged(steps: Sequence[StepMetrics]) -> StepMetrics:
     return replace(
         last,
         tokens_per_second=tokens / seconds,
+        samples_per_second=sum(entry.samples for entry in steps) / seconds,
         images_per_second=sum(entry.images for entry in steps) / seconds,
         labelled_share=sum(entry.labelled_tokens for entry in steps) / tokens,
         padding_share=1 - tokens / sum(entry.fed_tokens for entry in steps),

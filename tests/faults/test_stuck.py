@@ -20,7 +20,7 @@ class Board:
     here = note = None
 
 heartbeat.STUCK_S = 1.0
-with heartbeat.Heartbeat(Board(), "executor-0", 1, 1.5) as beat:
+with heartbeat.Heartbeat(Board(), "executor-0", 1, 1.5, "test") as beat:
     beat.watch(Path(sys.argv[1]), "t0000")
     beat.beat()
     beat.beat()

@@ -143,8 +143,10 @@ def test_every_tier_and_two_workers_give_the_losses_of_one_cached_worker(write_e
 
     again = run_cli("train", file, *overrides)
     assert "step_000006" in again.stdout
-    scored = run_cli("evaluate", folder, "--trial", "t0000", "--split", "report")
-    assert "cer@micro" in scored.stdout
+    scored = run_cli("evaluate", folder, "--trial", "t0000,base", "--split", "report")
+    for who in ("t0000 step 6", "base step 0"):
+        assert f"{who}: cer@micro" in scored.stdout
+    assert "report was touched 2 times" in scored.stdout
     audit = SweepFolder(folder).trial("t0000").record().audit
     assert all(check["passed"] for check in audit.values())
     assert audit.keys() >= {"trainable", "adapter_effect", "merge", "reload"}
