@@ -1,6 +1,6 @@
 """`raytune-vlm data ...`: what is in a folder of image-text data, before anything is trained.
 
-raytune-vlm data {inspect|stats|validate} TARGET [dotted.key=value ...]
+raytune-vlm data {inspect|stats|validate|export} TARGET [dotted.key=value ...]
 """
 
 from __future__ import annotations
@@ -206,6 +206,51 @@ def validate(
     allowed = settings.max_bad_fraction if max_bad_fraction is None else max_bad_fraction
     if verdict.bad_fraction > allowed:
         sys.exit(STATUS_BAD_ROWS)
+
+
+EXPORT_FORMATS = ("llamafactory", "trl", "ms_swift", "automodel")
+"""The names of `exchange.formats.FORMATS`, which is not imported to show a help text."""
+
+
+@data.command()
+@click.option("--type", "type_name", help="Source type, where it is not to be detected.")
+@click.option("--format", "form", type=click.Choice(EXPORT_FORMATS), required=True)
+@click.option("--output", type=click.Path(path_type=Path), required=True, help="A new folder.")
+@click.argument("target")
+@click.argument("overrides", nargs=-1)
+def export(
+    target: str, overrides: tuple[str, ...], type_name: str | None, form: str, output: Path
+) -> None:
+    """Write the samples of train, select and report for another trainer, and say how it reads them.
+
+    Pictures are copied as they are. Bad rows are left out as `prepare` leaves them out.
+    """
+    from raytune_vlm.exchange.formats import FORMATS
+    from raytune_vlm.exchange.writer import write_samples
+    from raytune_vlm.inspection import terminal
+    from raytune_vlm.records import SPLITS, by_kind
+
+    resolved = _resolve(target, overrides, type_name, None, None)
+    terminal.show_target(terminal.make_console(), resolved)
+    experiment, chosen = resolved.experiment, FORMATS[form]
+    written = write_samples(experiment, _all_rows(resolved, None, None), form, output)
+    for first, count in by_kind(written.quarantine):
+        more = f" (and {count - 1} more)" if count > 1 else ""
+        click.echo(f"left out: {first.origin}: {first.reason}{more}")
+    if written.num_copies:
+        click.echo(f"left out: {written.num_copies} copies in train (data.deduplicate)")
+    if written.num_joined:
+        click.echo(f"{written.num_joined} samples: neighbouring texts of a turn are one text now")
+    if any(source.weight is not None for source in experiment.data.sources):
+        click.echo("the weights of the sources are not part of the files: every sample stands once")
+    for split in SPLITS:
+        if count := written.rows[split]:
+            click.echo(f"{split}: {count} samples")
+            names = {"folder": output.resolve(), "split": split}
+            click.echo(f"  {chosen.peer}: {chosen.load.format(**names)}")
+            keys = {key: value.format(**names) for key, value in chosen.source.items()}
+            listed = ", ".join(f"{key}: {value}" for key, value in keys.items())
+            click.echo(f"  raytune-vlm, with data.root={output}: {{{listed}, split: {split}}}")
 
 
 def _resolve(

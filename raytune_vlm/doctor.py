@@ -148,6 +148,7 @@ EXTRAS = {
     "qlora": "model.quantization",
     "searchers": "the searchers cmaes and gp",
     "dashboard": "Optuna's dashboard",
+    "documents": "sources of type pdf",
 }
 """Optional parts of the package -> what they are for."""
 

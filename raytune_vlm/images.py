@@ -107,6 +107,30 @@ def _decode_with_pillow(image: Image.Image, orientation: int, data: bytes) -> Im
     return result
 
 
+def tiff_page(data: bytes, number: int, limits: ImageLimits, *, max_pages: int) -> Image.Image:
+    """Page `number` (from 1) of a TIFF, as `decode` gives the first one of an image.
+
+    Raises ImageError as `decode` does, and where there is no such page, or more than `max_pages`.
+    """
+    try:
+        image = Image.open(io.BytesIO(data), formats=("TIFF",))
+        count = getattr(image, "n_frames", 1)
+        if number <= count <= max_pages:
+            image.seek(number - 1)
+    except Exception as error:  # headers are parsed here; see `decode`
+        raise ImageError(f"cannot read the TIFF: {_short(error)}") from error
+    if count > max_pages:
+        raise ImageError(f"the TIFF has {count} pages, the limit is {max_pages}")
+    if number > count:
+        raise ImageError(f"there is no page {number}: the TIFF has {count}")
+    width, height = image.size
+    if width * height > limits.max_pixels:
+        raise ImageError(
+            f"page {number} has {width} x {height} pixels, the limit is {limits.max_pixels}"
+        )
+    return _decode_with_pillow(image, 1, data)
+
+
 def thumbnail(data: bytes, limits: ImageLimits, max_side: int) -> bytes:
     """A JPEG whose longer side has at most `max_side` pixels, for reports.
 
@@ -117,6 +141,12 @@ def thumbnail(data: bytes, limits: ImageLimits, max_side: int) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, format="JPEG", quality=85)
     return buffer.getvalue()
+
+
+def file_suffix(data: bytes) -> str:
+    """The suffix that names the format of an image that `decode` took: `.png`, `.jpeg`."""
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        return f".{str(image.format).lower()}"
 
 
 def encode_png(image: Image.Image) -> bytes:

@@ -149,6 +149,11 @@ def llamafactory(folder: Path) -> None:
     (folder / "a.json").write_text(json.dumps([sharegpt("q", "a")]))
 
 
+def document(folder: Path) -> None:
+    picture(0).save(folder / "a.pdf")
+    write_rows(folder / "a.jsonl", [{"file": "a.pdf", "page": 1, **chat("q", "a")}])
+
+
 def webdataset(folder: Path) -> None:
     with tarfile.open(folder / "shard-0.tar", "w") as tar:
         (folder / "0.txt").write_text("a")
@@ -203,6 +208,7 @@ FORMS: dict[str, tuple[Any, str]] = {
     ),
     "messages saved to disk": (saved_dataset, "messages (column messages)"),
     "llamafactory": (llamafactory, "llamafactory (a folder with dataset_info.json)"),
+    "pdf": (document, "pdf (columns file, page, messages)"),
     "webdataset": (webdataset, "webdataset (suffix .tar)"),
 }
 

@@ -159,6 +159,15 @@ def make_webdataset(folder: Path) -> tuple[Path, str, str]:
     return make_tar(folder / "train.tar", *members), "train.tar:1", "the sample has no image"
 
 
+def make_pdf(folder: Path) -> tuple[Path, str, str]:
+    for number in (0, 2):
+        page = Image.new("RGB", (6, 4), (number, 10, 20))
+        page.save(folder / f"doc{number}.pdf", resolution=72)
+    rows = [{"file": f"doc{n}.pdf", "page": 1, "text": f"answer {n}"} for n in range(3)]
+    file = lines(folder / "train.jsonl", *rows)
+    return file, "train.jsonl:2", "document not found: doc1.pdf"
+
+
 def box(left: int, top: int, right: int, bottom: int, text: str) -> str:
     return f"{left},{top},{right},{top},{right},{bottom},{left},{bottom},{text}"
 
@@ -186,6 +195,7 @@ MAKERS: dict[str, Callable[[Path], tuple[Path, str, str]]] = {
     "llamafactory": make_llamafactory,
     "python": lambda folder: make_table("messages", folder, "mine.txt"),
     "table": lambda folder: make_table("image_text", folder),
+    "pdf": make_pdf,
 }
 """Type -> what writes three rows, the middle one bad: path, origin and reason of that."""
 
@@ -280,10 +290,11 @@ def test_the_image_files_that_were_read_are_noted(kind: str, tmp_path: Path) -> 
     with noted_images() as noted:
         read(kind, path, tmp_path)
     images = [f"image{number}.png" for number in range(3)]
-    images = {"sroie": ["410.jpg"], "webdataset": []}.get(kind, images)
+    pages = [f"doc{number}.pdf" for number in range(3)]
+    images = {"sroie": ["410.jpg"], "webdataset": [], "pdf": pages}.get(kind, images)
     assert sorted(Path(name).name for name in noted) == images
     for name, noted_state in noted.items():
-        if Path(name).name == "image1.png":
+        if Path(name).name in ("image1.png", "doc1.pdf"):
             assert noted_state == ()
         else:
             state = Path(name).stat()

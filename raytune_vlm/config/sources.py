@@ -197,6 +197,34 @@ class TableFunctionSource(TableSource):
     _is_a_function = field_validator("function")(_names_a_function)
 
 
+class PdfSource(TableSource):
+    """Pages of PDF and TIFF documents: rows of `file`, `page` and `text` or `messages`.
+
+    PDFs need pypdfium2: `pip install 'raytune-vlm[documents]'`.
+    """
+
+    type: Literal["pdf"]
+    file_column: str = "file"
+    """Column of the document's path."""
+    page_column: str = "page"
+    """Column of the page that is shown, or of a list of them; the first is 1."""
+    answer_column: str = "text"
+    """Column of the target text, in rows without messages."""
+    messages_column: str = "messages"
+    """Column of the conversation, in rows without a target text."""
+    instruction: str = "Read this page."
+    """What the user's turn asks where the row has a target text."""
+    dpi: int = Field(default=150, ge=36, le=600)
+    """Dots per inch at which a page of a PDF is rendered."""
+    max_pixels: int = Field(default=4_000_000, ge=10_000)
+    """A page that would have more pixels is rendered with fewer dots per inch. A page, or a picture
+    in it, beyond `data.image_limits.max_pixels` is quarantined instead."""
+    max_pages: int = Field(default=500, ge=1)
+    """A document with more pages is quarantined."""
+    max_bytes: int = Field(default=200_000_000, ge=1)
+    """A larger document is quarantined."""
+
+
 def parse_template(template: str) -> list[tuple[str, str | None]]:
     """A template as `(literal text, name of the column after it)`; the last name may be None.
 
@@ -222,6 +250,7 @@ Source = Annotated[
     | WebDatasetSource
     | LlamaFactorySource
     | PythonSource
-    | TableFunctionSource,
+    | TableFunctionSource
+    | PdfSource,
     Field(discriminator="type"),
 ]

@@ -55,6 +55,10 @@ class Detected:
     options: dict[str, Any] = field(default_factory=dict)
 
 
+OPTIONAL_KEYS = ("images_column", "answer_column", "messages_column")
+"""Keys of columns that rows of a type which is known by its columns need not have."""
+
+
 def source_models() -> dict[str, type[SourceConfig]]:
     """Type -> its config model, of those types that have a reader."""
     union = get_args(Source)[0]
@@ -176,16 +180,16 @@ def _by_default_names(columns: Mapping[str, Kind]) -> dict[str, list[str]]:
     fits = {}
     for name, keys in _default_columns().items():
         if all(column in columns for column in keys.values()):
-            images = source_models()[name].model_fields.get("images_column")
-            optional = [images.default] if images and images.default in columns else []
-            fits[name] = [*keys.values(), *optional]
+            known = source_models()[name].model_fields
+            optional = [known[key].default for key in OPTIONAL_KEYS if key in known]
+            fits[name] = [*keys.values(), *(column for column in optional if column in columns)]
     return fits
 
 
 def _default_columns() -> dict[str, dict[str, str]]:
     """Type -> key -> the column that it names by default, of types known by their columns.
 
-    An `images_column` is optional in every type.
+    The columns of OPTIONAL_KEYS are left out.
     """
     by_turns = {name for name, _ in TURNS.values()}
     found: dict[str, dict[str, str]] = {}
@@ -195,7 +199,9 @@ def _default_columns() -> dict[str, dict[str, str]]:
         keys = {
             key: info.default
             for key, info in model.model_fields.items()
-            if key.endswith("_column") and key != "images_column" and isinstance(info.default, str)
+            if key.endswith("_column")
+            and key not in OPTIONAL_KEYS
+            and isinstance(info.default, str)
         }
         if keys:
             found[name] = keys

@@ -5,6 +5,7 @@ from raytune_vlm.sources import (
     image_text,
     llamafactory,
     messages,
+    pdf,
     prompt_completion,
     python,
     sharegpt,
@@ -25,6 +26,7 @@ SOURCES: dict[str, Reader] = {
     "llamafactory": llamafactory.READER,
     "python": python.READER,
     "table": table.READER,
+    "pdf": pdf.READER,
 }
 
 __all__ = ["SOURCES", "Reader", "Shard"]

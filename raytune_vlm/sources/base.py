@@ -57,7 +57,7 @@ class Shard:
     range, of what a store says of a remote file (size, time, tag), of a user's module with the
     state of the files; empty: only the file's own size and time can tell."""
     details: str = ""
-    """LLaMA-Factory: the entry of `dataset_info.json`, as JSON."""
+    """LLaMA-Factory: the entry of `dataset_info.json`, as JSON. Documents: what renders them."""
     members: tuple[str, ...] = ()
     """SROIE: the stems of the receipts of this shard."""
 

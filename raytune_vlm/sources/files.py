@@ -122,15 +122,15 @@ def open_binary(path: str) -> IO[bytes]:
     return open_remote(path) if is_remote(path) else Path(path).open("rb")
 
 
-def read_image(name: str, shard: Shard, max_bytes: int) -> bytes:
-    """The bytes of an image that a row names.
+def read_image(name: str, shard: Shard, max_bytes: int, what: str = "image") -> bytes:
+    """The bytes of an image, or of `what` it is, that a row names.
 
     Raises RowError where it is missing, no file, too large, a URL, or outside the shard's folders.
     """
     if is_remote(name):
-        raise RowError(f"image is a URL, which rows may not name: {shorten(name)}")
+        raise RowError(f"{what} is a URL, which rows may not name: {shorten(name)}")
     if is_remote(shard.path):
-        return _read_remote_image(name, shard, max_bytes)
+        return _read_remote_image(name, shard, max_bytes, what)
     outside = False
     missing: dict[str, tuple[int, ...]] = {}
     for folder in shard.folders:
@@ -140,30 +140,30 @@ def read_image(name: str, shard: Shard, max_bytes: int) -> bytes:
                 outside = True
                 continue
             if file.is_file():
-                return _read_at_most(str(file), max_bytes)
+                return _read_at_most(str(file), max_bytes, what)
             missing[str(file)] = ()
         except (OSError, ValueError, RuntimeError) as error:  # name too long, NUL, loop of links
-            raise RowError(f"image cannot be read: {shorten(name)} ({error})") from error
+            raise RowError(f"{what} cannot be read: {shorten(name)} ({error})") from error
     noted = _NOTED.get()
     if noted is not None:
         noted.update(missing)
     if outside:
-        raise RowError(f"image is outside the source's folder and data.root: {shorten(name)}")
-    raise RowError(f"image not found: {shorten(name)}")
+        raise RowError(f"{what} is outside the source's folder and data.root: {shorten(name)}")
+    raise RowError(f"{what} not found: {shorten(name)}")
 
 
-def _read_remote_image(name: str, shard: Shard, max_bytes: int) -> bytes:
+def _read_remote_image(name: str, shard: Shard, max_bytes: int, what: str) -> bytes:
     folder = shard.folders[0]
     relative = posixpath.normpath(name)
     if relative.startswith(("/", "..")):
-        raise RowError(f"image is outside the source's folder: {shorten(name)}")
+        raise RowError(f"{what} is outside the source's folder: {shorten(name)}")
     try:
-        return _read_at_most(f"{folder}/{relative}", max_bytes)
+        return _read_at_most(f"{folder}/{relative}", max_bytes, what)
     except FileNotFoundError as error:
-        raise RowError(f"image not found: {shorten(name)}") from error
+        raise RowError(f"{what} not found: {shorten(name)}") from error
 
 
-def _read_at_most(path: str, max_bytes: int) -> bytes:
+def _read_at_most(path: str, max_bytes: int, what: str) -> bytes:
     with open_binary(path) as stream:
         data = stream.read(max_bytes + 1)
         noted = _NOTED.get()
@@ -171,7 +171,7 @@ def _read_at_most(path: str, max_bytes: int) -> bytes:
             state = os.fstat(stream.fileno())
             noted[path] = (state.st_size, state.st_mtime_ns)
     if len(data) > max_bytes:
-        raise RowError(f"the image has more than {max_bytes} bytes: {shorten(path)}")
+        raise RowError(f"the {what} has more than {max_bytes} bytes: {shorten(path)}")
     return data
 
 

@@ -45,13 +45,13 @@ def _convert(config: PromptCompletionSource, row: Row) -> Sample:
         turns = [*row.turns(names[0]), *row.turns(names[1])]
     messages, images = parse_turns(turns)
     if not images:
-        _show_first(messages, len(row.images(config.images_column)))
+        show_first(messages, len(row.images(config.images_column)))
         images = row.images(config.images_column)
         return row.sample(messages, images)
     return row.sample(messages, with_column(images, row, config.images_column))
 
 
-def _show_first(messages: list[dict[str, Any]], count: int) -> None:
+def show_first(messages: list[dict[str, Any]], count: int) -> None:
     """Put so many images before the first words of the user."""
     for message in messages:
         if message["role"] == "user":

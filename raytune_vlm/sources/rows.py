@@ -109,8 +109,12 @@ class Row:
         messages: list[dict[str, Any]],
         images: Sequence[Any],
         tools: list[dict[str, Any]] | None = None,
+        group_id: str | None = None,
     ) -> Sample:
-        """The checked sample; raises RowError for messages or images that are refused."""
+        """The checked sample; raises RowError for messages or images that are refused.
+
+        `group_id` holds where the row has no column of that name.
+        """
         group = self.raw.values.get(GROUP_COLUMN)
         if group is not None and (not isinstance(group, str | int) or group == ""):
             raise RowError(f"column '{GROUP_COLUMN}' must be a non-empty string or an integer")
@@ -119,7 +123,7 @@ class Row:
             origin=self.origin,
             messages=messages,
             images=loaded,
-            group_id=None if group is None else str(group),
+            group_id=group_id if group is None else str(group),
             tools=tools,
         )
 

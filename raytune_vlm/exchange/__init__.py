@@ -1,0 +1,1 @@
+"""An experiment's samples as the files that other trainers read."""
