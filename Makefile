@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL = $(BIN)/python -m pip install --quiet $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 CODE := raytune_vlm tests $(wildcard benchmarks deploy docs)
 
-.PHONY: demo test lint format install install-dev clean
+.PHONY: demo test lint format install install-dev lock sbom clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -46,6 +46,17 @@ $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 $(VENV)/.installed-dev: $(VENV)/.installed
 	DS_BUILD_OPS=0 $(PIP_INSTALL) --editable ".[dev,deepspeed]"
 	@touch $@
+
+# constraints/locked.txt: every dependency, the indirect ones too, with its hashes.
+lock: $(VENV)/.installed
+	$(PIP_INSTALL) uv
+	$(BIN)/uv pip compile --quiet pyproject.toml $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS)) \
+	  --python-version 3.11 --generate-hashes --output-file constraints/locked.txt
+
+# sbom.json: what is installed, as a CycloneDX bill of materials.
+sbom: $(VENV)/.installed
+	$(PIP_INSTALL) cyclonedx-bom
+	$(BIN)/cyclonedx-py environment --output-file sbom.json $(BIN)/python
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

@@ -20,6 +20,7 @@ from raytune_vlm.cli_data import TRUST, data
 from raytune_vlm.cli_evaluate import evaluate
 from raytune_vlm.cli_jobs import ADDRESS, logs, resume_job, sent, status, stop, submit
 from raytune_vlm.errors import ConfigError, RaytuneVlmError
+from raytune_vlm.visible import tell, visible
 
 if TYPE_CHECKING:
     from raytune_vlm.config import ExperimentConfig
@@ -82,17 +83,17 @@ def validate(
     length, scored = f"{train.max_steps} steps", ", ".join(map(str, resolved.rungs))
     if train.epochs is not None:
         length, scored = f"{train.epochs:g} epochs", "that the prepared data tells"
-    click.echo(
+    tell(
         f"{experiment}: valid ({resolved.fingerprint()}): {resolved.model.name} "
         f"({family.model_type}), {resolved.sweep.num_trials} trials of up to "
         f"{length}, {resolved.metric} scored at steps {scored}"
     )
     folder = SweepFolder(Path(resolved.storage_path) / resolved.name)
     for line in detectable_lines(resolved, noted_sizes(resolved), pilot_scores(resolved, folder)):
-        click.echo(f"as last prepared, {line}")
-    click.echo(planner_line(resolved))
+        tell(f"as last prepared, {line}")
+    tell(planner_line(resolved))
     for note in resolved.sweep.notes():
-        click.echo(note)
+        tell(note)
     if not quick:
         _predict(resolved)
 
@@ -110,7 +111,7 @@ def _predict(experiment: ExperimentConfig) -> None:
     logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what libraries say of each other
-        click.echo(describe(predict(experiment), experiment.lora))
+        tell(describe(predict(experiment), experiment.lora))
         check_constraints(experiment, Predictor(experiment))
 
 
@@ -194,7 +195,7 @@ def train(experiment: Path, overrides: tuple[str, ...], trust: str | None) -> No
         from raytune_vlm.sweep.single import train_one
 
         trial = train_one(resolved, command=_command(), monitor=monitor)
-        click.echo(f"adapter: {trial}")
+        tell(f"adapter: {trial}")
 
 
 @cli.command()
@@ -232,6 +233,7 @@ def resume(
     working_dir: Path | None,
     exclude: tuple[str, ...],
     env: tuple[str, ...],
+    open_cluster: bool,
 ) -> None:
     """Continue a sweep that was stopped or killed, from its folder or the URL of its copy.
 
@@ -242,9 +244,14 @@ def resume(
     if address is not None:
         if into is not None:
             raise ConfigError(f"--into {into} has no effect with --address")
-        resume_job(folder, trust, address, working_dir, exclude, env)
+        resume_job(folder, trust, address, working_dir, exclude, env, open_cluster)
         return
-    of_jobs = {"--working-dir": working_dir, "--exclude": exclude, "--env": env}
+    of_jobs = {
+        "--working-dir": working_dir,
+        "--exclude": exclude,
+        "--env": env,
+        "--open-cluster": open_cluster,
+    }
     if named := [name for name, value in of_jobs.items() if value]:
         raise ConfigError(f"{named[0]} has no effect without --address")
     is_copy = "://" in folder
@@ -282,9 +289,9 @@ def export(
     from raytune_vlm.sweep.export import serving_lines
 
     written = write(folder, output, trial_id=trial_id, step=step, form=form, trust=trust)
-    click.echo(f"{written.trial_id}, step {written.step}: {form} in {written.folder}")
+    tell(f"{written.trial_id}, step {written.step}: {form} in {written.folder}")
     for line in serving_lines(written):
-        click.echo(line)
+        tell(line)
 
 
 @cli.command()
@@ -294,7 +301,7 @@ def report(folder: Path, png: bool) -> None:
     """Write the report of a sweep folder again; needs neither Ray nor torch."""
     from raytune_vlm.report import build_report
 
-    click.echo(str(build_report(folder, png=png)))
+    tell(str(build_report(folder, png=png)))
 
 
 @cli.command()
@@ -306,7 +313,7 @@ def rescore(folder: Path, metrics: str | None) -> None:
 
     wanted = tuple(metrics.split(",")) if metrics is not None else None
     for line in rescore_folder(folder, wanted):
-        click.echo(line)
+        tell(line)
 
 
 @cli.command()
@@ -319,9 +326,9 @@ def doctor(storage: Path, address: str | None) -> None:
     problems = 0
     for found in examine(storage, address):
         problems += found.level == "problem"
-        click.echo(f"{found.level:8} {found.about}: {found.what}")
+        tell(f"{found.level:8} {found.about}: {found.what}")
         if found.remedy:
-            click.echo(f"{'':8}   -> {found.remedy}")
+            tell(f"{'':8}   -> {found.remedy}")
     sys.exit(1 if problems else 0)
 
 
@@ -350,7 +357,7 @@ def main() -> None:
     try:
         cli(standalone_mode=False)
     except RaytuneVlmError as error:
-        click.echo(f"error: {error.message}", err=True)
+        click.echo(visible(f"error: {error.message}"), err=True)
         sys.exit(error.exit_status)
     except click.ClickException as error:
         error.show()
@@ -359,5 +366,5 @@ def main() -> None:
         click.echo("stopped", err=True)
         sys.exit(3)
     except Exception:
-        traceback.print_exc()
+        click.echo(visible(traceback.format_exc()), nl=False, err=True)
         sys.exit(1)

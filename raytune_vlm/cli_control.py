@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from raytune_vlm.errors import ConfigError
+from raytune_vlm.visible import tell
 
 _TRIAL = click.argument("trial_id", metavar="TRIAL")
 _VALUES = click.argument("values", nargs=-1, required=True, metavar="KEY=VALUE...")
@@ -104,7 +105,7 @@ def _ask(
     from raytune_vlm.sweep.control import Request
 
     request = Request(command, trial_id, _parsed(values))
-    click.echo(ask(SweepFolder(folder.resolve()), request))
+    tell(ask(SweepFolder(folder.resolve()), request))
 
 
 def _parsed(values: tuple[str, ...]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import click
 
 from raytune_vlm.cli_data import TRUST
 from raytune_vlm.errors import ConfigError, did_you_mean
+from raytune_vlm.visible import tell
 
 if TYPE_CHECKING:
     from raytune_vlm.config import ExperimentConfig
@@ -127,7 +128,7 @@ def evaluate(
     _check_keys(overrides, KEYS if served is None else SERVED_KEYS)
     shared = {"data": data, "limit": limit, "server": served}
     cards = _benchmarks(target, overrides, benchmarks, trust, trials, adapter, output, shared)
-    click.echo("\n\n".join(card.text() for card in cards))
+    tell("\n\n".join(card.text() for card in cards))
 
 
 def _benchmarks(
@@ -242,10 +243,10 @@ def _split(
     for trial_id, scores in found.items():
         who = f"{trial_id} step {scores.step}: " if len(found) > 1 else ""
         for name, entry in scores.metrics.items():
-            click.echo(f"{who}{name} {entry.value:.4f} [{entry.lower:.4f}, {entry.upper:.4f}]")
+            tell(f"{who}{name} {entry.value:.4f} [{entry.lower:.4f}, {entry.upper:.4f}]")
             if scores.clean is not None and name in scores.clean.metrics:
                 clean, number = scores.clean.metrics[name], scores.clean.num_samples
-                click.echo(
+                tell(
                     f"{who}{name} {clean.value:.4f} [{clean.lower:.4f}, {clean.upper:.4f}] on the "
                     f"{number} samples that overlap no training sample"
                 )
@@ -253,7 +254,7 @@ def _split(
         from raytune_vlm.records import SweepFolder
 
         touches = len(SweepFolder(folder).report_touches())
-        click.echo(f"report was touched {touches} times in the life of this folder")
+        tell(f"report was touched {touches} times in the life of this folder")
 
 
 def _check_keys(overrides: tuple[str, ...], known: tuple[str, ...]) -> None:

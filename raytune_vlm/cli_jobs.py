@@ -16,6 +16,7 @@ import click
 
 from raytune_vlm.cli_data import TRUST
 from raytune_vlm.errors import ConfigError
+from raytune_vlm.visible import tell
 
 if TYPE_CHECKING:
     from raytune_vlm.submission.jobs import Submission
@@ -29,8 +30,11 @@ _TARGET = click.argument("target")
 
 
 def sent(command: _Command) -> _Command:
-    """What says which files a job is sent, and its environment."""
+    """What says which files a job is sent, its environment, and to which clusters it may go."""
     for decorate in (
+        click.option(
+            "--open-cluster", is_flag=True, help="Even to a cluster on a network without tokens."
+        ),
         click.option("--env", multiple=True, metavar="KEY=VALUE", help="Environment of the job."),
         click.option("--exclude", multiple=True, metavar="PATTERN", help="Files not to send."),
         click.option("--working-dir", type=click.Path(path_type=Path), help="[default: .]"),
@@ -54,6 +58,7 @@ def submit(
     working_dir: Path | None,
     exclude: tuple[str, ...],
     env: tuple[str, ...],
+    open_cluster: bool,
     follow: bool,
 ) -> None:
     """Run a sweep as a job of a Ray cluster; stopped, it saves and can be resumed."""
@@ -72,18 +77,33 @@ def submit(
         env={**stop_env(resolved.train.grace_s), **added},
         sent=files,
     )
-    start_job(address, new, follow=follow)
+    start_job(address, new, open_cluster=open_cluster, follow=follow)
 
 
-def start_job(address: str | None, new: Submission, *, follow: bool = False) -> None:
-    """Submit a job and say what can be done with it."""
+def start_job(
+    address: str | None, new: Submission, *, open_cluster: bool, follow: bool = False
+) -> None:
+    """Submit a job and say what can be done with it.
+
+    Raises
+    ------
+    ConfigError
+        If the dashboard is on a network and asks for no token, without `open_cluster`.
+    """
+    from raytune_vlm.doctor import open_to_all
     from raytune_vlm.submission import jobs
 
     with jobs.job_client(address) as client:
-        job_id = jobs.submit(client, new, click.echo)
+        why = None if open_cluster else open_to_all(client.get_address())
+        if why is not None:
+            raise ConfigError(
+                f"{why}; start Ray with RAY_AUTH_MODE=token and --dashboard-host=127.0.0.1 "
+                "(docs/jobs.md), or send it all the same with --open-cluster"
+            )
+        job_id = jobs.submit(client, new, tell)
         where = "" if address is None else f" --address {address}"
         for verb in ("status", "logs", "stop"):
-            click.echo(f"  raytune-vlm {verb} {job_id}{where}")
+            tell(f"  raytune-vlm {verb} {job_id}{where}")
         if follow:
             sys.exit(jobs.follow(client, job_id, click.echo))
 
@@ -95,6 +115,7 @@ def resume_job(
     working_dir: Path | None,
     exclude: tuple[str, ...],
     env: tuple[str, ...],
+    open_cluster: bool,
 ) -> None:
     """Submit a job that goes on with the sweep of a folder, or of an earlier job."""
     from raytune_vlm.submission import folder, jobs
@@ -114,7 +135,7 @@ def resume_job(
         env={**kept, **added},
         sent=count_sent(working_dir or Path(), exclude),
     )
-    start_job(address, new)
+    start_job(address, new, open_cluster=open_cluster)
 
 
 def _trusted(trust: str | None) -> list[str]:
@@ -139,7 +160,7 @@ def status(target: str, address: str | None) -> None:
         if root is not None and folder.is_sweep_folder(root):
             lines += folder.status_lines(Path(root))
     for line in lines:
-        click.echo(line)
+        tell(line)
 
 
 @click.command()
@@ -154,7 +175,7 @@ def logs(target: str, address: str | None, follow: bool) -> None:
         if follow:
             raise ConfigError(f"--follow is for jobs: `tail -f {target}/ledger.jsonl`")
         for line in folder.log_lines(Path(target)):
-            click.echo(line)
+            tell(line)
         return
     with jobs.job_client(address) as client:
         job_id = jobs.find_job(client, target).submission_id
@@ -171,11 +192,11 @@ def stop(target: str, address: str | None) -> None:
     from raytune_vlm.submission import folder, jobs
 
     if address is None and folder.is_sweep_folder(target):
-        folder.stop(Path(target), click.echo)
+        folder.stop(Path(target), tell)
         return
     with jobs.job_client(address) as client:
-        job = jobs.stop(client, jobs.find_job(client, target), click.echo)
+        job = jobs.stop(client, jobs.find_job(client, target), tell)
     root = (job.metadata or {}).get(jobs.FOLDER_KEY)
     if root is not None and folder.is_sweep_folder(root):
         for line in folder.status_lines(Path(root)):
-            click.echo(line)
+            tell(line)

@@ -194,6 +194,10 @@ def check_folder(about: str, folder: Path) -> Iterator[Finding]:
         what = f"{folder}: nothing can be written in {there} ({error.strerror})"
         yield Finding("problem", about, what, "give another folder, or the right to write")
         return
+    mode = there.stat().st_mode
+    if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+        what = f"every user of this machine can replace files in {there}"
+        yield Finding("warning", about, what, f"chmod o-w {there}")
     free = shutil.disk_usage(there).free
     text = f"{folder}: {free / GIB:,.1f} GiB free"
     if free < SPACE_WANTED:
@@ -295,6 +299,15 @@ def check_dashboard(address: str | None) -> Iterator[Finding]:
         yield from _exposure(place, host, parts.scheme, answer if host == parts.hostname else None)
 
 
+def open_to_all(address: str) -> str | None:
+    """What is wrong with a dashboard on a network that asks for no token; None if it is none."""
+    found = [each.what for each in check_dashboard(address) if each.what.endswith(_OPEN)]
+    return found[0] if found else None
+
+
+_OPEN = "asks for no token: whoever reaches it runs code there"
+
+
 def _exposure(place: str, host: str, scheme: str, answer: int | None) -> Iterator[Finding]:
     """What it means that a dashboard answers at a place, if it does."""
     answer = answer or _status(place)
@@ -311,7 +324,7 @@ def _exposure(place: str, host: str, scheme: str, answer: int | None) -> Iterato
         what = f"{place} asks for no token; only users of this machine reach it"
         yield Finding("ok", "dashboard", what)
     else:
-        what = f"{place} is on a network and asks for no token: whoever reaches it runs code there"
+        what = f"{place} is on a network and {_OPEN}"
         yield Finding("warning", "dashboard", what, f"{bind}; RAY_AUTH_MODE=token")
 
 

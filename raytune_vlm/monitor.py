@@ -13,6 +13,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
+
+from raytune_vlm.visible import visible
 
 Say = Callable[[str], None]
 """Tells a person something, in one line."""
@@ -49,10 +52,10 @@ class Monitor:
     def __enter__(self) -> Monitor:
         if self.console.is_terminal:
             self._bars = Progress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=28),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[detail]}"),
+                TextColumn("{task.fields[detail]}", markup=False),
                 TimeElapsedColumn(),
                 console=self.console,
                 transient=True,
@@ -66,9 +69,13 @@ class Monitor:
             self._bars = None
 
     def say(self, message: str) -> None:
-        """One line, with the time since the start."""
+        """One line, with the time since the start.
+
+        What follows a line break is indented: no message can look like a line of its own.
+        """
         self._spoke = time.monotonic()
-        self.console.print(f"[{duration(time.monotonic() - self._began)}] {message}", markup=False)
+        text = visible(message).replace("\n", "\n    ")
+        self.console.print(f"[{duration(time.monotonic() - self._began)}] {text}", markup=False)
 
     def progress(self, name: str, done: int, total: int, detail: str = "") -> None:
         """Where a stage stands; on a terminal a bar, in a log a line every ten seconds.
@@ -81,8 +88,9 @@ class Monitor:
             if time.monotonic() - self._spoke >= QUIET_S:
                 self.say(f"{name}: {done}/{total} {detail}".rstrip())
             return
+        detail = visible(detail)
         if name not in self._tasks:
-            self._tasks[name] = self._bars.add_task(name, total=total, detail=detail)
+            self._tasks[name] = self._bars.add_task(visible(name), total=total, detail=detail)
         self._bars.update(self._tasks[name], completed=done, total=total, detail=detail)
         if done >= total:
             self._bars.remove_task(self._tasks.pop(name))
@@ -98,9 +106,11 @@ class Monitor:
 
     def table(self, title: str, columns: list[str], rows: list[list[str]]) -> None:
         """A table on the console."""
-        table = Table(title=title, title_justify="left")
+        table = Table(title=Text(visible(title), style="table.title"), title_justify="left")
         for place, column in enumerate(columns):
-            table.add_column(column, justify="left" if place == 0 else "right", overflow="fold")
+            table.add_column(
+                Text(visible(column)), justify="left" if place == 0 else "right", overflow="fold"
+            )
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*(Text(visible(cell)) for cell in row))
         self.console.print(table)

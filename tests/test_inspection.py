@@ -31,11 +31,12 @@ from raytune_vlm.inspection.pictures import given_images
 from raytune_vlm.inspection.rows import open_encoder
 from raytune_vlm.inspection.sample_view import SampleView, view_of
 from raytune_vlm.inspection.target import resolve_target
-from raytune_vlm.inspection.text import TIMES, middle_out, visible
+from raytune_vlm.inspection.text import TIMES, middle_out
 from raytune_vlm.inspection.tokens import count_image_tokens, pieces_of
 from raytune_vlm.records import Quarantined
 from raytune_vlm.sources import SOURCES
 from raytune_vlm.sources.containers import CONTAINERS
+from raytune_vlm.visible import visible
 
 FAMILIES = ("demo", "idefics3", "qwen2_5_vl", "gemma3")
 

@@ -18,7 +18,10 @@ _VALUE = re.compile(
     r"|gh[opsu]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}"
     r"|AKIA[A-Z0-9]{16}"
     r"|xox[abprs]-[\w-]{10,}"
+    r"|AIza[A-Za-z0-9_-]{35}"  # Google
+    r"|eyJ[A-Za-z0-9_-]{10,}\.eyJ[A-Za-z0-9_-]{10,}"  # a JSON web token
     r")|://[^/\s:@]+:[^/\s@]+@"  # user:password in an address
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY"
 )
 
 

@@ -2,6 +2,7 @@
 
 import re
 import string
+import sys
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -12,6 +13,8 @@ from raytune_vlm.config.section import Section
 def _names_a_function(function: str) -> str:
     if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", function):
         raise ValueError(f"must be written package.module:name, got '{function}'")
+    if re.split("[.:]", function)[0] in sys.stdlib_module_names:
+        raise ValueError(f"must be a function of your own, not one of Python's, got '{function}'")
     return function
 
 

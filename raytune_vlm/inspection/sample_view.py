@@ -14,9 +14,10 @@ from raytune_vlm.config.data import ImageLimits
 from raytune_vlm.images import thumbnail
 from raytune_vlm.inspection.pictures import Given, given_images
 from raytune_vlm.inspection.rows import Checked, Row
-from raytune_vlm.inspection.text import line, visible
+from raytune_vlm.inspection.text import line
 from raytune_vlm.inspection.tokens import Piece, count_image_tokens, pieces_of
 from raytune_vlm.records import Quarantined
+from raytune_vlm.visible import visible
 
 if TYPE_CHECKING:
     from raytune_vlm.collate.encode import Encoder

@@ -1,26 +1,11 @@
-"""Text of others made safe to show: nothing in it may steer a terminal or a page."""
+"""Text of others in few characters."""
 
 from __future__ import annotations
 
-import re
+from raytune_vlm.visible import visible
 
 TIMES = "\u00d7"
 """Between height and width, and before the length of a run."""
-
-_HIDDEN = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # control characters but tab and newline: ESC among them
-    "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # direction: they reorder what is read
-    "\u2028\u2029\ufeff\ufff9-\ufffb\U000e0000-\U000e007f"  # separators, marks, invisible tags
-    "\ud800-\udfff]"  # halves of pairs: bytes of file names that are not UTF-8
-)
-
-
-def visible(text: str) -> str:
-    """The text with control, direction and invisible characters as marks; newlines stay.
-
-    `ESC` becomes `␛`, as Unicode pictures it; what has no picture becomes its number, `\\u202e`.
-    """
-    return _HIDDEN.sub(lambda match: _mark(match[0]), text)
 
 
 def line(text: object, length: int = 300) -> str:
@@ -36,12 +21,3 @@ def middle_out(text: str, length: int) -> str:
     head, tail = length * 3 // 4, length // 4
     left_out = len(text) - head - tail
     return f"{text[:head]} […{left_out:,} characters left out…] {text[len(text) - tail :]}"
-
-
-def _mark(character: str) -> str:
-    number = ord(character)
-    if number < 0x20:
-        return chr(0x2400 + number)
-    if number == 0x7F:
-        return "\u2421"
-    return f"\\x{number:02x}" if number < 0x100 else f"\\u{number:04x}"

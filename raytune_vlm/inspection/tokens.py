@@ -10,7 +10,8 @@ import numpy as np
 from raytune_vlm.collate.arrays import ENCODER_IDS
 from raytune_vlm.collate.encoded import Encoded
 from raytune_vlm.collate.labels import control_tokens
-from raytune_vlm.inspection.text import TIMES, visible
+from raytune_vlm.inspection.text import TIMES
+from raytune_vlm.visible import visible
 
 if TYPE_CHECKING:
     from raytune_vlm.collate.encoded import Encoded

@@ -37,12 +37,11 @@ def load_adapter(folder: Path, model: PeftModel) -> None:
     Raises
     ------
     CheckpointError
-        If the adapter's tensors are not those of the model.
+        If the adapter's tensors are not those of the model, or the file is no safetensors file.
     """
     from peft import set_peft_model_state_dict
-    from safetensors.torch import load_file
 
-    weights = load_file(folder / "adapter_model.safetensors")
+    weights = read_tensors(folder / "adapter_model.safetensors")
     expected = {name: tuple(tensor.shape) for name, tensor in weights_as_saved(model).items()}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     if expected != found:
@@ -58,6 +57,18 @@ def load_adapter(folder: Path, model: PeftModel) -> None:
         weights[key] = trained.contiguous()
         frozen.copy_(start)
     set_peft_model_state_dict(model, weights)
+
+
+def read_tensors(file: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file; raises CheckpointError for anything else."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        found: dict[str, torch.Tensor] = load_file(file)
+    except SafetensorError as error:
+        raise CheckpointError(f"{file} is no whole safetensors file: {error}") from None
+    return found
 
 
 def weights_as_saved(model: PeftModel) -> dict[str, torch.Tensor]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from raytune_vlm.config.lora import LoraConfig
 from raytune_vlm.errors import CheckpointError
-from raytune_vlm.models.adapter_file import load_adapter, weights_as_saved
+from raytune_vlm.models.adapter_file import load_adapter, read_tensors, weights_as_saved
 from raytune_vlm.models.families import Family
 from raytune_vlm.models.lora import scope_of
 
@@ -77,12 +77,11 @@ def start_from(
         If the tensors are not those of the model but for their rank.
     """
     from peft import set_peft_model_state_dict
-    from safetensors.torch import load_file
 
     if before == now:
         load_adapter(folder, model)
         return []
-    found, ours = load_file(folder / "adapter_model.safetensors"), weights_as_saved(model)
+    found, ours = read_tensors(folder / "adapter_model.safetensors"), weights_as_saved(model)
     if found.keys() != ours.keys():
         odd = sorted(found.keys() ^ ours.keys())[0]
         raise CheckpointError(f"{folder}: the adapter does not fit the model at {odd}")

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from raytune_vlm.config.model import ModelConfig
 from raytune_vlm.errors import ModelError, did_you_mean, first_line
+from raytune_vlm.models.chat_template import check_template
 from raytune_vlm.models.families import Family
 from raytune_vlm.models.image_backends import ImageBackend, image_backend
 from raytune_vlm.models.location import check_model, code_options, config_json, model_path
@@ -46,8 +47,8 @@ def load_processor(config: ModelConfig) -> Any:
     Raises
     ------
     ModelError
-        If transformers cannot build it, with its reason, or the tokenizer is code that nobody
-        trusts.
+        If transformers cannot build it, with its reason, the tokenizer is code that nobody trusts,
+        or the chat template is refused (`check_template`).
     """
     import transformers
 
@@ -82,6 +83,8 @@ def load_processor(config: ModelConfig) -> Any:
     tokenizer = processor.tokenizer
     if processor.chat_template is None:  # Phi-4's processor drops it when it is loaded
         processor.chat_template = getattr(tokenizer, "chat_template", None)
+    if isinstance(processor.chat_template, str):
+        check_template(processor.chat_template, config.name)
     if tokenizer.pad_token_id is None:
         raise ModelError(f"model.name={config.name!r}: the tokenizer has no padding token")
     return processor
@@ -181,8 +184,10 @@ def load_base(config: ModelConfig, device: str = "cpu") -> Base:
     """
     import torch
     import transformers
+    from safetensors import SafetensorError
 
     family = check_model(config)
+    _refuse_adapter(config)
     processor = load_processor(config)
     options = code_options(config, family)
     if family.remote_code:
@@ -194,9 +199,10 @@ def load_base(config: ModelConfig, device: str = "cpu") -> Base:
             model_path(config),
             dtype=getattr(torch, config.dtype),
             attn_implementation=_attention(config),
+            use_safetensors=True,  # never a pickle, not even one that torch calls safe
             **options,
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         reason = textwrap.shorten(str(error), 240, placeholder="...")
         raise ModelError(f"model.name={config.name!r}: not loaded: {reason}") from error
     if family.own_processor:
@@ -208,6 +214,17 @@ def load_base(config: ModelConfig, device: str = "cpu") -> Base:
         model.to(device)
     backend = image_backend(config, processor.image_processor)
     return Base(_frozen(model, config, family), processor, family, backend)
+
+
+def _refuse_adapter(config: ModelConfig) -> None:
+    """Raise ModelError where transformers would load an adapter, or the base that it names."""
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    if find_adapter_config_file(model_path(config), revision=config.revision) is not None:
+        raise ModelError(
+            f"model.name={config.name!r}: holds an adapter (adapter_config.json), and may name "
+            "another base model; give the base as model.name, an adapter by `evaluate --adapter`"
+        )
 
 
 def _attention(config: ModelConfig) -> str | None:

@@ -27,6 +27,7 @@ benchmarks in `<storage_path>/evaluations/<model>/`, which is laid out like a sw
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -34,6 +35,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from raytune_vlm.errors import DataError
 from raytune_vlm.json_files import read_json, read_json_lines, write_json, write_text
 from raytune_vlm.records.estimate import MetricEstimate
 from raytune_vlm.records.overlap import CleanScores, Overlap
@@ -329,7 +331,25 @@ class SweepFolder:
         self.best = self.root / "best"
 
     def trial(self, trial_id: str) -> TrialFolder:
+        """The paths of a trial; raises DataError for an id that would lead out of the folder.
+
+        A command line, a ledger and a `result.json` name trials, and they may be another's.
+        """
+        if any(part in ("", ".", "..") for part in trial_id.split("/")):
+            raise DataError(f"{self.root}: {trial_id!r} is no id of a trial")
         return TrialFolder(self.root / "trials" / trial_id)
+
+    def check_links(self) -> None:
+        """Raise DataError where a link leads out of the folder: going on would write there."""
+        root = self.root.resolve()
+        for parent, folders, files in os.walk(root):
+            for name in (*folders, *files):
+                entry = Path(parent) / name
+                if entry.is_symlink() and not entry.resolve().is_relative_to(root):
+                    raise DataError(
+                        f"{entry} is a link out of the sweep folder, to {entry.resolve()}; put "
+                        "what it shows in its place, if you trust it"
+                    )
 
     def trial_ids(self) -> list[str]:
         """All trials that have a record, by number; without the pseudo-trial `base`."""
@@ -352,7 +372,10 @@ class SweepFolder:
         return [row for row in rows if row.get("event") == "touched"]
 
     def result(self) -> SweepResult | None:
-        """The decision, or None while the sweep has not ended."""
+        """The decision, or None while the sweep has not ended; raises DataError as `trial` does."""
         if not self.result_file.exists():
             return None
-        return SweepResult.from_json(read_json(self.result_file))
+        found = SweepResult.from_json(read_json(self.result_file))
+        for trial_id in (found.winner, *found.report.values()):
+            self.trial(trial_id)
+        return found

@@ -199,10 +199,16 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _harmless(value: Any) -> Any:
-    """A text that a spreadsheet would take for a formula gets an apostrophe in front."""
-    is_formula = isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r"))
-    return f"'{value}" if is_formula else value
+def _no_formula(value: Any) -> Any:
+    """Text that a spreadsheet would run as a formula, with an apostrophe ahead, as OWASP advises.
+
+    A failure's message and a recipe may hold text of others; numbers stay numbers.
+    """
+    return f"'{value}" if isinstance(value, str) and value[:1] in _FORMULA else value
+
+
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
+"""What a cell that is run begins with."""
 
 
 def write_leaderboard(view: SweepView, rows: list[Row]) -> None:
@@ -210,8 +216,8 @@ def write_leaderboard(view: SweepView, rows: list[Row]) -> None:
     flat = flat_rows(view, rows)
     stream = io.StringIO()
     writer = csv.DictWriter(stream, fieldnames=columns(view), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({name: _harmless(value) for name, value in row.items()} for row in flat)
+    writer.writerow({name: _no_formula(name) for name in columns(view)})
+    writer.writerows({name: _no_formula(value) for name, value in row.items()} for row in flat)
     write_text(view.folder.report / "leaderboard.csv", stream.getvalue())
     document = {"metric": view.metric, "mode": view.mode, "split": "select", "rows": flat}
     text = json.dumps(document, indent=1, ensure_ascii=False)

@@ -74,12 +74,13 @@ _TOLD = ("step", "recipe", "scores", "command", "accepted", "message")
 
 
 def _text(value: Any) -> str:
-    if not isinstance(value, dict):
-        return str(value)
-    return " ".join(
-        f"{key}={entry:.4g}" if isinstance(entry, float) else f"{key}={entry}"
-        for key, entry in value.items()
-    )
+    """The value in one line, whatever line breaks a message has."""
+    if isinstance(value, dict):
+        value = " ".join(
+            f"{key}={entry:.4g}" if isinstance(entry, float) else f"{key}={entry}"
+            for key, entry in value.items()
+        )
+    return " ".join(str(value).split())
 
 
 def stop(root: Path, say: Say) -> None:

@@ -66,7 +66,8 @@ class FolderCopy:
         root, found = self._folder.root, {}
         for file in root.rglob("*"):
             relative = file.relative_to(root)
-            passing = any(part.startswith(".") for part in relative.parts)
+            # A link is not followed: it may show a file that has nothing to do with the sweep.
+            passing = file.is_symlink() or any(part.startswith(".") for part in relative.parts)
             own = relative.parts[0] in (*_LOCAL, self._folder.ledger_file.name)
             try:
                 if file.is_file() and not passing and not own:
@@ -167,7 +168,7 @@ def bring_back(url: str, into: Path) -> Path:
     Raises
     ------
     ConfigError
-        If there is no sweep under the URL, or its place is taken.
+        If there is no sweep under the URL, its place is taken, or a name there leads out of it.
     """
     from pyarrow.fs import FileSelector, FileType
 
@@ -181,7 +182,10 @@ def bring_back(url: str, into: Path) -> Path:
     entries = system.get_file_info(FileSelector(root, recursive=True))
     for entry in entries:
         if entry.type == FileType.File:
-            file = folder.root / entry.path.removeprefix(f"{root}/")
+            name = entry.path.removeprefix(f"{root}/")
+            file = folder.root / name
+            if not file.resolve().is_relative_to(folder.root):
+                raise ConfigError(f"{url}: {name!r} would be written outside {folder.root}")
             file.parent.mkdir(parents=True, exist_ok=True)
             with system.open_input_stream(entry.path) as stream:
                 file.write_bytes(stream.read())

@@ -160,7 +160,10 @@ def recorded_experiment(folder: SweepFolder, trust: str | None) -> ExperimentCon
     ------
     ConfigError
         If `trust` (MODEL@REVISION) does not fit, or is not the code that the sweep ran.
+    DataError
+        If a link leads out of the folder.
     """
+    folder.check_links()
     head = read_json(folder.experiment_file)
     # Where the folder is now, which may not be where it was made.
     here = {**head["experiment"], "storage_path": str(folder.root.parent)}

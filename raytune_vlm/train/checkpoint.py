@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from raytune_vlm.errors import CheckpointError, StorageFull
-from raytune_vlm.models.adapter_file import load_adapter, save_adapter
+from raytune_vlm.models.adapter_file import load_adapter, read_tensors, save_adapter
 from raytune_vlm.records import read_json, write_json
 from raytune_vlm.train import random_state
 
@@ -162,10 +162,10 @@ def load(
     Raises
     ------
     CheckpointError
-        If the adapter's tensors are not those of the model.
+        If the adapter's tensors are not those of the model, or a file is no safetensors file.
     """
     load_adapter(folder, model)
-    tensors = load_file(folder / "optimizer.safetensors")
+    tensors = read_tensors(folder / "optimizer.safetensors")
     states: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
         owner, _, key = name.rpartition("/")

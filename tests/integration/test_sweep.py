@@ -107,7 +107,7 @@ def test_a_sweep_killed_or_stopped_and_resumed_equals_the_undisturbed_one(write_
     (replicate,) = SweepFolder(broken).result().replicates
     assert replicate.seed == 1 and replicate.value is not None
     page = (broken / "report" / "index.html").read_text()
-    assert "t0000" in page and "<script" not in page
+    assert "t0000" in page and page.count("<script") == 1
     for name in ("adapter_model.safetensors", "adapter_config.json", "README.md"):
         assert (broken / "best" / name).stat().st_size > 0
     again = run_cli("resume", broken)

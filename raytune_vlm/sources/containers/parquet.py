@@ -8,7 +8,7 @@ from typing import IO, Any
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from raytune_vlm.errors import InfrastructureError
-from raytune_vlm.sources.base import Shard, shorten
+from raytune_vlm.sources.base import RowError, Shard, shorten
 from raytune_vlm.sources.containers.batches import batch_rows, runs, wanted_columns
 from raytune_vlm.sources.containers.raw import Container, RawRow
 from raytune_vlm.sources.files import open_binary
@@ -16,6 +16,8 @@ from raytune_vlm.sources.files import open_binary
 BATCH_ROWS = 16
 """So many rows are decoded at once: their images may be large."""
 BUFFER_BYTES = 1 << 20
+BOMB_BYTES, BOMB_RATIO = 1 << 28, 100
+"""A column of a row group that is longer, and so many times longer than in the file, is a bomb."""
 
 
 def read(stream: IO[bytes], shard: Shard, columns: Sequence[str]) -> Iterator[RawRow]:
@@ -29,6 +31,7 @@ def read(stream: IO[bytes], shard: Shard, columns: Sequence[str]) -> Iterator[Ra
         for group in range(file.num_row_groups) if groups is None else groups:
             end = number + file.metadata.row_group(group).num_rows
             try:
+                _check_sizes(file.metadata.row_group(group), wanted)
                 for row in _group_rows(file, group, wanted, number, end, known):
                     yield row
                     number = row.number
@@ -38,6 +41,14 @@ def read(stream: IO[bytes], shard: Shard, columns: Sequence[str]) -> Iterator[Ra
                 detail = shorten(error, 120)
                 yield RawRow(number + 1, reason=f"unreadable rows as far as {end}: {detail}")
             number = end
+
+
+def _check_sizes(group: Any, wanted: Sequence[str]) -> None:
+    """Raise RowError for a column that would fill the memory, as far as the footer tells."""
+    for column in map(group.column, range(group.num_columns)):
+        name, size = column.path_in_schema.split(".")[0], column.total_uncompressed_size
+        if name in wanted and size > max(BOMB_BYTES, BOMB_RATIO * column.total_compressed_size):
+            raise RowError(f"column '{name}' would decompress to {size} bytes")
 
 
 def _group_rows(
