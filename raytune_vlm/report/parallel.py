@@ -66,7 +66,7 @@ def _lines(view: SweepView, axes: Axes, scales: list[_Scale], scored: dict[str, 
 
 
 def _upright(axes: Axes, scales: list[_Scale]) -> None:
-    """The axes with their labels: on the left of each, on the right of the last."""
+    """The axes, each with its labels on its left."""
     axes.grid(False)
     for side in ("left", "bottom"):
         axes.spines[side].set_visible(False)
