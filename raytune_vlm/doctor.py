@@ -147,7 +147,8 @@ EXTRAS = {
     "gpu": "families whose processors need torchvision",
     "qlora": "model.quantization",
     "searchers": "the searchers cmaes and gp",
-    "dashboard": "Optuna's dashboard",
+    "dashboards": "Optuna's dashboard",
+    "trackers": "report.trackers",
     "documents": "sources of type pdf",
 }
 """Optional parts of the package -> what they are for."""

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import threading
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -139,3 +140,8 @@ def test_clusters_to_join_disks_and_shared_memory(home, dashboard, monkeypatch):
     (found,) = doctor.check_shared_memory(home)
     assert found.level == "warning" and "--shm-size=" in found.remedy
     assert levels(doctor.check_folder("storage", home / "runs" / "deep")) == ["problem"]
+
+
+def test_every_optional_part_is_looked_for():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert set(doctor.EXTRAS) == set(extras["optional-dependencies"]) - {"dev"}
