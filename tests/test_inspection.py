@@ -446,12 +446,13 @@ def test_nasty_text_reaches_neither_terminal_nor_page(tmp_path, model_of):
 def test_the_pages_forbid_scripts_and_requests(tmp_path):
     from raytune_vlm.report.html import POLICY
 
-    assert page.POLICY == POLICY
+    assert POLICY.replace("script-src 'sha256-{digest}'; ", "") == page.POLICY
     write_data(tmp_path / "data", num_train=4, num_other=1)
     html = tmp_path / "s.html"
     run("stats", tmp_path / "data" / "train.jsonl", "--html", html)
     text = html.read_text()
-    assert POLICY.replace("'", "&#39;") in text and "http://" not in text and "https://" not in text
+    assert page.POLICY.replace("'", "&#39;") in text
+    assert "http://" not in text and "https://" not in text
     assert text.count("<rect") >= 1 and "<svg" in text and " on" not in re.sub(">[^<]*<", "", text)
 
 

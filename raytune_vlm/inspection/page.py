@@ -26,7 +26,7 @@ POLICY = (
     "default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
     "base-uri 'none'; form-action 'none'"
 )
-"""That of the report."""
+"""That of the report, without its script."""
 
 PACKAGE = Path(raytune_vlm.__file__).parent
 MAX_CHARACTERS = 20_000
