@@ -334,16 +334,17 @@ def doctor(storage: Path, address: str | None) -> None:
 
 @cli.command()
 @click.option("--output", type=click.Path(path_type=Path), help="Write to a file.")
-def schema(output: Path | None) -> None:
+@click.option("--markdown", "is_markdown", is_flag=True, help="As a page for readers.")
+def schema(output: Path | None, is_markdown: bool) -> None:
     """Print the JSON schema of experiment files, for editors."""
-    import json
+    from raytune_vlm.config.reference import markdown
+    from raytune_vlm.config.schema import schema_text
 
-    from raytune_vlm.config.schema import json_schema, write_schema
-
+    text = markdown() if is_markdown else schema_text()
     if output is not None:
-        write_schema(output)
+        output.write_text(text, encoding="utf-8")
     else:
-        click.echo(json.dumps(json_schema(), indent=2))
+        click.echo(text, nl=False)
 
 
 def _command() -> str:

@@ -12,7 +12,8 @@ from pydantic import ValidationError
 
 from raytune_vlm.config.experiment import ExperimentConfig
 from raytune_vlm.config.loader import load_experiment, render
-from raytune_vlm.config.schema import json_schema, write_schema
+from raytune_vlm.config.reference import markdown
+from raytune_vlm.config.schema import json_schema, schema_text
 from raytune_vlm.config.yaml_lines import read_yaml
 
 FOLDER = Path(__file__).parents[1] / "experiments"
@@ -82,11 +83,15 @@ def _leaves(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
         yield path
 
 
-def test_the_schema_file_is_the_generated_one(tmp_path: Path) -> None:
-    write_schema(tmp_path / "schema.json")
-    generated = (tmp_path / "schema.json").read_text(encoding="utf-8")
+def test_the_schema_and_the_reference_are_the_generated_ones() -> None:
+    page = FOLDER.parent / "docs" / "reference.md"
     shipped = (FOLDER / "schema.json").read_text(encoding="utf-8")
-    assert shipped == generated, "run: raytune-vlm schema > experiments/schema.json"
+    assert shipped == schema_text(), "run: raytune-vlm schema > experiments/schema.json"
+    assert page.read_text(encoding="utf-8") == markdown(), (
+        "run: raytune-vlm schema --markdown > docs/reference.md"
+    )
+    for name in json_schema()["$defs"]["SweepConfig"]["properties"]:
+        assert f"| `{name}` |" in markdown()
 
 
 def test_every_key_of_the_schema_is_described() -> None:

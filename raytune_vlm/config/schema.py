@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import json
-from pathlib import Path
 from typing import Any
 
 from raytune_vlm.config.experiment import ExperimentConfig
@@ -23,9 +22,9 @@ def json_schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 
-def write_schema(path: Path | str) -> None:
-    """Write the schema to a file, as `experiments/schema.json` holds it."""
-    Path(path).write_text(json.dumps(json_schema(), indent=2) + "\n", encoding="utf-8")
+def schema_text() -> str:
+    """The schema as `experiments/schema.json` holds it."""
+    return json.dumps(json_schema(), indent=2) + "\n"
 
 
 def subschema(dotted: str, data: Any) -> dict[str, Any]:
