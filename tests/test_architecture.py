@@ -40,3 +40,8 @@ def test_it_imports_without_the_heavy_libraries(module: str) -> None:
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.split() == []
+
+
+def test_no_two_test_files_have_one_name():
+    names = [file.name for file in Path(__file__).parent.rglob("test_*.py")]
+    assert len(names) == len(set(names)), "pytest takes one of them for the other"
