@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from raytune_vlm.errors import ConfigError, DataError
+from raytune_vlm.visible import tell
 
 if TYPE_CHECKING:
     from raytune_vlm.collate.encode import Encoder
@@ -236,21 +237,21 @@ def export(
     written = write_samples(experiment, _all_rows(resolved, None, None), form, output)
     for first, count in by_kind(written.quarantine):
         more = f" (and {count - 1} more)" if count > 1 else ""
-        click.echo(f"left out: {first.origin}: {first.reason}{more}")
+        tell(f"left out: {first.origin}: {first.reason}{more}")
     if written.num_copies:
-        click.echo(f"left out: {written.num_copies} copies in train (data.deduplicate)")
+        tell(f"left out: {written.num_copies} copies in train (data.deduplicate)")
     if written.num_joined:
-        click.echo(f"{written.num_joined} samples: neighbouring texts of a turn are one text now")
+        tell(f"{written.num_joined} samples: neighbouring texts of a turn are one text now")
     if any(source.weight is not None for source in experiment.data.sources):
-        click.echo("the weights of the sources are not part of the files: every sample stands once")
+        tell("the weights of the sources are not part of the files: every sample stands once")
     for split in SPLITS:
         if count := written.rows[split]:
-            click.echo(f"{split}: {count} samples")
+            tell(f"{split}: {count} samples")
             names = {"folder": output.resolve(), "split": split}
-            click.echo(f"  {chosen.peer}: {chosen.load.format(**names)}")
+            tell(f"  {chosen.peer}: {chosen.load.format(**names)}")
             keys = {key: value.format(**names) for key, value in chosen.source.items()}
             listed = ", ".join(f"{key}: {value}" for key, value in keys.items())
-            click.echo(f"  raytune-vlm, with data.root={output}: {{{listed}, split: {split}}}")
+            tell(f"  raytune-vlm, with data.root={output}: {{{listed}, split: {split}}}")
 
 
 def _resolve(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from made import experiment
@@ -94,3 +96,24 @@ def test_a_model_that_takes_no_features_says_so(tiny_base):
     assert "takes no features" in (
         Features(tiny_base("vision-encoder-decoder"), "cpu", MUCH).obstacle or ""
     )
+
+
+def test_what_a_model_answers_otherwise_with_is_left_and_said(tiny_base, tiny_split, monkeypatch):
+    base, split = tiny_base("idefics3"), tiny_split("idefics3")
+    owner, said = base.model.base_model, []
+    encode = owner.get_image_features
+
+    @functools.wraps(encode)
+    def other(*args, **options):
+        found = encode(*args, **options)
+        found.pooler_output = [
+            image * 2 for image in found.pooler_output
+        ]  # not what its forward makes of pixels
+        return found
+
+    row = next(row for row in range(40) if split.num_images[row])
+    features = Features(base, "cpu", MUCH, said.append)
+    expected = logits(base, split, [row])
+    monkeypatch.setattr(features, "_encode", other)
+    assert torch.equal(logits(base, split, [row], features), expected)
+    assert len(said) == 1 and "answers otherwise with features than with pixels" in said[0]

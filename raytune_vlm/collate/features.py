@@ -20,6 +20,8 @@ import torch
 from raytune_vlm.collate.batch import PixelTable, collate
 from raytune_vlm.collate.encoded import Encoded
 from raytune_vlm.models.loading import Base
+from raytune_vlm.models.lora import scope_of
+from raytune_vlm.monitor import Say
 
 _KEPT = ("pooler_output", "deepstack_features")
 """What a model's forward reads of the features."""
@@ -41,10 +43,15 @@ class Features:
         Its tower and projector are as they were loaded whenever this is used.
     max_bytes
         Memory of the process (not of a GPU) for them.
+    say
+        Told why images go through the tower in every pass, as soon as that is known.
     """
 
-    def __init__(self, base: Base, device: str, max_bytes: int) -> None:
+    def __init__(
+        self, base: Base, device: str, max_bytes: int, say: Say = lambda message: None
+    ) -> None:
         self._base, self._device, self._max_bytes = base, device, max_bytes
+        self._say = say
         self._pixels = PixelTable(
             base.processor.image_processor, base.family, device, backend=base.image_backend
         )
@@ -57,6 +64,11 @@ class Features:
         """Samples whose features were computed, and taken from here."""
         self.obstacle = self._why_not()
         """Why images go through the tower in every pass; None where they do not."""
+        self._tell()
+
+    def _tell(self) -> None:
+        if self.obstacle is not None:
+            self._say(f"images are encoded in every pass: {self.obstacle}")
 
     def _why_not(self) -> str | None:
         kind = self._base.family.model_type
@@ -69,8 +81,6 @@ class Features:
         return None
 
     def _is_tower(self, name: str) -> bool:
-        from raytune_vlm.models.lora import scope_of
-
         return scope_of(f"{name}.", self._base.family) in ("vision", "projector")
 
     def replace(
@@ -95,9 +105,10 @@ class Features:
 
     def _of(self, samples: _Samples, row: int) -> Any:
         """The features of a sample's images; None without an image."""
-        keys = self._keys.setdefault(samples, {})
+        keys, sample = self._keys.setdefault(samples, {}), None
         if row not in keys:
-            keys[row] = self._key(samples.encoded(row))
+            sample = samples.encoded(row)
+            keys[row] = self._key(sample)
         key = keys[row]
         if key is None:
             return None
@@ -105,7 +116,7 @@ class Features:
             self._kept.move_to_end(key)
             self.found += 1
             return self._kept[key][0]
-        found = self._compute(samples.encoded(row))
+        found = self._compute(sample or samples.encoded(row))
         size = sum(tensor.nbytes for tensor in _tensors(found))
         self._kept[key] = found, size
         self._bytes += size
@@ -128,7 +139,7 @@ class Features:
 
     @torch.no_grad()
     def _compute(self, sample: Encoded) -> Any:
-        """On the CPU: what does not fit here anyway does not belong on a GPU."""
+        """A sample's features, held in the memory of the process."""
         model = self._base.model
         training = model.training
         model.eval()
@@ -163,6 +174,7 @@ class Features:
                 f"{self._base.family.model_type} answers otherwise with features than with pixels "
                 f"(logits differ by {most:.1g})"
             )
+            self._tell()
 
 
 def drops(module: Any) -> bool:

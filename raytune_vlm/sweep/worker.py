@@ -149,12 +149,9 @@ class Worker:
         train, device = self.experiment.train, self.world.device
         if not train.feature_cache_gb or self.backend.is_sharded(train):
             return None
-        features = Features(self.base, device, int(train.feature_cache_gb * 1e9))
-        if features.obstacle is None:
-            return features
-        if self.world.rank == 0:
-            self._note(f"images are encoded in every pass: {features.obstacle}")
-        return None
+        max_bytes = int(train.feature_cache_gb * 1e9)
+        features = Features(self.base, device, max_bytes, self._note)
+        return features if features.obstacle is None else None
 
     def work(self) -> None:
         """Do what the board has, until it is closed or a node is about to go."""
@@ -288,8 +285,9 @@ class Worker:
             ray.get(self.setup.board.report.remote(job.job_id, report))
 
     def _note(self, message: str) -> None:
-        """Something that a person should read, though no trial's."""
-        ray.get(self.setup.board.note.remote(f"{self.setup.name}: {message}"))
+        """Something that a person should read, though no trial's; said once, by rank 0."""
+        if self.world.rank == 0:
+            ray.get(self.setup.board.note.remote(f"{self.setup.name}: {message}"))
 
     def beat(self) -> Literal[True]:
         """A sign that this worker has come on."""
