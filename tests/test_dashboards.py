@@ -89,7 +89,8 @@ def test_the_gauges_say_what_the_ledger_says(tmp_path):
     watched.second_life()
     watched.tell("failed", "t0001", step=20, message="diverged: loss is nan")
     tally = Tally(config(), watched.folder)
-    for event in events(watched.folder.ledger_file):
+    rows = events(watched.folder.ledger_file)
+    for event in rows:
         tally.add(event)
     found = {(name, *tags.values()): value for name, tags, value in tally.figures()}
     assert {state: found["trials", state] for state in STATES if found["trials", state]} == {
@@ -101,7 +102,7 @@ def test_the_gauges_say_what_the_ledger_says(tmp_path):
     assert found["failures", "diverged"] == found["resumes",] == 1
     assert found["trial_score", "t0000", METRIC] == 0.5
     assert found["trial_bad_answers", "t0000", "unparsed"] == 0.25
-    assert tally.num_ended() == 2 and tally.held_seconds(tally._times[-1][1]) < 60
+    assert tally.num_ended() == 2 and tally.held_seconds(rows[-1]["time"]) < 60
 
 
 def test_every_figure_has_a_gauge_with_its_labels(tmp_path):

@@ -6,6 +6,9 @@ import pytest
 from watched import RECIPES, Watched, config
 
 from raytune_vlm.errors import ConfigError
+from raytune_vlm.records import SweepFolder
+from raytune_vlm.sweep.ledger import events
+from raytune_vlm.sweep.tally import Tally
 from raytune_vlm.sweep.trackers import TRACKERS
 from raytune_vlm.sweep.trackers.follower import Follower
 from raytune_vlm.train import packages
@@ -52,6 +55,22 @@ def test_tensorboard_has_each_step_once_and_the_recipe_as_hparams(tmp_path, offl
         assert found.keys() == recipe.keys()
         assert found["lora.rank"].number_value == recipe["lora.rank"]
         assert "_hparams_/session_end_info" in runs[name].summary_metadata
+
+
+def test_a_clone_is_shown_like_a_trial_that_was_proposed(tmp_path, offline):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    watched, tally = Watched(tmp_path), Tally(config(), SweepFolder(tmp_path))
+    with Follower(watched.folder, config("tensorboard"), print):
+        watched.first_life()
+        clone = {"trial_id": "t0002", "number": 2, "recipe": {"lora.rank": 8}, "promoted_to": 20}
+        watched.tell("control", "t0000", command="clone", accepted=True, clone=clone)
+        watched.train("t0002", 11, 14)
+    for event in events(watched.folder.ledger_file):
+        tally.add(event)
+    assert tally.states["t0002"] == "waiting"
+    run = accumulator.EventAccumulator(str(tmp_path / "tensorboard" / "t0002"))
+    run.Reload()
+    assert [x.step for x in run.Scalars("train/loss")] == [11, 12, 13, 14]
 
 
 def test_mlflow_has_a_run_for_the_sweep_and_one_below_for_each_trial(tmp_path, offline):

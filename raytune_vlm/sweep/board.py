@@ -213,8 +213,8 @@ class BoardState:
         return found
 
     async def counts(self) -> dict[str, int]:
-        """How many executors are alive and in use, trials are queued, running and ended, and jobs
-        were handed out again."""
+        """How many executors are alive, slots are in use, trials are queued, running and ended, and
+        jobs were handed out again."""
         return {
             "executors_alive": len(self._alive),
             "slots_in_use": sum(map(len, self._held.values())),

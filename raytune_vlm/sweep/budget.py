@@ -5,14 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from raytune_vlm.config.experiment import ExperimentConfig
 from raytune_vlm.report.formatting import duration
 
 
-def held_seconds(events: Sequence[dict[str, Any]], now: float) -> float:
+def held_seconds(events: Sequence[Mapping[str, Any]], now: float) -> float:
     """Seconds in which executors were held: from the first event to now, without the gaps between
     the end of one life of the sweep and the next `resumed`."""
     times = [(event["event"], float(event["time"])) for event in events] + [("now", now)]

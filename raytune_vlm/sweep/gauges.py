@@ -23,7 +23,7 @@ metrics.jsonl."""
 
 OF_SWEEPS: dict[str, tuple[str, tuple[str, ...]]] = {
     "executors_alive": ("Executors that take jobs.", ()),
-    "slots_in_use": ("Executors that hold a job.", ()),
+    "slots_in_use": ("Jobs that executors hold.", ()),
     "trials_queued": ("Trials that wait for an executor.", ()),
     "trials_running": ("Trials that an executor holds.", ()),
     "trials_ended": ("Trials that ended in this life of the run.", ()),

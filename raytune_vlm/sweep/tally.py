@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from typing import Any
 
 from raytune_vlm.config.experiment import ExperimentConfig
 from raytune_vlm.records import BASE_TRIAL, DataManifest, Scores, SweepFolder, read_json
+from raytune_vlm.sweep.budget import held_seconds
 
 STATES = ("waiting", "running", "paused", "finished", "stopped", "failed", "infeasible")
 """What a trial can be, in this order in its life."""
@@ -42,15 +42,17 @@ class Tally:
     """Kind -> trials that failed of it."""
     num_resumed: int = 0
     best: Scores | None = None
-    _times: list[tuple[str, float]] = field(default_factory=list)
+    _events: list[Mapping[str, Any]] = field(default_factory=list)
 
     def add(self, event: Mapping[str, Any]) -> None:
         """Count one event."""
         kind, trial_id = str(event["event"]), str(event.get("trial_id"))
-        self._times.append((kind, float(event["time"])))
+        self._events.append(event)
         self.num_resumed += kind == "resumed"
         if kind in _BY_EVENT:
             self.states[trial_id] = _BY_EVENT[kind]
+        if kind == "control" and event["accepted"] and "clone" in event:
+            self.states[event["clone"]["trial_id"]] = "waiting"
         if kind == "failed":
             self.failures[str(event.get("message") or "error").partition(":")[0]] += 1
         if kind == "scored":
@@ -76,8 +78,7 @@ class Tally:
 
     def held_seconds(self, now: float) -> float:
         """Seconds over all lives of the sweep; see `budget.held_seconds`."""
-        pairs = itertools.pairwise([*self._times, ("now", now)])
-        return sum(later[1] - earlier[1] for earlier, later in pairs if later[0] != "resumed")
+        return held_seconds(self._events, now)
 
     def num_ended(self) -> int:
         """Trials that were trained and have ended."""

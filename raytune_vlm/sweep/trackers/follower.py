@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any
 
 from raytune_vlm.config.experiment import ExperimentConfig
+from raytune_vlm.errors import first_line
 from raytune_vlm.monitor import Say
 from raytune_vlm.records import SweepFolder, read_json_lines
 from raytune_vlm.sweep.ledger_tail import LedgerTail
@@ -98,17 +99,17 @@ class Follower:
                 self._lost(name, error)
 
     def _lost(self, name: str, error: Exception) -> None:
-        lines = str(error).strip().splitlines() or [repr(error)]
         self._say(
-            f"WARNING: tracker {name} failed and is told nothing more ({lines[0]}); the sweep goes "
-            "on, and `raytune-vlm resume` tells it what it missed"
+            f"WARNING: tracker {name} failed and is told nothing more ({first_line(error)}); the "
+            "sweep goes on, and `raytune-vlm resume` tells it what it missed"
         )
 
     def _event(self, row: dict[str, Any]) -> None:
         event, when, trial_id = row["event"], float(row["time"]), str(row.get("trial_id"))
         if event == "proposed":
-            self._last[trial_id] = 0
-            self._each(lambda tracker: tracker.start(trial_id, row["recipe"], when))
+            self._start(trial_id, row["recipe"], when)
+        elif event == "control" and row["accepted"] and "clone" in row:
+            self._start(row["clone"]["trial_id"], row["clone"]["recipe"], when)
         elif event == "scored" and trial_id in self._last:
             self._steps(trial_id)
             scores = {metric_name("select", name): x for name, x in row["scores"].items()}
@@ -122,6 +123,10 @@ class Follower:
         elif event == "decided":
             values = self._decision()
             self._each(lambda tracker: tracker.decide(values, trial_id, when))
+
+    def _start(self, trial_id: str, recipe: dict[str, Any], when: float) -> None:
+        self._last[trial_id] = 0
+        self._each(lambda tracker: tracker.start(trial_id, recipe, when))
 
     def _steps(self, trial_id: str) -> None:
         """The new lines of a trial's `metrics.jsonl`; those that a restart repeats are known."""
