@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
-from types import TracebackType
 from typing import Any
 
 import ray
@@ -19,42 +17,32 @@ from ray.exceptions import RayActorError
 from raytune_vlm.config.experiment import ExperimentConfig
 from raytune_vlm.monitor import Monitor
 from raytune_vlm.prepare.holders import holders
+from raytune_vlm.sweep.beside import Beside
 from raytune_vlm.sweep.gauges import SweepGauges
 from raytune_vlm.sweep.waiting import Waiting
 
 POLL_S = 1.0
 
 
-class Attendance:
+class Attendance(Beside):
     """A thread of the driver; a context manager. `missing` says why it ended the run, if it did."""
 
     def __init__(self, board: Any, experiment: ExperimentConfig, monitor: Monitor) -> None:
+        super().__init__("attendance")
         self.missing: str | None = None
         self._board, self._experiment, self._monitor = board, experiment, monitor
         self._gauges = SweepGauges(experiment.name)
         self._waiting = Waiting(monitor)
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="attendance", daemon=True)
 
-    def __enter__(self) -> Attendance:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._over.set()
-        self._thread.join()
+    def __exit__(self, *_: object) -> None:
+        super().__exit__()
         self._say()
 
     def _say(self) -> None:
         for note in ray.get(self._board.notes.remote()):
             self._monitor.say(note)
 
-    def _watch(self) -> None:
+    def _run(self) -> None:
         while not self._over.wait(POLL_S):
             try:
                 self._say()

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterator
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import RayActorError
 
+from raytune_vlm.sweep.beside import Beside
 from raytune_vlm.sweep.budget import cost, num_gpus
 from raytune_vlm.sweep.gauges import SweepGauges
 from raytune_vlm.sweep.ledger_tail import LedgerTail
@@ -23,10 +22,11 @@ EVERY_S = 4.0
 """Pause between two looks."""
 
 
-class Gauging:
+class Gauging(Beside):
     """Looks at the ledger and the board every few seconds; a context manager."""
 
     def __init__(self, running: Session) -> None:
+        super().__init__("gauges")
         self._running = running
         self._tail = LedgerTail(running.folder.ledger_file)
         self._tally = Tally(running.experiment, running.folder)
@@ -34,21 +34,6 @@ class Gauging:
         self._began = time.monotonic()
         self._first: float | None = None
         """Share that was done when this life began."""
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="gauges", daemon=True)
-
-    def __enter__(self) -> Gauging:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._over.set()
-        self._thread.join()
 
     def _run(self) -> None:
         while not self._over.wait(EVERY_S):

@@ -13,11 +13,11 @@ import os
 import threading
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any
 
 import ray
 
+from raytune_vlm.sweep.beside import Beside
 from raytune_vlm.sweep.gauges import TrialGauges
 
 EVERY_S = 1.0
@@ -33,7 +33,7 @@ OTHERS_S = 2.0
 """From writing the stacks to the end of the process: other ranks write theirs."""
 
 
-class Heartbeat:
+class Heartbeat(Beside):
     """A thread beside the training thread; a context manager.
 
     Parameters
@@ -53,6 +53,7 @@ class Heartbeat:
     def __init__(
         self, board: Any, executor: str, rank: int, hang_timeout_s: float, sweep: str
     ) -> None:
+        super().__init__("heartbeat")
         self.gauges = TrialGauges(sweep, executor)
         self._board, self._executor, self._rank = board, executor, rank
         self._timeout = hang_timeout_s
@@ -61,21 +62,9 @@ class Heartbeat:
         self._what = ""
         self._beats, self._moved = 0, 0.0
         self._lock = threading.Lock()
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
-    def __enter__(self) -> Heartbeat:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._over.set()
-        self._thread.join()
+    def __exit__(self, *_: object) -> None:
+        super().__exit__()
         self.rest()
 
     def watch(self, folder: Path, what: str) -> None:

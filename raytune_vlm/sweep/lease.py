@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import os
 import socket
-import threading
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from raytune_vlm.errors import LeaseError
 from raytune_vlm.records import read_json, write_json
+from raytune_vlm.sweep.beside import Beside
 
 RENEW_EVERY_S = 10.0
 EXPIRES_AFTER_S = 60.0
 """A lease of another host that was not renewed for so long is taken over."""
 
 
-class Lease:
+class Lease(Beside):
     """Held while a driver works on a folder; a context manager.
 
     Raises
@@ -28,10 +27,9 @@ class Lease:
     """
 
     def __init__(self, file: Path) -> None:
+        super().__init__("lease")
         self._file = file
-        self._stop = threading.Event()
         self._fence = 1
-        self._thread = threading.Thread(target=self._renew, daemon=True)
 
     def __enter__(self) -> Lease:
         if self._file.exists():
@@ -44,21 +42,14 @@ class Lease:
                 )
             self._fence = held["fence"] + 1
         self._write()
-        self._thread.start()
-        return self
+        return super().__enter__()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._stop.set()
-        self._thread.join()
+    def __exit__(self, *_: object) -> None:
+        super().__exit__()
         self._file.unlink(missing_ok=True)
 
-    def _renew(self) -> None:
-        while not self._stop.wait(RENEW_EVERY_S):
+    def _run(self) -> None:
+        while not self._over.wait(RENEW_EVERY_S):
             self._write()
 
     def _write(self) -> None:

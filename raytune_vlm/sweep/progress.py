@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -12,12 +11,13 @@ import ray
 from raytune_vlm.config.experiment import ExperimentConfig
 from raytune_vlm.monitor import Monitor
 from raytune_vlm.report.formatting import duration
+from raytune_vlm.sweep.beside import Beside
 from raytune_vlm.sweep.ledger import TrialState, num_ended
 
 POLL_S = 1.0
 
 
-class Watcher:
+class Watcher(Beside):
     """A thread that shows where the executors are; a context manager."""
 
     def __init__(
@@ -28,23 +28,14 @@ class Watcher:
         states: dict[str, TrialState],
         num_trials: Callable[[], int],
     ) -> None:
+        super().__init__("watcher")
         self._monitor, self._board, self._states = monitor, board, states
         self._experiment, self._num_trials = experiment, num_trials
-        self._stop = threading.Event()
         self._began = time.monotonic()
         self._first = self._steps({})
-        self._thread = threading.Thread(target=self._watch, daemon=True)
 
-    def __enter__(self) -> Watcher:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._stop.wait(POLL_S):
+    def _run(self) -> None:
+        while not self._over.wait(POLL_S):
             status = ray.get(self._board.status.remote())
             ended = num_ended(self._states)
             now = "; ".join(where(entry) for _, entry in sorted(status.items()))

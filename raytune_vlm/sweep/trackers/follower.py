@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from raytune_vlm.config.experiment import ExperimentConfig
 from raytune_vlm.errors import first_line
 from raytune_vlm.monitor import Say
 from raytune_vlm.records import SweepFolder, read_json_lines
+from raytune_vlm.sweep.beside import Beside
 from raytune_vlm.sweep.ledger_tail import LedgerTail
 from raytune_vlm.sweep.trackers import open_tracker
 from raytune_vlm.sweep.trackers.base import SweepFacts, Tracker, metric_name
@@ -23,7 +22,7 @@ _ENDS = ("finished", "stopped", "failed", "infeasible")
 _NO_FIGURES = ("step", "time")
 
 
-class Follower:
+class Follower(Beside):
     """Tells the trackers of `report.trackers` what the folder says; a context manager.
 
     A tracker that fails is told nothing more in this life of the sweep, which goes on.
@@ -37,6 +36,7 @@ class Follower:
     """
 
     def __init__(self, folder: SweepFolder, experiment: ExperimentConfig, say: Say) -> None:
+        super().__init__("trackers")
         self._folder, self._experiment, self._say = folder, experiment, say
         self._trackers: dict[str, Tracker] | None = None
         """None: not opened yet."""
@@ -45,23 +45,13 @@ class Follower:
         """Open trial -> the last step of its `metrics.jsonl` that was told."""
         self._seen: dict[str, tuple[int, int]] = {}
         """Open trial -> size and time of change of that file when it was read."""
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="trackers", daemon=True)
 
     def __enter__(self) -> Follower:
-        if self._experiment.report.trackers:
-            self._thread.start()
-        return self
+        return super().__enter__() if self._experiment.report.trackers else self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._experiment.report.trackers:
-            self._over.set()
-            self._thread.join()
+            super().__exit__()
 
     def _run(self) -> None:
         over = False
