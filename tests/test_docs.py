@@ -36,7 +36,7 @@ from raytune_vlm.errors import ConfigError
 from raytune_vlm.evaluate.benchmarks import find_benchmarks
 
 RUN_BY = {
-    "demo": "tests/test_docs.py::test_the_demo_sweeps_its_experiment_over_the_data_that_it_writes",
+    "demo": "tests/test_docs.py::demo_data",
     "prepare": "tests/test_cli.py::test_bad_rows_are_named_and_leave_no_sweep_folder",
     "train": "tests/integration/test_sweep.py::"
     "test_every_tier_and_two_workers_give_the_losses_of_one_cached_worker",
@@ -74,12 +74,12 @@ RUN_HERE = {
     "data stats": {"TARGET": "data/train.jsonl"},
     "data validate": {"TARGET": "data/train.jsonl"},
     "data export": {"TARGET": "small.yaml", "EXPERIMENT.yaml": "small.yaml"},
-    "rescore": {"FOLDER": "sweep"},
-    "report": {"FOLDER": "sweep", "PLACE": "sweep"},
+    "rescore": {"FOLDER": "runs/my-receipts"},
+    "report": {"FOLDER": "runs/my-receipts", "PLACE": "runs/my-receipts"},
     "schema": {},
     "doctor": {},
-    "status": {"FOLDER": "sweep", "TARGET": "sweep"},
-    "logs": {"FOLDER": "sweep", "TARGET": "sweep"},
+    "status": {"FOLDER": "runs/my-receipts", "TARGET": "runs/my-receipts"},
+    "logs": {"FOLDER": "runs/my-receipts", "TARGET": "runs/my-receipts"},
 }
 """Commands that are run here, and what stands for the words in capitals; DIR is a new folder."""
 
@@ -195,13 +195,40 @@ def test_every_command_is_run_by_a_test() -> None:
         assert f"def {function}(" in (ROOT / file).read_text(encoding="utf-8"), test
 
 
-def test_commands_without_ray_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(scope="module")
+def demo_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which `raytune-vlm demo` has written its data, twice, and swept nothing.
+
+    A sweep is as any other; `make demo` runs it.
+    """
+    folder = tmp_path_factory.mktemp("demo")
+    swept: list[ExperimentConfig] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(command_line, "_sweep", lambda experiment, _: swept.append(experiment))
+        for _ in range(2):
+            done = CliRunner().invoke(cli, ["demo", "sweep.num_trials=2"], catch_exceptions=False)
+            assert done.exit_code == 0
+            Path("runs/demo").mkdir(exist_ok=True)
+    assert [experiment.name for experiment in swept] == ["demo", "demo-2"]
+    for source in swept[0].data.sources:
+        assert list((folder / swept[0].data.root).glob(source.path)), source
+    return folder
+
+
+def test_commands_without_ray_run(demo_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the order of the pages; the tutorial's experiment and data are there as it says."""
+    monkeypatch.chdir(demo_data)
     monkeypatch.setenv("COLUMNS", "100")
+    (tutorial,) = [
+        block for block in FENCES if block.text.startswith("name: my-receipts\nmodel: {name: demo}")
+    ]
+    Path("my-receipts.yaml").write_text(tutorial.text, encoding="utf-8")
     write_data(Path("data"), num_train=8, num_other=2)
-    Path("small.yaml").write_text(EXPERIMENT)
-    Path("experiments").mkdir()
-    build_example(Path("sweep"), mode="min")
+    Path("small.yaml").write_text(EXPERIMENT, encoding="utf-8")
+    for folder in ("docs", "experiments"):
+        Path(folder).mkdir()
+    build_example(Path("runs/my-receipts"), mode="min")
     runs: dict[tuple[str, ...], Found] = {}
     for command, context in READ.items():
         name, options = key_of(context)
@@ -211,31 +238,13 @@ def test_commands_without_ray_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     def check(command: Found) -> Iterator[str]:
         words = next(words for words, known in runs.items() if known is command)
-        number = len(list(tmp_path.iterdir()))
+        number = len(list(demo_data.iterdir()))
         done = CliRunner().invoke(cli, [w.replace("DIR", f"new{number}") for w in words])
         if done.exit_code not in ((0, 1) if words[0] == "doctor" else (0,)):
             yield f"{words}: {done.exception}\n{done.output}"
 
     assert {" ".join(words[: 1 + (words[0] == "data")]) for words in runs} == set(RUN_HERE)
     hold(check, runs.values())
-
-
-def test_the_demo_sweeps_its_experiment_over_the_data_that_it_writes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The sweep itself is as any other; `make demo` runs it."""
-    monkeypatch.chdir(tmp_path)
-    swept: list[ExperimentConfig] = []
-    monkeypatch.setattr(
-        command_line, "_sweep", lambda experiment, monitor: swept.append(experiment)
-    )
-    for _ in range(2):
-        done = CliRunner().invoke(cli, ["demo", "sweep.num_trials=2"], catch_exceptions=False)
-        assert done.exit_code == 0
-        Path("runs/demo").mkdir(exist_ok=True)
-    assert [experiment.name for experiment in swept] == ["demo", "demo-2"]
-    for source in swept[0].data.sources:
-        assert list((tmp_path / swept[0].data.root).glob(source.path)), source
 
 
 # Keys of experiments
