@@ -39,18 +39,18 @@ RUN_BY = {
     "demo": "tests/test_docs.py::demo_data",
     "prepare": "tests/test_cli.py::test_bad_rows_are_named_and_leave_no_sweep_folder",
     "train": "tests/integration/test_sweep.py::"
-    "test_every_tier_and_two_workers_give_the_losses_of_one_cached_worker",
+    "test_two_workers_that_stream_have_the_losses_of_one_that_does_not",
     "sweep": "tests/integration/test_sweep.py::"
-    "test_a_sweep_killed_or_stopped_and_resumed_equals_the_undisturbed_one",
+    "test_a_sweep_killed_then_stopped_and_resumed_equals_the_undisturbed_one",
     "resume": "tests/integration/test_sweep.py::"
-    "test_a_sweep_killed_or_stopped_and_resumed_equals_the_undisturbed_one",
+    "test_a_sweep_killed_then_stopped_and_resumed_equals_the_undisturbed_one",
     "resume --into": "tests/test_folder_copy.py::test_what_grows_and_what_goes_is_copied",
     "resume --address": "tests/integration/test_jobs.py::"
     "test_a_submitted_sweep_is_stopped_and_resumed_to_its_winner",
     "control": "tests/integration/test_controlled_sweep.py::"
     "test_a_sweep_does_what_it_is_told_while_it_runs",
     "evaluate": "tests/integration/test_sweep.py::"
-    "test_every_tier_and_two_workers_give_the_losses_of_one_cached_worker",
+    "test_two_workers_that_stream_have_the_losses_of_one_that_does_not",
     "evaluate --benchmarks": "tests/integration/test_evaluate_suite.py::"
     "test_a_model_on_every_benchmark_prints_the_card",
     "evaluate --benchmarks --adapter": "tests/test_benchmarks.py::"
@@ -63,8 +63,7 @@ RUN_BY = {
     "test_a_submitted_sweep_is_stopped_and_resumed_to_its_winner",
     "stop": "tests/integration/test_jobs.py::"
     "test_a_submitted_sweep_is_stopped_and_resumed_to_its_winner",
-    "doctor --address": "tests/integration/test_jobs.py::"
-    "test_without_tokens_and_by_ray_s_own_command",
+    "doctor --address": "tests/test_doctor.py::test_dashboards_that_let_everybody_in",
 }
 """A command with options -> the test that runs it, or runs what the command only hands on to."""
 
