@@ -16,6 +16,7 @@ from raytune_vlm.errors import ConfigError, DataError
 from raytune_vlm.models.location import check_model
 from raytune_vlm.models.teacher import check_teacher
 from raytune_vlm.monitor import Monitor
+from raytune_vlm.prepare.facts import write_facts
 from raytune_vlm.prepare.overlap import write_overlaps
 from raytune_vlm.prepare.plan import Plan, plan_spec, resolved_steps
 from raytune_vlm.prepare.prepare import (
@@ -173,6 +174,7 @@ def write_head(
     write_json(folder.plan_file, _plan_record(experiment, data))
     write_quarantine(folder.quarantine_file, data.quarantine)
     write_overlaps(folder.overlap_file, data.overlaps)
+    write_facts(folder.facts_file, data.split("report"), experiment.data)
     packages = ("ray", "torch", "transformers", "peft", "optuna", "pyarrow", "pillow", "numpy")
     write_json(
         folder.experiment_file,
