@@ -119,9 +119,7 @@ def write_agreement(folder: LabelFolder, compared: Sequence[Compared], threshold
             rows.append(label_row(result, tasks[result.task], entry.values[entry.proposed]))
         else:
             left.append(entry)
-    left.sort(
-        key=lambda entry: min(entry.scores.values(), default=0.0)
-    )  # stable: in order of pages
+    left.sort(key=lambda entry: min(entry.scores.values(), default=0.0))
     write_rows(folder.root / "agreed.jsonl", rows)
     write_rows(folder.root / "review.jsonl", (_review_row(entry, threshold) for entry in left))
     write_json(
