@@ -90,13 +90,18 @@ def agree(folder: Path, other: Path | None, threshold: float, reviewed: Path | N
     Writes review.html and review.jsonl, and agreed.jsonl: the labels that the labellers agree on,
     with those that were reviewed.
     """
-    from raytune_vlm.label.agreement import compare
+    from raytune_vlm.label.agreement import compare, copies
     from raytune_vlm.label.folder import LabelFolder
     from raytune_vlm.label.review import take_reviewed, write_agreement
 
     own = LabelFolder(folder)
     second = None if other is None else LabelFolder(other)
-    compared = compare(own.answers_by_labeller(second))
+    answers = own.answers_by_labeller(second)
+    compared = compare(answers)
+    for labeller in copies(answers):
+        tell(
+            f"{labeller} answers everything exactly as another one: does its server sample at all?"
+        )
     if reviewed is not None:
         tell(f"taken over: {take_reviewed(own, reviewed, compared)} decisions")
     agreed = write_agreement(own, compared, threshold)

@@ -222,6 +222,14 @@ def test_two_folders_are_compared_where_both_have_an_answer(tmp_path):
         agree(tmp_path)
 
 
+def test_a_second_sampling_that_is_none_is_told(tmp_path):
+    same = {(n, "kind", "a", place): {"kind": str(n)} for n in (0, 1) for place in (0, 1)}
+    folder = folder_of(tmp_path / "out", {"a": 2}, same)
+    assert "a #2 answers everything exactly as another one" in agree(folder.root).output
+    other = folder_of(tmp_path / "other", {"a": 2}, same | {(1, "kind", "a", 1): {"kind": "x"}})
+    assert "exactly" not in agree(other.root).output
+
+
 def test_a_long_list_is_shown_in_parts(tmp_path):
     pairs = [("x", "y")] * (MAX_SHOWN + 5)
     folder = folder_of(tmp_path / "out", TWO, kinds(*pairs))

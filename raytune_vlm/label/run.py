@@ -210,7 +210,7 @@ class Labelling:
             for other, entry in zip((*self._running.values(), question), held, strict=True)
         )
         over = [
-            f"budget.max_{what}={limit:g}: {used:,.{digits}f} are spent"
+            f"budget.max_{what}={limit}: {used:,.{digits}f} are spent"
             for what, limit, used, wanted, digits in (
                 ("tokens", budget.max_tokens, spent.tokens, tokens, 0),
                 ("cost", budget.max_cost, spent.cost, cost, 4),
