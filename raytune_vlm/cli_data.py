@@ -1,6 +1,7 @@
 """`raytune-vlm data ...`: what is in a folder of image-text data, before anything is trained.
 
-raytune-vlm data {inspect|stats|validate|export} TARGET [dotted.key=value ...]
+raytune-vlm data {inspect|stats|validate} TARGET [dotted.key=value ...]
+raytune-vlm data export TARGET [dotted.key=value ...] --format trl --output DIR
 raytune-vlm data {label|agree}: see `cli_label.py`
 """
 
