@@ -79,7 +79,7 @@ def label(
 )
 @click.option(
     "--reviewed",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=click.Path(dir_okay=False, path_type=Path),
     help="Decisions to take over: the page's reviewed.jsonl, or an edited review.jsonl.",
 )
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path))

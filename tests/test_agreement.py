@@ -204,6 +204,8 @@ def test_decisions_that_do_not_fit_are_refused(row, why, tmp_path):
     with pytest.raises(DataError, match=why):
         agree(folder.root, "--reviewed", file)
     assert not (folder.root / "reviewed.jsonl").exists()
+    with pytest.raises(DataError, match="none: No such file"):
+        agree(folder.root, "--reviewed", tmp_path / "none")
 
 
 def test_two_folders_are_compared_where_both_have_an_answer(tmp_path):

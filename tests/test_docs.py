@@ -38,6 +38,8 @@ from raytune_vlm.evaluate.benchmarks import find_benchmarks
 RUN_BY = {
     "demo": "tests/test_docs.py::demo_data",
     "prepare": "tests/test_cli.py::test_bad_rows_are_named_and_leave_no_sweep_folder",
+    "data label": "tests/test_label.py::test_the_key_is_in_no_file_and_no_line",
+    "data agree": "tests/test_agreement.py::test_what_differs_is_reviewed_on_a_page_and_comes_back",
     "train": "tests/integration/test_sweep.py::"
     "test_two_workers_that_stream_have_the_losses_of_one_that_does_not",
     "sweep": "tests/integration/test_sweep.py::"

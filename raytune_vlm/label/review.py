@@ -144,8 +144,10 @@ def take_reviewed(folder: LabelFolder, file: Path, compared: Sequence[Compared])
     known = {(entry.result.page, entry.result.task) for entry in compared}
     try:
         lines = file.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file}: cannot be read: {error}") from None
+    except OSError as error:
+        raise DataError(f"{file}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: is not UTF-8 text (byte {error.start})") from None
     taken = []
     for number, line in enumerate(lines, 1):
         if line.strip():
