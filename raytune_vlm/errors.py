@@ -10,15 +10,24 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from raytune_vlm.visible import one_line
+
 
 class RaytuneVlmError(Exception):
-    """The root of the tree. `message` is one line that names what is wrong and what to do."""
+    """The root of the tree. `message` is one line that names what is wrong and what to do.
+
+    Several problems are a line each. They often quote what others wrote, and end in logs: control
+    characters in them become marks, line breaks blanks.
+    """
 
     exit_status = 1
 
-    def __init__(self, message: str) -> None:
-        super().__init__(message)
-        self.message = message
+    def __init__(self, *problems: str) -> None:
+        super().__init__(*problems)
+        self.message = "\n".join(map(one_line, problems))
+
+    def __str__(self) -> str:
+        return self.message
 
 
 class ConfigError(RaytuneVlmError, ValueError):

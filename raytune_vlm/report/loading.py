@@ -25,6 +25,7 @@ from raytune_vlm.records import (
     SweepFolder,
     SweepResult,
     TrialRecord,
+    as_record,
     read_json,
     read_json_lines,
 )
@@ -32,6 +33,8 @@ from raytune_vlm.records import (
 T = TypeVar("T")
 
 
+UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, OSError, RecursionError)
+"""What reading a file raises that says something else than it should."""
 DONE_BY_HAND = {
     "stop": "stopped",
     "pause": "paused",
@@ -269,12 +272,9 @@ def load_view(root: Path | str) -> SweepView:
     folder = SweepFolder(root)
     if not folder.experiment_file.is_file():
         raise DataError(f"{folder.root} is not a sweep folder: no experiment.json")
-    try:
-        header = read_json(folder.experiment_file)
-    except ValueError as error:
-        raise DataError(f"{folder.experiment_file} is not JSON: {error}") from error
+    header = _header(folder.experiment_file)
     reader = _Reader(folder.root)
-    experiment = header.get("experiment", {})
+    experiment = header["experiment"]
     result = reader.read(folder.result_file, lambda file: SweepResult.from_json(read_json(file)))
     metric, mode = _decision(experiment, result)
     trials = [_load_trial(reader, folder, name) for name in folder.trial_ids()]
@@ -282,7 +282,7 @@ def load_view(root: Path | str) -> SweepView:
         folder=folder,
         experiment=experiment,
         fingerprint=str(header.get("fingerprint", "")),
-        versions=dict(header.get("versions", {})),
+        versions=header["versions"],
         command=str(header.get("command", "")),
         metric=metric,
         mode=mode,
@@ -303,6 +303,22 @@ def load_view(root: Path | str) -> SweepView:
     )
 
 
+def _header(file: Path) -> dict[str, Any]:
+    """What `experiment.json` holds; raises DataError unless it is as `sweep` writes it."""
+    try:
+        header = read_json(file)
+    except (ValueError, RecursionError, OSError) as error:
+        raise DataError(f"{file} is not JSON: {error}") from error
+    if not isinstance(header, dict) or not isinstance(header.get("experiment", {}), dict):
+        raise DataError(f"{file} holds no experiment")
+    versions = header.get("versions")
+    return {
+        **header,
+        "experiment": header.get("experiment", {}),
+        "versions": versions if isinstance(versions, dict) else {},
+    }
+
+
 class _Reader:
     """Reads files and remembers those that it could not make sense of."""
 
@@ -313,10 +329,12 @@ class _Reader:
     def read(self, file: Path, parse: Callable[[Path], T]) -> T | None:
         """The parsed file; None if there is none or if it cannot be parsed (then noted)."""
         if not file.is_file():
+            if file.exists():
+                self.notes.append(f"{file.relative_to(self.root)} is no regular file")
             return None
         try:
             return parse(file)
-        except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+        except UNREADABLE as error:
             kind = type(error).__name__
             self.notes.append(f"{file.relative_to(self.root)} cannot be read: {kind}: {error}")
             return None
@@ -366,5 +384,5 @@ def _decision(
     return metric, METRIC_MODES.get(metric, "max")
 
 
-def _rows(file: Path, kind: Callable[..., T]) -> list[T]:
-    return [kind(**row) for row in read_json_lines(file)]
+def _rows(file: Path, kind: type[T]) -> list[T]:
+    return [as_record(kind, row) for row in read_json_lines(file)]

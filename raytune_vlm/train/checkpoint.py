@@ -113,24 +113,27 @@ def verify(folder: Path) -> None:
     CheckpointError
         Naming the file that is missing, truncated or altered.
     """
-    if not (folder / _MANIFEST).exists():
+    if not (folder / _MANIFEST).is_file():
         raise CheckpointError(f"{folder}: no {_MANIFEST}: the checkpoint was never finished")
     try:
-        manifest = read_json(folder / _MANIFEST)
-        missing = [name for name in _NEEDED if name not in manifest]
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{folder}/{_MANIFEST} is damaged: {error}") from None
+        manifest = {
+            name: (entry["bytes"], entry["sha256"])
+            for name, entry in read_json(folder / _MANIFEST).items()
+        }
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{folder}/{_MANIFEST} is damaged: {error!r}") from None
+    missing = [name for name in _NEEDED if name not in manifest]
     if missing:
         raise CheckpointError(f"{folder}/{_MANIFEST} is damaged: it does not list {missing[0]}")
-    for name, entry in manifest.items():
+    for name, (num_bytes, sha256) in manifest.items():
+        if name != Path(name).name:
+            raise CheckpointError(f"{folder}/{_MANIFEST} is damaged: it lists {name!r}")
         file = folder / name
-        if not file.exists():
+        if not file.is_file():
             raise CheckpointError(f"{file} is missing")
-        if file.stat().st_size != entry["bytes"]:
-            raise CheckpointError(
-                f"{file} has {file.stat().st_size} bytes instead of {entry['bytes']}"
-            )
-        if _sha256(file) != entry["sha256"]:
+        if file.stat().st_size != num_bytes:
+            raise CheckpointError(f"{file} has {file.stat().st_size} bytes instead of {num_bytes}")
+        if _sha256(file) != sha256:
             raise CheckpointError(f"{file} was altered: its sha256 is not the manifest's")
 
 
@@ -187,7 +190,8 @@ def load(
 
 def steps(checkpoints: Path) -> dict[int, Path]:
     """Step -> folder of every checkpoint, damaged ones too."""
-    return {int(folder.name.removeprefix("step_")): folder for folder in checkpoints.glob("step_*")}
+    found = {folder.name.removeprefix("step_"): folder for folder in checkpoints.glob("step_*")}
+    return {int(step): folder for step, folder in found.items() if step.isdecimal()}
 
 
 def _optimizer_tensors(
