@@ -29,6 +29,8 @@ from raytune_vlm.records import (
     read_json,
     read_json_lines,
 )
+from raytune_vlm.report.events import read_events
+from raytune_vlm.visible import one_line
 
 T = TypeVar("T")
 
@@ -295,7 +297,7 @@ def load_view(root: Path | str) -> SweepView:
         quarantined=tuple(
             reader.read(folder.quarantine_file, lambda f: _rows(f, Quarantined)) or ()
         ),
-        ledger=tuple(reader.read(folder.ledger_file, read_json_lines) or ()),
+        ledger=tuple(reader.read(folder.ledger_file, read_events) or ()),
         like_train=frozenset(
             reader.read(folder.overlap_file, lambda _: folder.overlapping("report")) or ()
         ),
@@ -309,7 +311,7 @@ def _header(file: Path) -> dict[str, Any]:
         header = read_json(file)
     except (ValueError, RecursionError, OSError) as error:
         raise DataError(f"{file} is not JSON: {error}") from error
-    if not isinstance(header, dict) or not isinstance(header.get("experiment", {}), dict):
+    if not isinstance(header.get("experiment", {}), dict):
         raise DataError(f"{file} holds no experiment")
     versions = header.get("versions")
     return {
@@ -330,14 +332,16 @@ class _Reader:
         """The parsed file; None if there is none or if it cannot be parsed (then noted)."""
         if not file.is_file():
             if file.exists():
-                self.notes.append(f"{file.relative_to(self.root)} is no regular file")
+                self._note(file, "is no regular file")
             return None
         try:
             return parse(file)
         except UNREADABLE as error:
-            kind = type(error).__name__
-            self.notes.append(f"{file.relative_to(self.root)} cannot be read: {kind}: {error}")
+            self._note(file, f"cannot be read: {type(error).__name__}: {error!s:.300}")
             return None
+
+    def _note(self, file: Path, what: str) -> None:
+        self.notes.append(one_line(f"{file.relative_to(self.root)} {what}"))
 
     def scores(self, folder: SweepFolder, trial_id: str, split: Split) -> tuple[Scores, ...]:
         pattern = f"trials/{trial_id}/evaluations/{split}/step_*/scores.json"

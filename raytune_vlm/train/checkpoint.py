@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 
 from raytune_vlm.errors import CheckpointError, StorageFull
 from raytune_vlm.models.adapter_file import load_adapter, read_tensors, save_adapter
-from raytune_vlm.records import read_json, write_json
+from raytune_vlm.records import as_record, read_json, write_json
 from raytune_vlm.train import random_state
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def verify(folder: Path) -> None:
         raise CheckpointError(f"{folder}: no {_MANIFEST}: the checkpoint was never finished")
     try:
         manifest = {
-            name: (entry["bytes"], entry["sha256"])
+            name: (int(entry["bytes"]), str(entry["sha256"]))
             for name, entry in read_json(folder / _MANIFEST).items()
         }
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -165,8 +165,10 @@ def load(
     Raises
     ------
     CheckpointError
-        If the adapter's tensors are not those of the model, or a file is no safetensors file.
+        If the tensors are not those of the model and its optimizer, a file is no safetensors
+        file, or the state is none.
     """
+    state = _run_state(folder)
     load_adapter(folder, model)
     tensors = read_tensors(folder / "optimizer.safetensors")
     states: dict[str, dict[str, torch.Tensor]] = {}
@@ -178,14 +180,36 @@ def load(
         for parameter in group["params"]:
             found = states.get(names[parameter])
             if found is not None:
+                _check_moments(folder, names[parameter], parameter, found)
                 optimizer.state[parameter] = {
                     key: tensor.to("cpu" if key == "step" else parameter.device)
                     for key, tensor in found.items()
                 }
     prefix = f"rng/{rank}/"
     own = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
-    random_state.restore(own, device)
-    return RunState(**read_json(folder / "state.json"))
+    try:
+        random_state.restore(own, device)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{folder}: its random state is damaged: {error!r}") from None
+    return state
+
+
+def _run_state(folder: Path) -> RunState:
+    try:
+        return as_record(RunState, read_json(folder / "state.json"))
+    except (ValueError, RecursionError, OSError) as error:
+        raise CheckpointError(f"{folder}/state.json is damaged: {error}") from None
+
+
+def _check_moments(
+    folder: Path, name: str, parameter: torch.Tensor, found: dict[str, torch.Tensor]
+) -> None:
+    """Raise CheckpointError unless the optimizer's tensors have the shape of their parameter."""
+    for key, tensor in found.items():
+        if tensor.shape not in (parameter.shape, torch.Size(())):
+            raise CheckpointError(
+                f"{folder}: {key} of {name} is {tuple(tensor.shape)}, not {tuple(parameter.shape)}"
+            )
 
 
 def steps(checkpoints: Path) -> dict[int, Path]:

@@ -26,12 +26,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from fuzz_folders import FOLDERS
 from fuzz_inputs import inputs
-from fuzz_readers import TARGETS, Target
+from fuzz_readers import TARGETS as FILES
+from fuzz_readers import Target
 from hypothesis import HealthCheck, Phase, Verbosity, given, seed, settings
 
 from raytune_vlm.visible import one_line
 
+TARGETS = {**FILES, **FOLDERS}
 CPU_SECONDS, WALL_SECONDS = 10, 60
 """For one input. Only waiting (for a FIFO, say) takes much longer than it computes."""
 MEMORY_BYTES = 512 << 20
@@ -62,18 +65,22 @@ class Outcome:
     """The most frequent first words of refusals, to see what was reached."""
 
 
-def _memory() -> int:
+def memory() -> int:
+    """The most memory that this process has had, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 
 
-def execute(target: Target, data: bytes, folder: Path, before: int) -> list[str]:
-    """Read the bytes once, and give what was refused.
+def execute(
+    target: Target, data: bytes, folder: Path, before: int, *, timers: bool = True
+) -> list[str]:
+    """Read the bytes once, and give what was refused; `timers` ends the process that hangs.
 
     Raises Finding where something else escapes than the reader's errors, where a refusal is not one
-    safe line, or where it took too much memory. Takes the process down where it takes too long.
+    safe line, or where it took too much memory.
     """
-    signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
-    signal.setitimer(signal.ITIMER_REAL, WALL_SECONDS)
+    if timers:
+        signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
+        signal.setitimer(signal.ITIMER_REAL, WALL_SECONDS)
     try:
         refused = list(target.read(data, folder))
     except target.errors as error:
@@ -83,13 +90,14 @@ def execute(target: Target, data: bytes, folder: Path, before: int) -> list[str]
         place = f"{Path(where.filename).name}:{where.lineno}"
         raise Finding(f"{type(error).__name__} at {place}: {error!s:.200}") from error
     finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        if timers:
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            signal.setitimer(signal.ITIMER_REAL, 0)
     for text in refused:
         if one_line(text) != text or len(text) > LONGEST_REFUSAL:
             raise Finding(f"a refusal is not one line that is safe to show: {text!r:.300}")
-    if _memory() > before + MEMORY_BYTES:
-        raise Finding(f"it took {(_memory() - before) >> 20} MB")
+    if memory() > before + MEMORY_BYTES:
+        raise Finding(f"it took {(memory() - before) >> 20} MB")
     return refused
 
 
@@ -98,7 +106,7 @@ def _fuzz(target: Target, outcome: Outcome, examples: int, number: int, folder: 
     target.prepare(folder)
     for data in target.valid():
         list(target.read(data, folder))  # what is loaded at the first use belongs to `before`
-    before = _memory()
+    before = memory()
     addresses = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (addresses + ADDRESS_BYTES,) * 2)
     for kind in (signal.SIGPROF, signal.SIGALRM):
@@ -128,12 +136,13 @@ def _fuzz(target: Target, outcome: Outcome, examples: int, number: int, folder: 
     except BaseException as error:  # hypothesis raises what the last, smallest input raised
         outcome.failure = str(error) if isinstance(error, Finding) else f"{error!r:.500}"
     outcome.kinds = dict(found.most_common(12))
-    outcome.peak_mb = (_memory() - before) >> 20
+    outcome.peak_mb = (memory() - before) >> 20
 
 
 def fuzz(name: str, target: Target, examples: int, number: int, keep: Path | None) -> Outcome:
     """Run a reader's inputs in a child process."""
     started = time.monotonic()
+    target.valid()  # what it makes only once, it makes before the fork
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "folder"
         folder.mkdir()
@@ -174,7 +183,7 @@ def replay(name: str, target: Target, file: Path) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         target.prepare(folder)
-        for text in execute(target, file.read_bytes(), folder, _memory()):
+        for text in execute(target, file.read_bytes(), folder, memory()):
             sys.stdout.write(f"{text!r}\n")
 
 
