@@ -168,9 +168,9 @@ def load(
         If the tensors are not those of the model and its optimizer, a file is no safetensors
         file, or the state is none.
     """
-    state = _run_state(folder)
     load_adapter(folder, model)
     tensors = read_tensors(folder / "optimizer.safetensors")
+    state = _run_state(folder)
     states: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
         owner, _, key = name.rpartition("/")

@@ -30,9 +30,11 @@ from raytune_vlm.errors import CheckpointError, ConfigError, DataError
 from raytune_vlm.images import ImageError, decode, tiff_page
 from raytune_vlm.records import Quarantined
 from raytune_vlm.report import build_report
+from raytune_vlm.report.loading import load_view
 from raytune_vlm.sources import SOURCES
 from raytune_vlm.sweep.ledger import replay
 from raytune_vlm.train import checkpoint
+from raytune_vlm.visible import one_line
 
 
 @contextmanager
@@ -277,3 +279,43 @@ def test_fifos_in_a_sweep_folder_do_not_stop_the_report(tmp_path):
     with at_most(60):
         page = build_report(folder.root, png=True).read_text()
     assert "metrics.jsonl is no regular file" in page
+
+
+@pytest.fixture(scope="module")
+def one_trial(tmp_path_factory):
+    """A sweep folder of one trial; its files are put back by whoever changes them."""
+    return build_example(tmp_path_factory.mktemp("found") / "sweep", state="single")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("result.json", '{"metric": 3}'),
+        ("result.json", "[" * 100_000),
+        ("result.json", '{"\\u001b[2J\\n": 1}'),
+        ("ledger.jsonl", "null\n{}\n"),
+        ("ledger.jsonl", '{"event": "infeasible"}\n'),
+        ("ledger.jsonl", '{"time": 1e300}\n'),
+        ("ledger.jsonl", '{"clone": {"trial_id": []}}\n'),
+        ("trials/trial_000/metrics.jsonl", "3\n{}\n"),
+        ("trials/trial_000/trial.json", '{"trial_id": "x", "number": "one"}'),
+        ("data/manifest.json", '{"splits": {"train": {}}}'),
+        ("data/quarantine.jsonl", '{"origin": 1, "reason": "r", "split": "train"}\n'),
+    ],
+)
+def test_what_a_report_cannot_read_is_a_note(name, content, one_trial):
+    file = one_trial.root / name
+    whole = file.read_bytes()
+    try:
+        file.write_text(content)
+        (note,) = load_view(one_trial.root).notes
+    finally:
+        file.write_bytes(whole)
+    assert note.startswith(f"{name} cannot be read") and note == one_line(note)
+
+
+@pytest.mark.parametrize("content", ["[]", '{"experiment": 3}', "[" * 100_000, "\xff"])
+def test_an_experiment_that_is_none_is_refused(content, tmp_path):
+    (tmp_path / "experiment.json").write_text(content)
+    with pytest.raises(DataError, match=r"experiment\.json (is not JSON|holds no experiment)"):
+        load_view(tmp_path)
