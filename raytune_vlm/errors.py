@@ -12,6 +12,8 @@ from collections.abc import Iterable
 
 from raytune_vlm.visible import one_line
 
+LONGEST_NAME = 80
+
 
 class RaytuneVlmError(Exception):
     """The root of the tree. `message` is one line that names what is wrong and what to do.
@@ -96,8 +98,11 @@ def first_line(error: BaseException) -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """`" (did you mean 'x'?)"` for the nearest known name, else the known names, else nothing."""
-    names = sorted(known)
+    """`" (did you mean 'x'?)"` for the nearest known name, else the known names, else nothing.
+
+    Names of more than `LONGEST_NAME` characters, such as a row may have, are not among them.
+    """
+    names = sorted(known_name for known_name in known if len(known_name) <= LONGEST_NAME)
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     if near:
         return f" (did you mean '{near[0]}'?)"

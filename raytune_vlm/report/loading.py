@@ -103,12 +103,14 @@ class SweepView:
 
     @property
     def confidence(self) -> float:
-        return float(lookup(self.experiment, "evaluation.confidence", 0.95))
+        found = lookup(self.experiment, "evaluation.confidence")
+        return found if isinstance(found, float) and 0 < found < 1 else 0.95
 
     @property
     def search_space(self) -> dict[str, Any]:
         space = lookup(self.experiment, "sweep.search_space", {})
-        return space if isinstance(space, dict) else {}
+        entries = space.items() if isinstance(space, dict) else ()
+        return {key: entry for key, entry in entries if isinstance(entry, dict)}
 
     @property
     def varied_keys(self) -> list[str]:
@@ -171,9 +173,10 @@ class SweepView:
         """Trials that the sweep was to have, as last set by hand."""
         planned = lookup(self.experiment, "sweep.num_trials", None)
         changed = [e["limits"] for e in self.ledger if e.get("limits")]
-        return next(
+        planned = next(
             (row["num_trials"] for row in reversed(changed) if "num_trials" in row), planned
         )
+        return planned if isinstance(planned, int) else None
 
     @property
     def winner(self) -> TrialView | None:
@@ -381,10 +384,11 @@ def _decision(
     """The deciding metric and its direction, known from the experiment before the end."""
     if result is not None:
         return result.metric, result.mode
-    listed = lookup(experiment, "evaluation.metrics", None) or ["exact_match@strip"]
-    objectives = lookup(experiment, "sweep.objectives", None) or [{}]
-    first = lookup(objectives[0], "metric", None)
-    metric = str(first or lookup(experiment, "sweep.metric", None) or listed[0])
+    lists = [lookup(experiment, key) for key in ("sweep.objectives", "evaluation.metrics")]
+    objective, listed = (found[0] if isinstance(found, list) and found else "" for found in lists)
+    named = (lookup(objective, "metric"), lookup(experiment, "sweep.metric"), listed)
+    known = (name for name in named if isinstance(name, str) and name)
+    metric = next(known, "exact_match@strip")
     return metric, METRIC_MODES.get(metric, "max")
 
 
