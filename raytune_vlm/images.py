@@ -114,20 +114,29 @@ def _decode_with_pillow(image: Image.Image, orientation: int, data: bytes) -> Im
     return result
 
 
-def tiff_page(data: bytes, number: int, limits: ImageLimits, *, max_pages: int) -> Image.Image:
-    """Page `number` (from 1) of a TIFF, as `decode` gives the first one of an image.
-
-    Raises ImageError as `decode` does, and where there is no such page, or more than `max_pages`.
-    """
+def tiff_length(data: bytes, *, max_pages: int) -> int:
+    """The number of pages of a TIFF; raises ImageError as `decode` does, and beyond `max_pages`."""
     try:
         image = Image.open(io.BytesIO(data), formats=("TIFF",))
         count = _num_pages(image, max_pages + 1)
-        if number <= count <= max_pages:
-            image.seek(number - 1)
     except Exception as error:  # headers are parsed here; see `decode`
         raise ImageError(f"cannot read the TIFF: {_short(error)}") from error
     if count > max_pages:
-        raise ImageError(f"the TIFF has more than {max_pages} pages, the limit")
+        raise ImageError(f"the TIFF has more pages than the limit, {max_pages}")
+    return count
+
+
+def tiff_page(data: bytes, number: int, limits: ImageLimits) -> Image.Image:
+    """Page `number` (from 1) of a TIFF, as `decode` gives the first one of an image.
+
+    Raises ImageError as `decode` does, and where there is no such page. All pages before it are
+    looked at: ask `tiff_length` first.
+    """
+    try:
+        image = Image.open(io.BytesIO(data), formats=("TIFF",))
+        count = _num_pages(image, number)
+    except Exception as error:  # headers are parsed here; see `decode`
+        raise ImageError(f"cannot read the TIFF: {_short(error)}") from error
     if number > count:
         raise ImageError(f"there is no page {number}: the TIFF has {count}")
     width, height = image.size

@@ -173,6 +173,13 @@ class ExperimentConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _teacher_is_asked(self) -> "ExperimentConfig":
+        own, key = self.train.distillation, "train.distillation.weight"
+        if own.teacher is not None and own.weight == 0 and key not in self.sweep.search_space:
+            raise ValueError(f"train.distillation.teacher={own.teacher} has no effect: {key}=0")
+        return self
+
+    @model_validator(mode="after")
     def _epochs_are_the_same_steps(self) -> "ExperimentConfig":
         for key in ("train.batch_size", "train.pack_tokens"):
             if self.train.epochs is not None and key in self.sweep.search_space:

@@ -23,6 +23,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from raytune_vlm.config.experiment import ExperimentConfig, digest_of
+from raytune_vlm.config.train import WITHOUT_EFFECT
 from raytune_vlm.errors import CheckpointError, StorageFull
 from raytune_vlm.models.adapter_file import load_adapter, read_tensors, save_adapter
 from raytune_vlm.records import as_record, read_json, write_json
@@ -50,6 +52,12 @@ class RunState:
     """The `MicroBatchLimit` in force, if memory did not suffice for the recipe's own."""
     scaler: dict[str, float] = field(default_factory=dict)
     """State of the gradient scaler of a float16 base; empty for any other."""
+
+
+def recipe_digest(experiment: ExperimentConfig) -> str:
+    """Digest of what a checkpoint must agree with to be continued."""
+    train = experiment.train.model_dump(exclude={**WITHOUT_EFFECT, "checkpoint_every": True})
+    return digest_of({"lora": experiment.lora.model_dump(), "train": train})
 
 
 def save(

@@ -37,7 +37,7 @@ from raytune_vlm.config.sources import (
     WebDatasetSource,
 )
 from raytune_vlm.errors import CheckpointError, ConfigError, DataError
-from raytune_vlm.images import ImageError, decode, tiff_page
+from raytune_vlm.images import ImageError, decode, tiff_length, tiff_page
 from raytune_vlm.records import Quarantined
 from raytune_vlm.references import read_reference
 from raytune_vlm.sources import SOURCES
@@ -122,9 +122,9 @@ def _image(data: bytes, folder: Path) -> Iterable[str]:
 
 
 def _tiff_pages(data: bytes, folder: Path) -> Iterable[str]:
-    for number in (1, 2, 9):
+    for number in range(1, tiff_length(data, max_pages=20) + 2):
         try:
-            tiff_page(data, number, LIMITS, max_pages=20)
+            tiff_page(data, number, LIMITS)
         except ImageError as error:
             yield error.message
 
@@ -429,7 +429,7 @@ _REFERENCE = {
 
 TARGETS: dict[str, Target] = {
     **{f"image {name}": Target(_image, valid, (ImageError,)) for name, valid in IMAGES.items()},
-    "image tiff pages": Target(_tiff_pages, lambda: [_pages(1), _pages(3)], ()),
+    "image tiff pages": Target(_tiff_pages, lambda: [_pages(1), _pages(3)], (ImageError,)),
     **{
         f"{kind} jsonl": Target(
             _table(kind, ".jsonl"),

@@ -21,13 +21,12 @@ from fuzz_readers import CONFIGS, LIMITS, ROWS, encoded
 from PIL import Image
 from sweep_folder_example import build_example
 
-from raytune_vlm.config.data import ImageLimits
 from raytune_vlm.config.loader import load_experiment
 from raytune_vlm.config.overrides import parse_override
 from raytune_vlm.config.sources import LlamaFactorySource, MessagesSource, WebDatasetSource
 from raytune_vlm.config.yaml_lines import read_yaml
 from raytune_vlm.errors import CheckpointError, ConfigError, DataError
-from raytune_vlm.images import ImageError, decode, tiff_page
+from raytune_vlm.images import ImageError, decode, tiff_length
 from raytune_vlm.records import Quarantined
 from raytune_vlm.report import build_report
 from raytune_vlm.report.loading import load_view
@@ -172,8 +171,8 @@ def test_a_tiff_of_very_many_pages_is_not_counted_to_its_end():
     struct.pack_into("<I", data, first + len(directory), start)
     for number in range(1, 40_000):
         data += directory + struct.pack("<I", start + (len(directory) + 4) * number)
-    with at_most(5), pytest.raises(ImageError, match="more than 20 pages"):
-        tiff_page(bytes(data), 1, ImageLimits(), max_pages=20)
+    with at_most(5), pytest.raises(ImageError, match="more pages than the limit, 20"):
+        tiff_length(bytes(data), max_pages=20)
 
 
 def test_a_jpeg_of_very_many_scans_is_refused():
