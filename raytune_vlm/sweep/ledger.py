@@ -114,7 +114,7 @@ def replay(file: Path) -> dict[str, TrialState]:
             _apply(trials, row)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(
-                f"{file}:{number}: the ledger is damaged in this line: {error!r}"
+                f"{file}:{number}: the ledger is damaged in this line: {error!r:.200}"
             ) from None
     return trials
 

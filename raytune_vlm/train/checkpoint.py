@@ -129,7 +129,7 @@ def verify(folder: Path) -> None:
             for name, entry in read_json(folder / _MANIFEST).items()
         }
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{folder}/{_MANIFEST} is damaged: {error!r}") from None
+        raise CheckpointError(f"{folder}/{_MANIFEST} is damaged: {error!r:.200}") from None
     missing = [name for name in _NEEDED if name not in manifest]
     if missing:
         raise CheckpointError(f"{folder}/{_MANIFEST} is damaged: it does not list {missing[0]}")
@@ -198,7 +198,7 @@ def load(
     try:
         random_state.restore(own, device)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{folder}: its random state is damaged: {error!r}") from None
+        raise CheckpointError(f"{folder}: its random state is damaged: {error!r:.200}") from None
     return state
 
 

@@ -18,6 +18,7 @@ from sweep_folder_example import build_example
 from raytune_vlm.comparisons import Comparison, Comparisons
 from raytune_vlm.errors import CheckpointError, DataError
 from raytune_vlm.records import PairedTest
+from raytune_vlm.report.controls import controls_section
 from raytune_vlm.report.faults import faults
 from raytune_vlm.report.gallery import gallery
 from raytune_vlm.report.headline import headline
@@ -64,6 +65,7 @@ def _report(name: str, data: bytes, folder: Path) -> Iterable[str]:
     leaderboard(view)
     gallery(view)
     faults(view)
+    yield from controls_section(view)["problems"]
 
 
 def _copy(folder: Path) -> None:
