@@ -105,28 +105,39 @@ def replay(file: Path) -> dict[str, TrialState]:
     Raises
     ------
     CheckpointError
-        If a line other than the last is damaged, or the sequence numbers have a gap.
+        If a line other than the last is damaged, an event lacks something or is of a trial that
+        was never proposed, or the sequence numbers have a gap.
     """
     trials: dict[str, TrialState] = {}
-    for row in _read(file)[0]:
-        event, trial_id = row["event"], str(row.get("trial_id"))
-        if event == "proposed":
-            trial = TrialState(trial_id, row["number"], row["recipe"], proposed_at=row["seq"])
-            trial.predicted = row.get("predicted", {})
-            trials[trial_id] = trial
-        elif event == "scored":
-            trials[trial_id].scored[row["step"]] = row["scores"]
-            trials[trial_id].costs[row["step"]] = row.get("costs", {})
-        elif event == "promoted":
-            trials[trial_id].promoted_to = row["step"]
-        elif event in ("finished", "stopped", "failed", "infeasible"):
-            trials[trial_id].untrained = event == "infeasible"
-            trials[trial_id].ended = "failed" if event == "infeasible" else event
-            trials[trial_id].message = row.get("message")
-            trials[trial_id].ended_at = row["seq"]
-        elif event == "control" and row["accepted"]:
-            apply_control(trials, row)
+    for number, row in enumerate(_read(file)[0], start=1):
+        try:
+            _apply(trials, row)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(
+                f"{file}:{number}: the ledger is damaged in this line: {error!r:.200}"
+            ) from None
     return trials
+
+
+def _apply(trials: dict[str, TrialState], row: Mapping[str, Any]) -> None:
+    """What an event does to the trials."""
+    event, trial_id = row["event"], str(row.get("trial_id"))
+    if event == "proposed":
+        trial = TrialState(trial_id, row["number"], row["recipe"], proposed_at=row["seq"])
+        trial.predicted = row.get("predicted", {})
+        trials[trial_id] = trial
+    elif event == "scored":
+        trials[trial_id].scored[row["step"]] = row["scores"]
+        trials[trial_id].costs[row["step"]] = row.get("costs", {})
+    elif event == "promoted":
+        trials[trial_id].promoted_to = row["step"]
+    elif event in ("finished", "stopped", "failed", "infeasible"):
+        trials[trial_id].untrained = event == "infeasible"
+        trials[trial_id].ended = "failed" if event == "infeasible" else event
+        trials[trial_id].message = row.get("message")
+        trials[trial_id].ended_at = row["seq"]
+    elif event == "control" and row["accepted"]:
+        apply_control(trials, row)
 
 
 def apply_control(trials: dict[str, TrialState], row: Mapping[str, Any]) -> None:
@@ -171,7 +182,7 @@ def _read(file: Path) -> tuple[list[dict[str, Any]], int]:
         try:
             event = json.loads(line)
             whole = line.endswith(b"\n") and event["seq"] == number
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             whole = False
         if not whole:
             if intact + len(line) < len(content):
