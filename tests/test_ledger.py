@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
 import resource
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -13,10 +15,12 @@ import time
 
 import pytest
 
-from raytune_vlm.errors import CheckpointError, LeaseError
+from raytune_vlm.errors import CheckpointError, LeaseError, StorageFull
+from raytune_vlm.records import SweepFolder
 from raytune_vlm.sweep import lease
 from raytune_vlm.sweep.lease import Lease
 from raytune_vlm.sweep.ledger import Ledger, events, replay
+from raytune_vlm.sweep.storage import storage_failure
 
 
 @pytest.fixture
@@ -153,3 +157,17 @@ def test_a_lease_of_another_host_is_watched_where_clocks_differ(tmp_path, monkey
     renewing.join()
     with Lease(file):  # nobody renews it any more
         assert json.loads(file.read_text())["fence"] == 4
+
+
+def test_what_the_storage_is_to_blame_for(tmp_path):
+    folder = SweepFolder(tmp_path)
+    folder.experiment_file.touch()
+    full = OSError(errno.ENOSPC, "No space left on device", "ledger.jsonl")
+    wrapped = RuntimeError("of Ray Tune")
+    wrapped.__cause__ = full
+    locked = sqlite3.OperationalError("database or disk is full")
+    for error in (full, wrapped, locked, StorageFull("2 MB are free")):
+        assert storage_failure(error, folder) == str(error)
+    assert storage_failure(FileNotFoundError(errno.ENOENT, "no such file"), folder) is None
+    folder.experiment_file.unlink()
+    assert "is not there any more" in storage_failure(ValueError("no step"), folder)

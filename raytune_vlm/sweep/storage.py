@@ -7,12 +7,12 @@ status 3, and goes on when the storage is back.
 from __future__ import annotations
 
 import sqlite3
-from errno import EDQUOT, EHOSTDOWN, EIO, ENODEV, ENOSPC, ENOTCONN, EROFS, ESTALE, ETIMEDOUT
+from errno import EDQUOT, EIO, ENOSPC, EROFS, ESTALE
 
-from raytune_vlm.errors import StorageFull
+from raytune_vlm.errors import StorageFull, first_line
 from raytune_vlm.records import SweepFolder
 
-_REASONS = {EDQUOT, EHOSTDOWN, EIO, ENODEV, ENOSPC, ENOTCONN, EROFS, ESTALE, ETIMEDOUT}
+_REASONS = {EDQUOT, EIO, ENOSPC, EROFS, ESTALE}
 _SQLITE = ("disk is full", "disk I/O error", "readonly database", "unable to open database")
 
 
@@ -26,8 +26,10 @@ def storage_failure(error: BaseException, folder: SweepFolder) -> str | None:
             or getattr(cause, "errno", None) in _REASONS
             or (of_sqlite and any(words in str(cause) for words in _SQLITE))
         ):
-            return str(error).strip().splitlines()[0] if str(error).strip() else str(cause)
+            return first_line(error)
         cause = cause.__cause__ or cause.__context__
-    if not folder.experiment_file.exists():
-        return f"{folder.root} is not there any more"
+    try:
+        folder.experiment_file.stat()
+    except OSError as gone:
+        return f"{folder.root} is not there any more: {gone}"
     return None

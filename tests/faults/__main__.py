@@ -16,11 +16,10 @@ from pathlib import Path
 
 from tests.faults.small import NUM_TRIALS  # isort: skip  (puts tests/ on the path)
 from tests.faults import table
+from tests.faults.files import DAMAGES
 from tests.faults.lives import Lives
 from tests.faults.plan import CHANGES, FAULTS, HALFWAY
 from tests.faults.verdict import Verdict
-
-FILES = "damaged files"
 
 
 def arguments() -> argparse.Namespace:
@@ -33,7 +32,7 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def rows(lives: Lives, names: list[str], ends: float | None) -> Iterator[list[Verdict]]:
+def rows(lives: Lives, names: list[str], ends: float | None) -> Iterator[Verdict]:
     """The verdicts, one row of the plan after the other; `names` loses those that were run."""
     faults = {fault.name: fault for fault in FAULTS}
     changes = {change.name: change for change in CHANGES}
@@ -41,39 +40,38 @@ def rows(lives: Lives, names: list[str], ends: float | None) -> Iterator[list[Ve
         if ends is not None and time.monotonic() > ends:
             return
         names.remove(name)
-        if name == FILES:
-            yield lives.damaged_files()
-        elif name in faults:
-            yield [lives.strike(faults[name])]
+        if name in faults:
+            yield lives.strike(faults[name])
+        elif name in changes:
+            yield lives.resume_changed(changes[name])
         else:
-            yield [lives.resume_changed(changes[name])]
+            yield lives.damage(DAMAGES[name])
 
 
 def main() -> int:
     given = arguments()
-    known = [FILES, *(entry.name for entry in (*FAULTS, *CHANGES))]
+    known = [*(entry.name for entry in (*FAULTS, *CHANGES)), *DAMAGES]
     names = [
         name for name in known if given.only is None or any(words in name for words in given.only)
     ]
     if any(change.name in names for change in CHANGES) and HALFWAY not in names:
-        names.insert(0, HALFWAY)
+        names.insert(0, HALFWAY)  # what is resumed with changes
     folder = given.folder or Path(tempfile.mkdtemp(prefix="faults-"))
     folder.mkdir(parents=True, exist_ok=True)
     ends = None if given.minutes is None else time.monotonic() + 60 * given.minutes
-    verdicts: list[Verdict] = []
+    good = True
     with Lives(folder.resolve(), given.seed) as lives:
         print(f"undisturbed, {NUM_TRIALS} trials: {lives.undisturbed():.0f} s", flush=True)
         began = time.monotonic()
-        for found in rows(lives, names, ends):
-            verdicts += found
-            for verdict in found:
-                print(" | ".join(verdict.cells()), flush=True)
-                for problem in verdict.problems:
-                    print(f"    NOT AS PROMISED: {problem}", flush=True)
-            print(f"    {time.monotonic() - began:.0f} s", flush=True)
+        for verdict in rows(lives, names, ends):
+            good = good and not verdict.problems
+            spent = time.monotonic() - began
+            print(" | ".join(table.row(verdict)), f"({spent:.0f} s in all)", flush=True)
             if given.write is not None:
-                table.write(given.write, table.render(verdicts, names, given.seed))
-    return int(any(verdict.problems for verdict in verdicts))
+                table.write(given.write, [verdict], known)
+    if names:
+        print(f"not run for want of time: {', '.join(names)}")
+    return int(not good)
 
 
 if __name__ == "__main__":

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import psutil
 from made import cli_command, cli_environment
 
-from raytune_vlm.records import read_json_lines
-from tests.faults.files import damaged_files
+from raytune_vlm.records import SweepFolder, read_json_lines
+from raytune_vlm.sweep.ledger import events
+from tests.faults.files import Damage
 from tests.faults.plan import HALFWAY, KILLED, Change, Fault
 from tests.faults.small import write_inputs, write_sweep
 from tests.faults.verdict import Verdict, compare, seconds_to_next_step, steps_repeated
@@ -75,8 +77,8 @@ class Lives:
         file = write_sweep(self._folder, self._folder / "runs", "undisturbed")
         self._write_plan({})
         began = time.monotonic()
-        status = self._life(file, "sweep", file)
-        assert status == 0, self._said(file)
+        log = self._folder / "undisturbed.log"
+        assert self._life(log, "sweep", file) == 0, log.read_text()
         self._trace = self._keep_trace("undisturbed")
         return time.monotonic() - began
 
@@ -84,38 +86,52 @@ class Lives:
         """Let a fault strike; what came of it."""
         name = fault.name.replace(" ", "-").replace("'", "")
         storage = self._folder / ("mounted" if fault.on_tmpfs else "runs")
-        with mounted(storage) if fault.on_tmpfs else here():
+        log = self._folder / f"{name}.log"  # it outlives the storage
+        plan = fault.plan(self._seed, self._trace)
+        verdict = Verdict(fault.name, place_of(fault, plan), "")
+        with mounted(storage) if fault.on_tmpfs else nullcontext():
             file = write_sweep(self._folder, storage, name, **fault.changes)
-            # The log has to outlive the storage.
-            log = self._folder / f"{name}.yaml"
-            plan = fault.plan(self._seed, self._trace)
-            verdict = Verdict(fault.name, place_of(fault, plan), "")
             self._write_plan({**plan, "root": str(storage / name), "storage": str(storage)})
-            ended = []
-            for number, expected in enumerate(fault.ends):
-                command = ("resume", storage / name) if number else ("sweep", file)
-                ended.append(self._life(log, *command))
-                self._give_back(storage)
-                if fault.name == HALFWAY and number == 0:
-                    shutil.copytree(storage / name, self._halfway)
-                if ended[-1] != expected:
-                    verdict.problems.append(f"ended with {ended}, not {list(fault.ends)}")
-                    break
-            verdict.ended = ending(ended)
-            trace = self._keep_trace(name)
-            if not any("struck" in row for row in trace):
-                verdict.problems.append("the fault never struck")
-            if fault.says not in self._said(log):
-                verdict.problems.append(f"nothing said of {fault.says!r}")
-            verdict.repeated = str(steps_repeated(trace))
-            if not fault.repeats and verdict.repeated != "0":
-                verdict.problems.append(f"{verdict.repeated} steps repeated")
-            seconds = seconds_to_next_step(trace)
-            verdict.next_step = "-" if seconds is None else f"{seconds:.0f}"
-            if ended[-1] == 0:
+            statuses = self._lives(fault, verdict, file, log)
+            verdict.ended = ending(statuses)
+            self._judge(fault, verdict, self._keep_trace(name), log.read_text())
+            if statuses[-1] == 0:
                 compare(verdict, self._whole, storage / name, without=fault.without)
         verdict.problems += self._left_behind()
         return verdict
+
+    def _lives(self, fault: Fault, verdict: Verdict, file: Path, log: Path) -> list[int]:
+        """The exit statuses of a driver and of those that resume after it."""
+        storage, root = file.parent, file.with_suffix("")
+        statuses: list[int] = []
+        before: list[dict[str, Any]] = []
+        for expected in fault.ends:
+            command = ("resume", root) if statuses else ("sweep", file)
+            statuses.append(self._life(log, *command))
+            self._give_back(storage)
+            if statuses[-1] != expected:
+                verdict.problems.append(f"ended with {statuses}, not {list(fault.ends)}")
+                break
+            now = events(root / "ledger.jsonl")
+            if now[: len(before)] != before:
+                verdict.problems.append("what the ledger had said is gone")
+            before = now
+            if fault.name == HALFWAY and len(statuses) == 1:
+                shutil.copytree(root, self._halfway)
+        return statuses
+
+    @staticmethod
+    def _judge(fault: Fault, verdict: Verdict, trace: list[dict[str, Any]], said: str) -> None:
+        """What the trace and the console tell."""
+        if not any("struck" in row for row in trace):
+            verdict.problems.append("the fault never struck")
+        if fault.says not in said:
+            verdict.problems.append(f"nothing said of {fault.says!r}")
+        verdict.repeated = str(steps_repeated(trace))
+        if not fault.repeats and verdict.repeated != "0":
+            verdict.problems.append(f"{verdict.repeated} steps repeated")
+        seconds = seconds_to_next_step(trace)
+        verdict.next_step = "-" if seconds is None else f"{seconds:.0f}"
 
     def resume_changed(self, change: Change) -> Verdict:
         """Resume what was killed half-way, with something changed."""
@@ -127,14 +143,14 @@ class Lives:
         assert change.before in whole
         file.write_text(whole.replace(change.before, change.after, 1))
         self._write_plan({})
-        log = self._folder / f"{name}.yaml"
+        log = self._folder / f"{name}.log"
         status = self._life(log, "resume", root)
         file.write_text(whole)
         refused = "refused, status 2" if status == 2 else ending([status])
         verdict = Verdict(change.name, change.where, refused)
         if status != change.end:
             verdict.problems.append(f"ended with {status}, not {change.end}")
-        if change.says not in self._said(log):
+        if change.says not in log.read_text():
             verdict.problems.append(f"nothing said of {change.says!r}")
         if status == 0:
             verdict.ended = "told, went on"
@@ -144,19 +160,14 @@ class Lives:
             verdict.problems.append("the ledger was written to")
         return verdict
 
-    @property
-    def can_change(self) -> bool:
-        """Whether there is a sweep that was killed half-way."""
-        return self._halfway.exists()
+    def damage(self, damage: Damage) -> Verdict:
+        """Damage files of the undisturbed sweep, which need no process."""
+        return damage(SweepFolder(self._whole), random.Random(f"{self._seed}/files"))
 
-    def damaged_files(self) -> list[Verdict]:
-        """Rows of what needs no process."""
-        return damaged_files(self._whole, self._seed)
-
-    def _life(self, file: Path, *arguments: object) -> int:
+    def _life(self, log_file: Path, *arguments: object) -> int:
         """One process of the command line; its exit status."""
         environment = {**cli_environment(), "RAY_ADDRESS": self._cluster.address}
-        with file.with_suffix(".log").open("a") as log:
+        with log_file.open("a") as log:
             command = cli_command(*arguments)
             driver = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
             try:
@@ -166,10 +177,6 @@ class Lives:
                 driver.wait()
                 log.write("killed by the test: it did not end\n")
                 return -1
-
-    @staticmethod
-    def _said(file: Path) -> str:
-        return file.with_suffix(".log").read_text()
 
     def _write_plan(self, plan: dict[str, Any]) -> None:
         (self._plans / "plan.json").write_text(json.dumps(plan))
@@ -214,12 +221,6 @@ def workers() -> list[psutil.Process]:
         except (psutil.NoSuchProcess, psutil.ZombieProcess):
             continue
     return found
-
-
-@contextmanager
-def here() -> Iterator[None]:
-    """Nothing to mount."""
-    yield
 
 
 @contextmanager

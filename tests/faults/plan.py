@@ -217,7 +217,7 @@ FAULTS = (
         "kill",
         {"signal": "SIGSTOP"},
         ends=(3, 0),
-        changes={"sweep.max_wait_s": 60},
+        changes={"sweep.max_wait_s": 45},
         says="has had no workers",
     ),
     Fault(

@@ -219,34 +219,3 @@ def test_a_recipe_that_diverges_fails_alone_and_the_sweep_goes_on(write_experime
     }
     assert states["t0001"].status == "failed"
     assert "not finite" in (states["t0001"].failure or "")
-
-
-def test_a_killed_worker_is_replaced_and_the_trial_goes_on(write_experiment):
-    file, folder = write_experiment("worker", train={"max_steps": 60, "warmup_steps": 2})
-    driver = subprocess.Popen(
-        cli_command(
-            "sweep",
-            file,
-            "sweep.num_trials=1",
-            "sweep.scheduler={type: fifo}",
-            "evaluation.every=4",
-        ),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env=cli_environment(),
-    )
-    wait_for_events(folder / "ledger.jsonl", "scored", 2, driver)
-    workers = [
-        process
-        for process in psutil.Process(driver.pid).children(recursive=True)
-        if "TrainWorker" in " ".join(process.cmdline())
-    ]
-    assert len(workers) == 1, [p.cmdline() for p in psutil.Process(driver.pid).children(True)]
-    workers[0].kill()
-    assert driver.wait(240) == 0
-    events = read_json_lines(folder / "ledger.jsonl")
-    scored = [row["step"] for row in events if row["event"] == "scored"]
-    assert scored == list(range(4, 61, 4))
-    assert [row["event"] for row in events].count("finished") == 1
-    steps = steps_logged(folder, "t0000")
-    assert steps == sorted(set(steps))
