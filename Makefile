@@ -19,7 +19,7 @@ demo: $(VENV)/.installed
 	$(BIN)/raytune-vlm demo
 
 test: lint
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 faults: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.faults --write docs/reliability.md

@@ -91,28 +91,26 @@ def test_missing_data_and_models_are_named_with_the_nearest(write_experiment):
 
 
 def test_bad_rows_are_named_and_leave_no_sweep_folder(write_experiment):
-    file, folder = write_experiment()
+    file, folder = write_experiment(own_data=True)
     train = Path(file).parent / "data" / "train.jsonl"
     rows = train.read_text().splitlines()
-    rows[4] = rows[4][:40]
-    train.write_text("\n".join(rows) + "\n")
-    message = refused("sweep", file)
-    assert "1 of 46 samples cannot be used" in message
-    assert "train.jsonl:5: malformed JSON" in message
     image = Path(file).parent / "data" / "images" / "train-0.png"
     image.write_bytes(image.read_bytes()[:300])
     rows[4] = rows[0].replace('{"type": "image"},', '{"type": "image"}, {"type": "image"},')
+    rows[6] = rows[6][:40]
     train.write_text("\n".join(rows) + "\n")
-    message = refused("prepare", file)
+    message = refused("sweep", file)
+    assert "3 of 46 samples cannot be used" in message
     assert "train.jsonl:1" in message and "truncated" in message
     assert "train.jsonl:5: 2 <image> placeholders but 1 image" in message
+    assert "train.jsonl:7: malformed JSON" in message
     assert not folder.exists()
     allowed = run_cli("prepare", file, "data.max_bad_fraction=0.2")
-    assert "2 quarantined" in allowed.stdout
+    assert "3 quarantined" in allowed.stdout
 
 
 def test_an_empty_data_set_is_refused(write_experiment):
-    file, folder = write_experiment()
+    file, folder = write_experiment(own_data=True)
     train = Path(file).parent / "data" / "train.jsonl"
     train.write_text("")
     assert "no training samples" in refused("sweep", file) and not folder.exists()
