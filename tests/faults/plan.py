@@ -263,14 +263,18 @@ FAULTS = (
             ("altered", "adapter_model.safetensors"),
         )
     ),
-    Fault(
-        "disk full",
-        "a small tmpfs, filled after a step; room is made before `resume`",
-        "step",
-        "after",
-        "fill",
-        ends=(3, 0),
-        on_tmpfs=True,
+    *(
+        Fault(
+            f"disk full in the {part}",
+            "a small tmpfs, filled after a step; room is made before `resume`",
+            "step",
+            "after",
+            "fill",
+            {"only": {"trial": trial_id}},
+            ends=(3, 0),
+            on_tmpfs=True,
+        )
+        for part, trial_id in (("search", "t0001"), ("conclusion", "t0002/seed-1"))
     ),
     Fault(
         "storage disappears",

@@ -136,18 +136,26 @@ def steps_repeated(trace: list[dict[str, Any]]) -> int:
 
 
 def seconds_to_next_step(trace: list[dict[str, Any]]) -> float | None:
-    """From the first strike to the first step that had not been done before; None: no step left."""
+    """From the first strike to the first step that had not been done before; None: no step left.
+
+    Where other processes go on, it is theirs: who was struck may do a step or two before it ends.
+    """
     done: set[tuple[str, int]] = set()
-    began = None
+    known: set[int] = set()
+    began, first = None, None
     for row in trace:
         if "struck" in row:
             began = began or row["time"]
         elif row["point"] == "step":
             step = (row["trial"], row["step"])
-            if began is not None and step not in done:
-                return float(row["time"] - began)
+            if began is None:
+                known.add(row["pid"])
+            elif step not in done:
+                first = first or float(row["time"] - began)
+                if row["pid"] not in known:
+                    return float(row["time"] - began)
             done.add(step)
-    return None
+    return first
 
 
 def _without(found: Outcome, trial_id: str) -> Outcome:
