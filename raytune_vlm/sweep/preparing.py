@@ -204,7 +204,7 @@ def check_head(folder: SweepFolder, monitor: Monitor) -> None:
     changed = [
         f"{name} {before} -> {now}"
         for name, now in versions().items()
-        if (before := head["versions"].get(name)) != now
+        if (before := head["versions"].get(name, "none")) != now
     ]
     if changed:
         monitor.say(

@@ -264,6 +264,11 @@ class LedgerCallback(tune.Callback):
         self._running.monitor.say(f"{trial_id} step {step}: {shown}")
         self._closing.scored(state, step)
 
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        trial_id, note = trial.config["trial_id"], "its proxy died; another one is started"
+        self._running.ledger.append("noted", trial_id=trial_id, message=note)
+        self._running.monitor.say(f"{trial_id}: {note}")
+
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._end(trial.config["trial_id"])
 

@@ -170,7 +170,14 @@ FAULTS = (
         "kill",
         changes={"sweep.slots": 2, "sweep.packing": "exact"},
     ),
-    Fault("proxy killed", "kill -9 before it asks for a report", "proxy", "before", "kill"),
+    Fault(
+        "proxy killed",
+        "kill -9 before it asks for a report",
+        "proxy",
+        "before",
+        "kill",
+        says="its proxy died",
+    ),
     Fault(
         "Ray Train's controller killed",
         "kill -9 after a step",
