@@ -80,6 +80,12 @@ def decode(data: bytes, limits: ImageLimits) -> Image.Image:
     return Image.fromarray(decode_pixels(data, limits))
 
 
+def num_pixels(data: bytes, limits: ImageLimits) -> int:
+    """Width times height, from the header alone; raises ImageError as `decode` does."""
+    image, _ = _open(data, limits)
+    return image.width * image.height
+
+
 def decode_pixels(data: bytes, limits: ImageLimits) -> numpy.ndarray:
     """The pixels of `decode`: uint8 `[height, width, 3]`, C-contiguous.
 
