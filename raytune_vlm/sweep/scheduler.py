@@ -40,7 +40,7 @@ class Rule:
     """Results that the first rung has to hold before the first promotion from it; of the next rungs
     `reduction_factor` times fewer each."""
     num_trials: int
-    num_executors: int
+    at_once: int
     metric: str
     mode: str
 
@@ -58,7 +58,7 @@ class Rule:
             reduction_factor=config.reduction_factor,
             min_results=least,
             num_trials=sweep.num_trials,
-            num_executors=sweep.at_once,
+            at_once=sweep.at_once,
             metric=experiment.metric,
             mode=experiment.mode,
         )
@@ -87,7 +87,7 @@ def decide(states: Collection[TrialState], rule: Rule) -> Action:
     its place among the best of its rung, but is not promoted.
     """
     running = [state for state in states if rule.is_running(state)]
-    if len(running) >= rule.num_executors:
+    if len(running) >= rule.at_once:
         return Action("wait")
     for state in states:
         if state.pinned and not state.held and rule.is_paused(state):
