@@ -142,17 +142,33 @@ class SweepView:
 
     @property
     def clone_origins(self) -> dict[str, dict[str, Any]]:
-        """Clone that a person made -> its parent and the step that it starts from."""
+        """Clone, made by a person or by a population -> its parent, the step that it goes on from
+        and the parent's recipe."""
         clones = [event["clone"] for event in self.ledger if event.get("clone")]
+        clones += [entry["clone"] for _, entry in self._exploits()]
         return {clone["trial_id"]: clone["origin"] for clone in clones}
 
+    def _exploits(self) -> list[tuple[int, dict[str, Any]]]:
+        """(step, who is replaced by which clone) of population based training, in order."""
+        rows = [event for event in self.ledger if event.get("event") == "exploited"]
+        return [(row["step"], entry) for row in rows for entry in row["exploits"]]
+
     @property
-    def by_hand(self) -> dict[str, tuple[str, ...]]:
-        """Trial -> what a person did to it while the sweep ran, in words, in order."""
+    def lineages(self) -> dict[str, tuple[str, ...]]:
+        """Trial -> whose clone it is, and which clone has replaced it, in words."""
         found = {
             trial_id: [f"clone of {origin['parent']} at step {origin['step']:,}"]
             for trial_id, origin in self.clone_origins.items()
         }
+        for step, entry in self._exploits():
+            words = f"replaced by {entry['clone']['trial_id']} at step {step:,}"
+            found.setdefault(entry["replaces"], []).append(words)
+        return {trial_id: tuple(words) for trial_id, words in found.items()}
+
+    @property
+    def by_hand(self) -> dict[str, tuple[str, ...]]:
+        """Trial -> what a person did to it while the sweep ran, in words, in order."""
+        found: dict[str, list[str]] = {}
         for event in self.ledger:
             if event.get("event") != "control" or not event.get("accepted"):
                 continue
@@ -163,12 +179,13 @@ class SweepView:
 
     @property
     def num_planned(self) -> int | None:
-        """Trials that the sweep was to have, as last set by hand."""
+        """Trials that the sweep was to have, as last set by hand, and its clones so far."""
         planned = lookup(self.experiment, "sweep.num_trials", None)
-        changed = [e["limits"] for e in self.ledger if e.get("limits")]
-        return next(
-            (row["num_trials"] for row in reversed(changed) if "num_trials" in row), planned
-        )
+        changed = [
+            e["limits"]["num_trials"] for e in self.ledger if e.get("limits", {}).get("num_trials")
+        ]
+        planned = [planned, *changed][-1]
+        return planned + len(self.clone_origins) if planned else None
 
     @property
     def winner(self) -> TrialView | None:

@@ -15,8 +15,7 @@ import numpy as np
 import torch
 
 from raytune_vlm.collate.features import Features
-from raytune_vlm.config.experiment import ExperimentConfig, digest_of
-from raytune_vlm.config.train import WITHOUT_EFFECT
+from raytune_vlm.config.experiment import ExperimentConfig
 from raytune_vlm.errors import (
     CheckpointError,
     InfrastructureError,
@@ -132,12 +131,6 @@ class Run:
     def _whole(self, needed: bool) -> AbstractContextManager[None]:
         """The base's weights are whole inside, if putting an adapter on reads them."""
         return BACKENDS[self.config.backend].whole(self._base) if needed else nullcontext()
-
-    @property
-    def recipe_digest(self) -> str:
-        """Digest of what a checkpoint must agree with to be continued."""
-        train = self.config.model_dump(exclude={**WITHOUT_EFFECT, "checkpoint_every": True})
-        return digest_of({"lora": self.experiment.lora.model_dump(), "train": train})
 
     def step(self) -> StepMetrics:
         """One optimizer step on the plan's next global batch.
@@ -336,7 +329,7 @@ class Run:
             state = checkpoint.RunState(
                 step=self.steps_done,
                 plan_digest=self.plan.digest,
-                recipe_digest=self.recipe_digest,
+                recipe_digest=self.experiment.training_digest,
                 samples_seen=self._samples_seen,
                 skipped_steps=self._skipped,
                 overflowed_steps=self._overflowed,
@@ -367,7 +360,7 @@ class Run:
             rank=self._world.rank,
             device=self._world.device,
         )
-        for name, ours in (("recipe", self.recipe_digest), ("plan", self.plan.digest)):
+        for name, ours in (("recipe", self.experiment.training_digest), ("plan", self.plan.digest)):
             if getattr(state, f"{name}_digest") != ours:
                 raise CheckpointError(f"{folder} was made with another {name}")
         self.steps_done, self._samples_seen = state.step, state.samples_seen
