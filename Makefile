@@ -18,7 +18,7 @@ demo: $(VENV)/.installed
 	$(BIN)/raytune-vlm demo
 
 test: lint
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check $(CODE)

@@ -63,6 +63,7 @@ def validate(
     """Check an experiment, its model and its data paths; predict parameters and memory."""
     from raytune_vlm.config.loader import render
     from raytune_vlm.models.location import check_model
+    from raytune_vlm.models.teacher import check_teacher
     from raytune_vlm.prepare.sizes import noted_sizes
     from raytune_vlm.records import SweepFolder
     from raytune_vlm.sweep.budget import planner_line
@@ -76,6 +77,7 @@ def validate(
     family = check_model(resolved.model)
     family.check_scopes(resolved.lora_scopes())
     family.check_packing(resolved.train.pack_tokens)
+    check_teacher(resolved)
     _check_sources(resolved)
     if show:
         click.echo(render(resolved), nl=False)

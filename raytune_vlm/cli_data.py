@@ -1,6 +1,8 @@
 """`raytune-vlm data ...`: what is in a folder of image-text data, before anything is trained.
 
-raytune-vlm data {inspect|stats|validate|export} TARGET [dotted.key=value ...]
+raytune-vlm data {inspect|stats|validate} TARGET [dotted.key=value ...]
+raytune-vlm data export TARGET [dotted.key=value ...] --format trl --output DIR
+`label` and `agree` are in `cli_label.py`.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from raytune_vlm.cli_label import agree, label
 from raytune_vlm.errors import ConfigError, DataError
 from raytune_vlm.visible import tell
 
@@ -45,6 +48,10 @@ def data() -> None:
     A TARGET is an EXPERIMENT.yaml, or a data file, a folder or a quoted glob, whose source type is
     detected. Keys can be overridden: data.max_length=4096, data.sources.0.text_column=caption.
     """
+
+
+data.add_command(label)
+data.add_command(agree)
 
 
 def _shared(command: _Command) -> _Command:

@@ -81,6 +81,12 @@ class SweepInterrupted(RaytuneVlmError, RuntimeError):
     exit_status = 3
 
 
+class LabellingStopped(RaytuneVlmError, RuntimeError):
+    """Labelling stopped before its end; the same command goes on and pays nothing twice."""
+
+    exit_status = 3
+
+
 def first_line(error: BaseException) -> str:
     """The first line of what an error says, or its `repr` where it says nothing."""
     return (str(error).strip() or repr(error)).splitlines()[0]

@@ -73,6 +73,12 @@ def decode(data: bytes, limits: ImageLimits) -> Image.Image:
     return Image.fromarray(decode_pixels(data, limits))
 
 
+def num_pixels(data: bytes, limits: ImageLimits) -> int:
+    """Width times height, from the header alone; raises ImageError as `decode` does."""
+    image, _ = _open(data, limits)
+    return image.width * image.height
+
+
 def decode_pixels(data: bytes, limits: ImageLimits) -> numpy.ndarray:
     """The pixels of `decode`: uint8 `[height, width, 3]`, C-contiguous.
 
@@ -107,20 +113,30 @@ def _decode_with_pillow(image: Image.Image, orientation: int, data: bytes) -> Im
     return result
 
 
-def tiff_page(data: bytes, number: int, limits: ImageLimits, *, max_pages: int) -> Image.Image:
-    """Page `number` (from 1) of a TIFF, as `decode` gives the first one of an image.
-
-    Raises ImageError as `decode` does, and where there is no such page, or more than `max_pages`.
-    """
+def tiff_length(data: bytes, *, max_pages: int) -> int:
+    """The number of pages of a TIFF; raises ImageError as `decode` does, and beyond `max_pages`."""
     try:
         image = Image.open(io.BytesIO(data), formats=("TIFF",))
-        count = getattr(image, "n_frames", 1)
-        if number <= count <= max_pages:
-            image.seek(number - 1)
+        count = int(getattr(image, "n_frames", 1))
     except Exception as error:  # headers are parsed here; see `decode`
         raise ImageError(f"cannot read the TIFF: {_short(error)}") from error
     if count > max_pages:
         raise ImageError(f"the TIFF has {count} pages, the limit is {max_pages}")
+    return count
+
+
+def tiff_page(data: bytes, number: int, limits: ImageLimits) -> Image.Image:
+    """Page `number` (from 1) of a TIFF, as `decode` gives the first one of an image.
+
+    Raises ImageError as `decode` does, and where there is no such page.
+    """
+    try:
+        image = Image.open(io.BytesIO(data), formats=("TIFF",))
+        count = getattr(image, "n_frames", 1)
+        if number <= count:
+            image.seek(number - 1)
+    except Exception as error:  # headers are parsed here; see `decode`
+        raise ImageError(f"cannot read the TIFF: {_short(error)}") from error
     if number > count:
         raise ImageError(f"there is no page {number}: the TIFF has {count}")
     width, height = image.size

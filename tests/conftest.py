@@ -157,18 +157,39 @@ def _cached_splits(
     return cached
 
 
+@pytest.fixture(scope="session")
+def shared_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `data`, to be left as it is, and `prepared`, what runs on it have prepared."""
+    root = tmp_path_factory.mktemp("shared")
+    write_data(root / "data")
+    (root / "prepared").mkdir()
+    return root
+
+
 @pytest.fixture
 def write_experiment(
-    tmp_path: Path, tiny_model: Callable[[str], Path]
+    tmp_path: Path, shared_data: Path, tiny_model: Callable[[str], Path]
 ) -> Callable[..., tuple[Path, Path]]:
-    """Write data and a sweep of three short trials; returns the file and the sweep folder."""
+    """Write a sweep of three short trials; returns the file and the sweep folder.
+
+    Its data, which is prepared only once a session, is to be left as it is; with `own_data` it
+    stands in `data` beside the file.
+    """
 
     def write(
-        name: str = "small", data_extra: dict[str, object] | None = None, **sections: object
+        name: str = "small",
+        data_extra: dict[str, object] | None = None,
+        own_data: bool = False,
+        **sections: object,
     ) -> tuple[Path, Path]:
-        data = tmp_path / "data"
-        if not data.exists():
-            write_data(data)
+        data, prepared = shared_data / "data", tmp_path / "runs" / "prepared"
+        if own_data:
+            data = tmp_path / "data"
+            if not data.exists():
+                write_data(data)
+        elif not prepared.exists():
+            prepared.parent.mkdir()
+            prepared.symlink_to(shared_data / "prepared")
         plain: dict[str, object] = {
             "name": name,
             "storage_path": str(tmp_path / "runs"),

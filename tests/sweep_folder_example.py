@@ -334,12 +334,20 @@ def _write_ledger(folder: SweepFolder, records: list[TrialRecord]) -> None:
     events: list[dict[str, Any]] = []
     time = START
     for record in records:
-        kinds = ["proposed", "started", *["scored"] * sum(r <= record.step for r in RUNGS)]
-        kinds += [record.status] if record.status != "running" else []
-        for kind in kinds:
-            time += record.seconds / len(kinds)
-            event = {"event": kind, "trial_id": record.trial_id}
-            events.append({"seq": len(events), "time": time, **event})
+        head = {"number": record.number, "recipe": record.recipe}
+        told = [("proposed", head), ("started", {"step": 0})]
+        for rung in (rung for rung in RUNGS if rung <= record.step):
+            metrics = next(
+                s for s in folder.trial(record.trial_id).scores("select") if s.step == rung
+            )
+            values = {name: entry.value for name, entry in metrics.metrics.items()}
+            told.append(("scored", {"step": rung, "scores": values}))
+        if record.status != "running":
+            told.append((record.status, {"step": record.step}))
+        for kind, fields in told:
+            time += record.seconds / len(told)
+            event = {"event": kind, "trial_id": record.trial_id, **fields}
+            events.append({"seq": len(events) + 1, "time": time, **event})
     write_text(folder.ledger_file, "".join(pyjson(event) + "\n" for event in events))
 
 
@@ -498,7 +506,10 @@ def _write_predictions(
         )
         _write_image(folder, rows[-1]["sample_id"], truth)
     file = folder.trial(trial_id).evaluation("report", step) / "predictions.parquet"
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+    origin = {"trial_id": trial_id, "step": step, "split": "report", "seconds": 20.5}
+    origin |= {"answer": "json_tags" if example.mode == "max" else "text", "overlapping": []}
+    table = pyarrow.Table.from_pylist(rows).replace_schema_metadata({"raytune_vlm": pyjson(origin)})
+    pyarrow.parquet.write_table(table, file)
 
 
 def _write_image(folder: SweepFolder, sample_id: str, truth: Any) -> None:

@@ -59,7 +59,7 @@ def test_a_dry_run_takes_a_tiny_model_of_a_family(write_experiment, monkeypatch,
 
 
 def test_a_typo_in_a_key_names_file_line_and_nearest(write_experiment):
-    file, folder = write_experiment(lora={"rnak": 4})
+    file, folder = write_experiment(own_data=True, lora={"rnak": 4})
     line = 1 + file.read_text().splitlines().index("  rnak: 4")
     message = refused("sweep", file)
     assert f"{file.name}:{line}" in message and "did you mean 'rank'" in message
@@ -67,10 +67,11 @@ def test_a_typo_in_a_key_names_file_line_and_nearest(write_experiment):
 
 
 def test_bad_values_spaces_and_overrides_are_refused(write_experiment):
-    file, folder = write_experiment()
+    file, folder = write_experiment(own_data=True)
     assert "override train.batch_size=0" in refused("sweep", file, "train.batch_size=0")
     assert "did you mean" in refused("sweep", file, "train.lerning_rate=1")
     file, _ = write_experiment(
+        own_data=True,
         sweep={
             "scheduler": {"type": "fifo"},
             "search_space": {"lora.rnk": {"type": "choice", "values": [1]}},
@@ -81,7 +82,7 @@ def test_bad_values_spaces_and_overrides_are_refused(write_experiment):
 
 
 def test_missing_data_and_models_are_named_with_the_nearest(write_experiment):
-    file, folder = write_experiment()
+    file, folder = write_experiment(own_data=True)
     assert "did you mean" in refused("sweep", file, "data.sources.0.path=trian.jsonl")
     assert "/no/such/folder" in refused("sweep", file, "data.root=/no/such/folder")
     assert "did you mean 'demo'" in refused("sweep", file, "model.name=dmeo")
@@ -91,28 +92,26 @@ def test_missing_data_and_models_are_named_with_the_nearest(write_experiment):
 
 
 def test_bad_rows_are_named_and_leave_no_sweep_folder(write_experiment):
-    file, folder = write_experiment()
+    file, folder = write_experiment(own_data=True)
     train = Path(file).parent / "data" / "train.jsonl"
     rows = train.read_text().splitlines()
-    rows[4] = rows[4][:40]
-    train.write_text("\n".join(rows) + "\n")
-    message = refused("sweep", file)
-    assert "1 of 46 samples cannot be used" in message
-    assert "train.jsonl:5: malformed JSON" in message
     image = Path(file).parent / "data" / "images" / "train-0.png"
     image.write_bytes(image.read_bytes()[:300])
     rows[4] = rows[0].replace('{"type": "image"},', '{"type": "image"}, {"type": "image"},')
+    rows[6] = rows[6][:40]
     train.write_text("\n".join(rows) + "\n")
-    message = refused("prepare", file)
+    message = refused("sweep", file)
+    assert "3 of 46 samples cannot be used" in message
     assert "train.jsonl:1" in message and "truncated" in message
     assert "train.jsonl:5: 2 <image> placeholders but 1 image" in message
+    assert "train.jsonl:7: malformed JSON" in message
     assert not folder.exists()
     allowed = run_cli("prepare", file, "data.max_bad_fraction=0.2")
-    assert "2 quarantined" in allowed.stdout
+    assert "3 quarantined" in allowed.stdout
 
 
 def test_an_empty_data_set_is_refused(write_experiment):
-    file, folder = write_experiment()
+    file, folder = write_experiment(own_data=True)
     train = Path(file).parent / "data" / "train.jsonl"
     train.write_text("")
     assert "no training samples" in refused("sweep", file) and not folder.exists()

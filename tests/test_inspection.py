@@ -485,7 +485,7 @@ def test_output_that_cannot_hold_the_characters_is_no_crash(tmp_path):
 
 
 def test_validate_counts_names_and_writes_every_bad_row(write_experiment, tmp_path):
-    file, _ = write_experiment()
+    file, _ = write_experiment(own_data=True)
     data = tmp_path / "data"
     rows = [json.loads(row) for row in (data / "train.jsonl").read_text().splitlines()]
     report = (data / "report.jsonl").read_text().splitlines()

@@ -25,6 +25,7 @@ from raytune_vlm.sweep.population import Exploiting, Population
 from raytune_vlm.sweep.runner import Session
 from raytune_vlm.sweep.searcher import OptunaSearcher
 from raytune_vlm.sweep.turns import NEVER
+from raytune_vlm.train.checkpoint import recipe_digest
 
 METRIC, RATE = "exact_match@strip", "train.learning_rate"
 SPACE = {
@@ -388,7 +389,7 @@ def test_ray_tune_stops_the_worst_and_goes_on_with_a_clone_of_the_best(begun):
     clone, own = life.trials["t0004"], begun.trial("t0004").checkpoint(2)
     assert clone.status == Trial.PAUSED and clone.config["until"] == 2
     assert (own / "optimizer.safetensors").read_text() == "of 3of 3"
-    digest = config().with_recipe(life.running.states["t0004"].recipe).training_digest
+    digest = recipe_digest(config().with_recipe(life.running.states["t0004"].recipe))
     state = {"step": 2, "samples_seen": 12, "recipe_digest": digest}
     assert read_json(own / "state.json") == state
     life.running.states["t0001"].scored[4] = {METRIC: 0.5}

@@ -12,11 +12,13 @@ from contextlib import contextmanager
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from made import experiment
 from PIL import Image
+from test_label import label, labels_file, scans
 
 from raytune_vlm.cli import cli
 from raytune_vlm.config.data import ImageLimits
@@ -28,7 +30,7 @@ from raytune_vlm.evaluate.scoring import read_predictions
 from raytune_vlm.evaluate.served import Served
 from raytune_vlm.images import decode
 from raytune_vlm.monitor import Monitor
-from raytune_vlm.records import SweepFolder
+from raytune_vlm.records import SweepFolder, read_json_lines
 from raytune_vlm.sweep.evaluate_served import score_served_benchmark
 from raytune_vlm.sweep.jobs import PreparedBenchmark
 from raytune_vlm.sweep.runner import Scoring
@@ -68,6 +70,22 @@ def test_a_served_model_answers_as_our_own_engine_does(
     assert [stripped(entry) for entry in found] == [stripped(entry) for entry in own]
     assert len({entry.text for entry in own}) > 1
     assert {entry.sample_id: entry for entry in kept} == {entry.sample_id: entry for entry in found}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_real_server_labels_pages(transformers_serve, tiny_model, tmp_path):
+    scans(tmp_path, 60, 80)
+    teacher = {"model": str(tiny_model("idefics3")), "name": "tiny"}
+    tasks = [{"name": "text", "prompt": "read", "max_tokens": NEW_TOKENS}]
+    at = SimpleNamespace(url=transformers_serve)
+    file = labels_file(tmp_path, at, tasks=tasks, teachers=[teacher])
+    tally = label(file)
+    assert tally.num_asked == 2 and len(tally.rejected) + tally.num_labels == 2
+    replies = read_json_lines(tmp_path / "out" / "answers.jsonl")
+    assert all(row["input_tokens"] > 0 < row["output_tokens"] for row in replies)
+    assert all(isinstance(row["text"], str) for row in replies)
+    again = label(file)
+    assert (again.num_asked, again.num_known, again.num_labels) == (0, 2, tally.num_labels)
 
 
 def stripped(entry):

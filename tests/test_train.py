@@ -16,8 +16,9 @@ from raytune_vlm.models.lora import detach
 from raytune_vlm.models.tiny import BUILDERS
 from raytune_vlm.prepare.feed import Collation, Part
 from raytune_vlm.train import checkpoint
+from raytune_vlm.train.losses import summed_cross_entropy
 from raytune_vlm.train.retention import Retention
-from raytune_vlm.train.run import Run, TrainingData, summed_cross_entropy
+from raytune_vlm.train.run import Run, TrainingData
 from raytune_vlm.train.schedule import learning_rate
 from raytune_vlm.train.world import World
 

@@ -194,6 +194,13 @@ class ExperimentConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _teacher_is_asked(self) -> "ExperimentConfig":
+        own, key = self.train.distillation, "train.distillation.weight"
+        if own.teacher is not None and own.weight == 0 and key not in self.sweep.search_space:
+            raise ValueError(f"train.distillation.teacher={own.teacher} has no effect: {key}=0")
+        return self
+
+    @model_validator(mode="after")
     def _epochs_are_the_same_steps(self) -> "ExperimentConfig":
         for key in ("train.batch_size", "train.pack_tokens"):
             if self.train.epochs is not None and key in self.sweep.search_space:
@@ -299,12 +306,6 @@ class ExperimentConfig(Section):
     def rungs(self) -> tuple[int, ...]:
         """The steps at which a trial of this experiment is scored."""
         return self.sweep.rungs(self.train.max_steps, self.evaluation.every)
-
-    @property
-    def training_digest(self) -> str:
-        """Digest of what a checkpoint must agree with to be continued."""
-        train = self.train.model_dump(exclude={**WITHOUT_EFFECT, "checkpoint_every": True})
-        return digest_of({"lora": self.lora.model_dump(), "train": train})
 
     def lora_scopes(self) -> set[str]:
         """Every scope that some trial may adapt."""

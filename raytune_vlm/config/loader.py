@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
@@ -21,8 +21,11 @@ from raytune_vlm.config.overrides import SEARCH_SPACE, apply_overrides
 from raytune_vlm.config.schema import subschema
 from raytune_vlm.config.search_space import point_problems, search_space_problems
 from raytune_vlm.config.secrets import secret_problems
+from raytune_vlm.config.section import Section
 from raytune_vlm.config.yaml_lines import read_yaml, write_yaml
 from raytune_vlm.errors import ConfigError, did_you_mean
+
+AnySection = TypeVar("AnySection", bound=Section)
 
 _CODE_KEY = re.compile("trust|remote_?code|code_revision|auto_map")
 """Keys by which somebody might try to let a model's own code run."""
@@ -36,15 +39,27 @@ def load_experiment(file: Path | str, overrides: Sequence[str] = ()) -> Experime
     ConfigError
         If anything is wrong with the file, an override or the search space; one line a problem.
     """
+    plain, origins = read_plain(file, "an experiment needs at least name and data")
+    return resolve(plain, overrides, origins, str(file))
+
+
+def read_plain(file: Path | str, needed: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """A YAML file of keys, and where each of its dotted keys stands.
+
+    Raises
+    ------
+    ConfigError
+        If it cannot be read, is empty (`needed` says what is wanted), or holds a secret.
+    """
     plain, lines = read_yaml(_text_of(Path(file), str(file)), str(file))
     if plain is None:
-        raise ConfigError(f"{file}: is empty; an experiment needs at least name and data")
+        raise ConfigError(f"{file}: is empty; {needed}")
     if not isinstance(plain, dict):
         kind = "a list" if isinstance(plain, list) else "a single value"
         raise ConfigError(f"{file}: the top level must be a mapping of keys, got {kind}")
     origins = {key: f"{file}:{line}" for key, line in lines.items()}
     _refuse(f"{origins.get(key, file)}: {why}" for key, why in secret_problems(plain))
-    return resolve(plain, overrides, origins, str(file))
+    return plain, origins
 
 
 def resolve(
@@ -68,13 +83,7 @@ def resolve(
     origins = {} if origins is None else origins
     apply_overrides(plain, overrides, origins)
     origins[""] = name
-
-    try:
-        experiment = ExperimentConfig.model_validate(plain)
-    except ValidationError as error:
-        found = [_problem(dict(details), plain) for details in error.errors()]
-        _refuse(_line(key, why, origins) for key, why in filter(None, found))
-        raise  # never reached: a ValidationError has at least one problem
+    experiment = validated(ExperimentConfig, plain, origins)
     problems = list(_said_twice(plain))
     for key, why in search_space_problems(experiment):
         problems.append((f"{SEARCH_SPACE}.{key}" if key else SEARCH_SPACE, why))
@@ -82,6 +91,18 @@ def resolve(
         problems += point_problems(experiment)
     _refuse(_line(key, why, origins) for key, why in problems)
     return experiment
+
+
+def validated(
+    model: type[AnySection], plain: dict[str, Any], origins: dict[str, str]
+) -> AnySection:
+    """Plain data as a section; raises ConfigError, one line a problem, each with its origin."""
+    try:
+        return model.model_validate(plain)
+    except ValidationError as error:
+        found = [_problem(dict(details), plain, model) for details in error.errors()]
+        _refuse(_line(key, why, origins) for key, why in filter(None, found))
+        raise  # never reached: a ValidationError has at least one problem
 
 
 def render(experiment: ExperimentConfig) -> str:
@@ -143,7 +164,9 @@ def _line(key: str, why: str, origins: Mapping[str, str]) -> str:
     return f"{origin}: {key}: {why}"
 
 
-def _problem(details: Mapping[str, Any], plain: Any) -> tuple[str, str] | None:
+def _problem(
+    details: Mapping[str, Any], plain: Any, model: type[Section]
+) -> tuple[str, str] | None:
     """A pydantic error as (dotted key, message); None for the mere echo of another one."""
     key, is_member = _dotted(details["loc"], plain)
     kind, got = details["type"], f"{details['input']!r}"
@@ -156,7 +179,7 @@ def _problem(details: Mapping[str, Any], plain: Any) -> tuple[str, str] | None:
                 "whether code of a model runs is never read from a file or an override; give "
                 "--trust-remote-code MODEL@REVISION on the command line"
             )
-        siblings = subschema(parent, plain).get("properties", {})
+        siblings = subschema(parent, plain, model).get("properties", {})
         return key, f"unknown key{did_you_mean(name, siblings)}"
     if kind == "missing":
         return key, "this key is required and missing"
@@ -166,7 +189,7 @@ def _problem(details: Mapping[str, Any], plain: Any) -> tuple[str, str] | None:
         known = f"; known: {', '.join(tags)}" if "did you mean" in hint else ""
         return f"{key}.type", f"unknown type {context['tag']!r}{hint}{known}"
     if kind == "union_tag_not_found":
-        tags = subschema(key, plain).get("tags", [])
+        tags = subschema(key, plain, model).get("tags", [])
         return key, f"type is missing; known: {', '.join(tags)}"
     if kind == "too_short":
         return None if details["input"] else (key, "Input should have at least one item, got none")

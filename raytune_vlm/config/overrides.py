@@ -6,8 +6,10 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from raytune_vlm.config.experiment import ExperimentConfig
 from raytune_vlm.config.schema import subschema
 from raytune_vlm.config.secrets import hides_secret, secret_problems
+from raytune_vlm.config.section import Section
 from raytune_vlm.config.yaml_lines import read_yaml
 from raytune_vlm.errors import ConfigError
 
@@ -16,9 +18,12 @@ SEARCH_SPACE = "sweep.search_space"
 
 
 def apply_overrides(
-    plain: dict[str, Any], overrides: Sequence[str], origins: dict[str, str]
+    plain: dict[str, Any],
+    overrides: Sequence[str],
+    origins: dict[str, str],
+    model: type[Section] = ExperimentConfig,
 ) -> None:
-    """Change the experiment as read, and where each of its dotted keys comes from, in place.
+    """Change a file of `model` as read, and where each of its dotted keys comes from, in place.
 
     A changed `type` replaces its whole mapping, so those overrides go first, whatever their order.
 
@@ -33,7 +38,7 @@ def apply_overrides(
         if names.count(key) > 1:
             raise ConfigError(f"{name}: {key} is given twice")
     for key, value, name in sorted(parsed, key=lambda item: not item[0].endswith(".type")):
-        replaced = _set(plain, key, value, name)
+        replaced = _set(plain, key, value, name, model)
         for known in [known for known in origins if known.startswith(f"{replaced}.")]:
             del origins[known]
         origins[replaced] = name
@@ -66,7 +71,7 @@ def parse_override(text: str) -> tuple[str, Any, str]:
     return key, value, name
 
 
-def _set(plain: dict[str, Any], key: str, value: Any, name: str) -> str:
+def _set(plain: dict[str, Any], key: str, value: Any, name: str, model: type[Section]) -> str:
     """Set one key; the dotted key of what was replaced."""
     node: Any = plain
     path: list[str] = []
@@ -75,7 +80,7 @@ def _set(plain: dict[str, Any], key: str, value: Any, name: str) -> str:
         path.append(step)
         if isinstance(node, dict):
             if node.get(step) is None:
-                node[step] = _new_mapping(".".join(path), plain, name)
+                node[step] = _new_mapping(".".join(path), plain, name, model)
             node = node[step]
         else:
             node = node[_index(node, step, path, name)]
@@ -107,9 +112,11 @@ def _steps(plain: dict[str, Any], key: str) -> list[str]:
     return ["sweep", "search_space", rest]
 
 
-def _new_mapping(dotted: str, plain: dict[str, Any], name: str) -> dict[str, Any]:
+def _new_mapping(
+    dotted: str, plain: dict[str, Any], name: str, model: type[Section]
+) -> dict[str, Any]:
     """What a mapping that the file does not mention starts as: the type of its default, if any."""
-    schema = subschema(dotted, plain)
+    schema = subschema(dotted, plain, model)
     if schema.get("type") == "array":
         raise ConfigError(f"{name}: {dotted} is a list that the file does not set; give it whole")
     default = schema.get("default")

@@ -12,6 +12,7 @@ from typing import Any
 
 from raytune_vlm.config.experiment import ExperimentConfig
 from raytune_vlm.config.search_space import searchable_keys
+from raytune_vlm.config.section import Section
 
 
 def json_schema() -> dict[str, Any]:
@@ -27,12 +28,13 @@ def schema_text() -> str:
     return json.dumps(json_schema(), indent=2) + "\n"
 
 
-def subschema(dotted: str, data: Any) -> dict[str, Any]:
+def subschema(dotted: str, data: Any, model: type[Section] = ExperimentConfig) -> dict[str, Any]:
     """The schema of what lies under a dotted key; `{}` where there is none.
 
-    `data` is the experiment as read: its `type` keys decide which variant of a union is meant.
+    `data` is the file of `model` as read: its `type` keys decide which variant of a union is meant.
     """
-    node = _follow(_schema(), data)
+    whole = _schema(model)
+    node = _follow(whole, data, whole)
     rest = dotted.split(".") if dotted else []
     while rest:
         if "properties" in node:
@@ -47,7 +49,7 @@ def subschema(dotted: str, data: Any) -> dict[str, Any]:
         else:
             return {}
         data = _item(data, key)
-        node = _follow(node, data)
+        node = _follow(node, data, whole)
     return node
 
 
@@ -68,7 +70,7 @@ def _item(data: Any, key: str) -> Any:
     return None
 
 
-def _follow(node: dict[str, Any], data: Any) -> dict[str, Any]:
+def _follow(node: dict[str, Any], data: Any, whole: dict[str, Any]) -> dict[str, Any]:
     """Resolve references, and unions by their tag; a default stays known under `default`."""
     default = {"default": node["default"]} if "default" in node else {}
     if "discriminator" in node:
@@ -78,10 +80,10 @@ def _follow(node: dict[str, Any], data: Any) -> dict[str, Any]:
             return {**default, "tags": sorted(mapping)}
         node = {"$ref": mapping[tag]}
     if "$ref" in node:
-        node = _schema()["$defs"][node["$ref"].rsplit("/", 1)[1]]
+        node = whole["$defs"][node["$ref"].rsplit("/", 1)[1]]
     return {**node, **default}
 
 
 @functools.cache
-def _schema() -> dict[str, Any]:
-    return json_schema()
+def _schema(model: type[Section]) -> dict[str, Any]:
+    return json_schema() if model is ExperimentConfig else model.model_json_schema()

@@ -8,7 +8,7 @@ from typing import Any
 
 _KEY = re.compile(
     r"(^|[_-])(token|password|passwd|secret|credentials?|api_?key|access_?key|private_?key|auth)"
-    r"([_-]|$)",
+    r"([_-]|$)(?!env$|file$)",  # `api_key_env` and `api_key_file` say where a key is to be had
     re.IGNORECASE,
 )
 _VALUE = re.compile(

@@ -18,7 +18,9 @@ class ServerConfig(Section):
     model: str = Field(min_length=1)
     """The model to ask, as the server names it."""
     api_key_env: str | None = Field(default=None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
-    """Name of the environment variable that holds the key; the key itself is in no file."""
+    """Name of the environment variable that holds the key; the key itself is not written here."""
+    api_key_file: str | None = None
+    """File of nothing but the key, instead of an environment variable."""
     timeout_s: float = Field(default=60.0, gt=0)
     """The longest that one request may take."""
     max_retries: int = Field(default=4, ge=0)
@@ -35,6 +37,12 @@ class ServerConfig(Section):
         if parts.username or parts.password or parts.query or parts.fragment:
             raise ValueError("an address without user, password and query is wanted")
         return value.rstrip("/")
+
+    @model_validator(mode="after")
+    def _has_one_key(self) -> ServerConfig:
+        if self.api_key_env is not None and self.api_key_file is not None:
+            raise ValueError("api_key_env and api_key_file exclude each other")
+        return self
 
     @property
     def host(self) -> str:

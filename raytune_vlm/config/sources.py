@@ -197,7 +197,21 @@ class TableFunctionSource(TableSource):
     _is_a_function = field_validator("function")(_names_a_function)
 
 
-class PdfSource(TableSource):
+class DocumentPages(Section):
+    """How the pages of documents are rendered, and which documents are refused."""
+
+    dpi: int = Field(default=150, ge=36, le=600)
+    """Dots per inch at which a page of a PDF is rendered."""
+    max_pixels: int = Field(default=4_000_000, ge=10_000)
+    """A page that would have more pixels is rendered with fewer dots per inch. A page, or a picture
+    in it, beyond `data.image_limits.max_pixels` is quarantined instead."""
+    max_pages: int = Field(default=500, ge=1)
+    """A document with more pages is quarantined."""
+    max_bytes: int = Field(default=200_000_000, ge=1)
+    """A larger document is quarantined."""
+
+
+class PdfSource(DocumentPages, TableSource):
     """Pages of PDF and TIFF documents: rows of `file`, `page` and `text` or `messages`.
 
     PDFs need pypdfium2: `pip install 'raytune-vlm[documents]'`.
@@ -214,15 +228,6 @@ class PdfSource(TableSource):
     """Column of the conversation, in rows without a target text."""
     instruction: str = "Read this page."
     """What the user's turn asks where the row has a target text."""
-    dpi: int = Field(default=150, ge=36, le=600)
-    """Dots per inch at which a page of a PDF is rendered."""
-    max_pixels: int = Field(default=4_000_000, ge=10_000)
-    """A page that would have more pixels is rendered with fewer dots per inch. A page, or a picture
-    in it, beyond `data.image_limits.max_pixels` is quarantined instead."""
-    max_pages: int = Field(default=500, ge=1)
-    """A document with more pages is quarantined."""
-    max_bytes: int = Field(default=200_000_000, ge=1)
-    """A larger document is quarantined."""
 
 
 def parse_template(template: str) -> list[tuple[str, str | None]]:

@@ -4,11 +4,13 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from raytune_vlm.config.distillation import DistillationConfig
 from raytune_vlm.config.section import Section
 
 WITHOUT_EFFECT: dict[str, Any] = {
     "deepspeed": True,
     "fsdp2": {"shard_size": True},
+    "distillation": {"chunk_tokens": True},
     "backend": True,
     "num_workers": True,
     "cpus_per_worker": True,
@@ -111,6 +113,8 @@ class TrainConfig(Section):
     """Decoupled weight decay (AdamW)."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients with a larger global norm are scaled down to it."""
+    distillation: DistillationConfig = DistillationConfig()
+    """A teacher beside the labels: `distillation: {teacher: ORG/LARGER-MODEL, weight: 0.5}`."""
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing()
     """Where activations are recomputed: `activation_checkpointing: {text: true}`. Results are the
     same, bit for bit on CPU."""
@@ -141,7 +145,8 @@ class TrainConfig(Section):
     feature_cache_gb: float = Field(default=1.0, ge=0)
     """Memory of each executor, in 10^9 bytes, for what a frozen vision tower and projector make of
     images: computed once an image, for all steps, trials and evaluations. The least recently used
-    are dropped. 0: computed in every pass. Trials that train any of it never use it."""
+    are dropped. 0: computed in every pass. Trials that train any of it never use it. A teacher's
+    are kept too (`distillation`): each gets half."""
     hang_timeout_s: float = Field(default=1800, ge=1, le=7 * 86400)
     """Seconds without a step (or a batch of answers) after which a worker writes the stacks of its
     threads and is started again; four times as much until the first step of a trial is done."""
@@ -171,6 +176,16 @@ class TrainConfig(Section):
                 )
         if self.epochs is None and self.warmup >= self.max_steps:
             raise ValueError(f"warmup_steps={self.warmup} must be below max_steps={self.max_steps}")
+        return self
+
+    @model_validator(mode="after")
+    def _teacher_is_whole(self) -> "TrainConfig":
+        teacher = self.distillation.teacher
+        if teacher is not None and self.holders > 1:
+            raise ValueError(
+                f"distillation.teacher={teacher} and backend={self.backend} exclude each other: "
+                "output layers are used in chunks and have to be whole; use backend: ddp"
+            )
         return self
 
     @model_validator(mode="after")

@@ -1,7 +1,7 @@
 """Asking a server that speaks OpenAI's chat API (`POST <base_url>/chat/completions`).
 
 Busy, broken and unreachable servers are asked again with growing pauses. The key comes from the
-environment and stands in no message.
+environment or a file of its own and stands in no message.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from email.utils import parsedate_to_datetime
+from pathlib import Path
 from typing import Any, TypeVar
 
 from raytune_vlm.config.server import ServerConfig
@@ -24,6 +26,14 @@ RETRIED = (408, 409, 425, 429, 500, 502, 503, 504)
 """HTTP statuses that may be others a little later."""
 LONGEST_PAUSE_S = 60.0
 """Also where the server asks for a longer one (`Retry-After`)."""
+
+
+class Refused(EvaluationError):
+    """The server refuses a request itself, whatever the try."""
+
+    def __init__(self, message: str, status: int = 0) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class NoAnswer(Exception):
@@ -43,7 +53,7 @@ class ChatServer:
     Raises
     ------
     EvaluationError
-        If the environment variable that shall hold the key is not set.
+        If the environment variable or the file that shall hold the key does not.
     """
 
     def __init__(
@@ -54,13 +64,7 @@ class ChatServer:
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._config, self._name, self._sleep = config, name, sleep
-        self._key = None
-        if config.api_key_env is not None:
-            self._key = os.environ.get(config.api_key_env)
-            if not self._key:
-                raise EvaluationError(
-                    f"{key_option}={config.api_key_env!r}: no such environment variable here"
-                )
+        self._key = _key_of(config, key_option)
         # A redirect or a proxy could carry what is sent to another host.
         handlers: list[Any] = [_NoRedirect]
         if config.is_local:
@@ -77,7 +81,7 @@ class ChatServer:
 
         Raises
         ------
-        EvaluationError
+        Refused
             If the server refuses the request itself: an unknown model, a wrong key.
         NoAnswer
             If every try has failed.
@@ -93,9 +97,8 @@ class ChatServer:
             except urllib.error.HTTPError as error:
                 reason = self._plain(_said(error))
                 if error.code not in RETRIED:
-                    raise EvaluationError(
-                        f"{self._name}: {self._config.base_url} answers {error.code}: {reason}"
-                    ) from None
+                    where = f"{self._name}: {self._config.base_url}"
+                    raise Refused(f"{where} answers {error.code}: {reason}", error.code) from None
                 why, wanted_s = f"it answers {error.code}: {reason}", _retry_after(error)
             except (OSError, http.client.HTTPException, ValueError) as error:
                 # Out of reach, too slow, or no answer that can be read.
@@ -112,12 +115,35 @@ class ChatServer:
             f"{self._config.base_url}/chat/completions", json.dumps(body).encode(), headers
         )
         with self._opener.open(request, timeout=self._config.timeout_s) as response:
-            return json.load(response)
+            text = response.read().decode("utf-8")
+            # A server may repeat the key, and replies are kept.
+            return json.loads(text.replace(self._key, "...") if self._key else text)
 
     def _plain(self, text: str) -> str:
         """In one line, without the key."""
         line = " ".join(text.split())
         return line.replace(self._key, "...") if self._key else line
+
+
+def _key_of(config: ServerConfig, key_option: str) -> str | None:
+    """The key, if any; raises EvaluationError where it is not where it should be."""
+    if config.api_key_file is not None:
+        file = Path(config.api_key_file).expanduser()
+        try:
+            key = file.read_text(encoding="ascii").strip()
+        except (OSError, UnicodeDecodeError):
+            key = ""
+        if not key or not key.isprintable():
+            raise EvaluationError(f"api_key_file={str(file)!r}: no such file, or it holds no key")
+        return key
+    if config.api_key_env is None:
+        return None
+    key = os.environ.get(config.api_key_env, "")
+    if not key:
+        raise EvaluationError(
+            f"{key_option}={config.api_key_env!r}: no such environment variable here"
+        )
+    return key
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -135,6 +161,11 @@ def _said(error: urllib.error.HTTPError) -> str:
 
 
 def _retry_after(error: urllib.error.HTTPError) -> float:
-    """The seconds that the server asks to wait; 0 where it says none."""
+    """The seconds that the server asks to wait, or until its date; 0 where it says none."""
     value = error.headers.get("Retry-After", "")
-    return float(value) if value.isdigit() else 0.0
+    if value.isdigit():
+        return float(value)
+    try:
+        return parsedate_to_datetime(value).timestamp() - time.time()
+    except ValueError:
+        return 0.0

@@ -63,6 +63,8 @@ class Host:
             return "model.dtype=float16: every trial scales its loss itself"
         if experiment.train.pack_tokens is not None:
             return "train.pack_tokens: a row holds several samples"
+        if experiment.train.distillation.is_on:
+            return "train.distillation: its output layer is used in chunks of its own tokens"
         if self._drops:
             return f"{self._base.family.model_type} has dropout of its own, the same for all rows"
         return unmixable(experiment.lora)

@@ -328,6 +328,8 @@ class SweepFolder:
         self.quarantine_file = self.data / "quarantine.jsonl"
         self.overlap_file = self.data / "overlap.jsonl"
         """Samples that are much like one of another split (`Overlap`), a pair a line."""
+        self.facts_file = self.data / "report_samples.jsonl"
+        """Source and image size of each sample of `report`, one a line."""
         self.gallery = self.data / "gallery"
         self.report = self.root / "report"
         self.best = self.root / "best"

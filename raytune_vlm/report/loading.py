@@ -85,6 +85,8 @@ class SweepView:
     ledger: tuple[dict[str, Any], ...]
     like_train: frozenset[str] = frozenset()
     """Samples of `report` that are much like one of `train`."""
+    facts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Sample of `report` -> `source` and `pixels`; empty in folders of earlier versions."""
     notes: tuple[str, ...] = field(default=())
     """What could not be read, for people."""
 
@@ -316,6 +318,10 @@ def load_view(root: Path | str) -> SweepView:
         like_train=frozenset(
             reader.read(folder.overlap_file, lambda _: folder.overlapping("report")) or ()
         ),
+        facts=reader.read(
+            folder.facts_file, lambda file: {row["sample_id"]: row for row in read_json_lines(file)}
+        )
+        or {},
         notes=tuple(reader.notes),
     )
 

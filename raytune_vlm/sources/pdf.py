@@ -25,9 +25,9 @@ from typing import Any, Protocol
 from PIL import Image
 
 from raytune_vlm.config.data import ImageLimits
-from raytune_vlm.config.sources import PdfSource
+from raytune_vlm.config.sources import DocumentPages, PdfSource
 from raytune_vlm.errors import DataError
-from raytune_vlm.images import ImageError, encode_png, tiff_page
+from raytune_vlm.images import ImageError, encode_png, tiff_length, tiff_page
 from raytune_vlm.records import Quarantined, Sample
 from raytune_vlm.sources.base import Reader, RowError, Shard, check_counts, shorten
 from raytune_vlm.sources.files import read_image
@@ -63,6 +63,21 @@ def read_shard(
     )
     documents = _Documents(config, shard, limits)
     return read_table(config, shard, limits, columns, partial(_convert, config, documents))
+
+
+def document_pages(
+    shard: Shard, config: DocumentPages, limits: ImageLimits
+) -> Iterator[tuple[int, str, bytes | RowError]]:
+    """Number, group and PNG of every page of the document that a shard is, or why it has none.
+
+    Raises RowError where the document cannot be opened.
+    """
+    document = _Documents(config, shard, limits).open(shard.path)
+    for number in range(1, document.num_pages + 1):
+        try:
+            yield number, document.group_id, encode_png(document.page(number))
+        except RowError as error:
+            yield number, document.group_id, error
 
 
 def _convert(config: PdfSource, documents: _Documents, row: Row) -> Sample:
@@ -112,6 +127,7 @@ class _Document(Protocol):
     """A document whose pages can be had; raises RowError."""
 
     group_id: str
+    num_pages: int
 
     def page(self, number: int) -> Image.Image: ...
 
@@ -119,7 +135,7 @@ class _Document(Protocol):
 class _Documents:
     """The document that was asked for last, or what is wrong with it."""
 
-    def __init__(self, config: PdfSource, shard: Shard, limits: ImageLimits) -> None:
+    def __init__(self, config: DocumentPages, shard: Shard, limits: ImageLimits) -> None:
         self._config, self._shard, self._limits = config, shard, limits
         self._name: str | None = None
         self._opened: _Document | RowError
@@ -147,13 +163,17 @@ class _Documents:
 class _Tiff:
     """A TIFF, a frame a page."""
 
-    def __init__(self, data: bytes, config: PdfSource, limits: ImageLimits) -> None:
+    def __init__(self, data: bytes, config: DocumentPages, limits: ImageLimits) -> None:
         self.group_id = _group_of(data)
         self._data, self._config, self._limits = data, config, limits
+        try:
+            self.num_pages = tiff_length(data, max_pages=config.max_pages)
+        except ImageError as error:
+            raise RowError(error.message) from error
 
     def page(self, number: int) -> Image.Image:
         try:
-            image = tiff_page(self._data, number, self._limits, max_pages=self._config.max_pages)
+            image = tiff_page(self._data, number, self._limits)
         except ImageError as error:
             raise RowError(error.message) from error
         share = math.sqrt(self._config.max_pixels / (image.width * image.height))
@@ -166,7 +186,7 @@ class _Tiff:
 class _Pdf:
     """A PDF, opened by PDFium with its form fields, so that what was filled in is seen."""
 
-    def __init__(self, data: bytes, config: PdfSource, limits: ImageLimits) -> None:
+    def __init__(self, data: bytes, config: DocumentPages, limits: ImageLimits) -> None:
         import pypdfium2
         from pypdfium2 import raw
 
@@ -179,16 +199,16 @@ class _Pdf:
             if getattr(error, "err_code", None) == raw.FPDF_ERR_PASSWORD:
                 raise RowError("the PDF is encrypted: it needs a password") from error
             raise RowError(f"the PDF cannot be opened: {shorten(error)}") from error
-        count = len(self._pdf)
-        if count > config.max_pages:
-            raise RowError(f"the PDF has {count} pages, the limit is {config.max_pages}")
+        self.num_pages = len(self._pdf)
+        if self.num_pages > config.max_pages:
+            raise RowError(f"the PDF has {self.num_pages} pages, the limit is {config.max_pages}")
 
     def page(self, number: int) -> Image.Image:
         """The page at `dpi`, or at fewer where it would have more than `max_pixels`."""
         import pypdfium2
 
-        if number > len(self._pdf):
-            raise RowError(f"there is no page {number}: the PDF has {len(self._pdf)}")
+        if number > self.num_pages:
+            raise RowError(f"there is no page {number}: the PDF has {self.num_pages}")
         try:
             width, height = self._pdf.get_page_size(number - 1)
             scale = self._config.dpi / POINTS_PER_INCH

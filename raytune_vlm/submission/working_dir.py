@@ -119,6 +119,11 @@ def check_paths(experiment: ExperimentConfig, file: Path, sent: Sent) -> str:
     model = experiment.model.name
     if model != "demo" and (sent.root / model).is_dir():
         needed["model.name"] = model
+    own = experiment.train.distillation
+    if own.teacher not in (None, "demo") and (sent.root / own.teacher).is_dir():
+        needed["train.distillation.teacher"] = own.teacher
+    if own.adapter is not None:
+        needed["train.distillation.adapter"] = own.adapter
     for key, path in needed.items():
         if not Path(path).is_absolute() and not sent.holds(path):
             raise ConfigError(

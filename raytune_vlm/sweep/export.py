@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from raytune_vlm.config.distillation import DistillationConfig
 from raytune_vlm.config.experiment import ExperimentConfig
 from raytune_vlm.config.loader import render
 from raytune_vlm.errors import ConfigError, did_you_mean
@@ -97,6 +98,9 @@ def own_experiment(
 ) -> ExperimentConfig:
     """The experiment that trains one recipe of a sweep and searches nothing."""
     own = experiment.with_recipe(recipe)
+    if not own.train.distillation.is_on:  # a teacher that the search left out
+        alone = own.train.model_copy(update={"distillation": DistillationConfig()})
+        own = own.model_copy(update={"train": alone})
     plain = own.sweep.model_copy(update={"search_space": {}})
     return own.model_copy(update={"sweep": plain, "name": f"{experiment.name}-{suffix}"})
 

@@ -67,7 +67,13 @@ def run_plan(worker: Worker, job: Job) -> None:
     def make(number: int) -> Run:
         seeded = experiment.with_recipe({"seed": experiment.seed + number})
         return Run(
-            worker.base, worker.splits["train"], seeded, worker.world, consumed, features=features
+            worker.base,
+            worker.splits["train"],
+            seeded,
+            worker.world,
+            consumed,
+            features=features,
+            teacher=worker.teacher(seeded),
         )
 
     most = math.ceil(experiment.sweep.num_trials / experiment.sweep.num_executors)

@@ -287,8 +287,8 @@ class Exploiting(Pausing[Population]):
         step, folder = origin["step"], self._running.folder
         target = folder.trial(state.trial_id).checkpoint(step)
         if not target.exists():
-            digest = self._running.experiment.with_recipe(state.recipe).training_digest
-            adopt(folder.trial(origin["parent"]).checkpoint(step), target, digest)
+            own = self._running.experiment.with_recipe(state.recipe)
+            adopt(folder.trial(origin["parent"]).checkpoint(step), target, own)
 
     def debug_string(self) -> str:
         """For Ray Tune's console, which is off."""

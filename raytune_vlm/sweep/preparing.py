@@ -14,7 +14,9 @@ from raytune_vlm.config.experiment import ExperimentConfig
 from raytune_vlm.config.search_space import search_space_problems
 from raytune_vlm.errors import ConfigError, DataError
 from raytune_vlm.models.location import check_model
+from raytune_vlm.models.teacher import check_teacher
 from raytune_vlm.monitor import Monitor
+from raytune_vlm.prepare.facts import write_facts
 from raytune_vlm.prepare.overlap import write_overlaps
 from raytune_vlm.prepare.plan import Plan, plan_spec, resolved_steps
 from raytune_vlm.prepare.prepare import (
@@ -44,10 +46,17 @@ def located(experiment: ExperimentConfig) -> ExperimentConfig:
     model, data = experiment.model, experiment.data
     local = model.name != "demo" and Path(model.name).is_dir()
     name = str(Path(model.name).resolve()) if local else model.name
+    train, own = experiment.train, experiment.train.distillation
+    here = {
+        key: str(Path(path).resolve())
+        for key, path in (("teacher", own.teacher), ("adapter", own.adapter))
+        if path not in (None, "demo") and Path(path).is_dir()
+    }
     return experiment.model_copy(
         update={
             "storage_path": str(Path(experiment.storage_path).resolve()),
             "model": model.model_copy(update={"name": name}),
+            "train": train.model_copy(update={"distillation": own.model_copy(update=here)}),
             "data": data.model_copy(update={"root": str(Path(data.root).resolve())}),
         }
     )
@@ -67,6 +76,7 @@ def plan_of(experiment: ExperimentConfig) -> list[ShardJob]:
     family = check_model(experiment.model)
     family.check_scopes(experiment.lora_scopes())
     family.check_packing(experiment.train.pack_tokens)
+    check_teacher(experiment)
     return list_shards(experiment)
 
 
@@ -164,6 +174,7 @@ def write_head(
     write_json(folder.plan_file, _plan_record(experiment, data))
     write_quarantine(folder.quarantine_file, data.quarantine)
     write_overlaps(folder.overlap_file, data.overlaps)
+    write_facts(folder.facts_file, data.split("report"), experiment.data)
     packages = ("ray", "torch", "transformers", "peft", "optuna", "pyarrow", "pillow", "numpy")
     write_json(
         folder.experiment_file,

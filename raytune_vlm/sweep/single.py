@@ -10,7 +10,7 @@ import ray
 
 from raytune_vlm.config.evaluation import RobustnessConfig
 from raytune_vlm.config.experiment import ExperimentConfig
-from raytune_vlm.errors import ConfigError, RaytuneVlmError, did_you_mean
+from raytune_vlm.errors import CheckpointError, ConfigError, RaytuneVlmError, did_you_mean
 from raytune_vlm.monitor import Monitor
 from raytune_vlm.records import BASE_TRIAL, Scores, SweepFolder, read_json
 from raytune_vlm.sweep import preparing, runner
@@ -57,6 +57,9 @@ def train_one(experiment: ExperimentConfig, *, command: str, monitor: Monitor) -
         before = read_json(folder.experiment_file)["fingerprint"]
         if before != single.fingerprint():
             raise ConfigError(f"{folder.root} holds another experiment; choose another name=")
+        if _is_trained(folder):
+            monitor.say(f"{folder.root} has been trained to its end already")
+            return _last_checkpoint(folder)
     with ray_session(single):
         data = preparing.prepare_data(single, jobs, monitor)
         preparing.require_splits(data, "select")
@@ -71,8 +74,18 @@ def train_one(experiment: ExperimentConfig, *, command: str, monitor: Monitor) -
                 Gauging(running),
             ):
                 _drive(running)
-    found, _ = newest(folder.trial(TRAINED).checkpoints)
-    assert found is not None
+    return _last_checkpoint(folder)
+
+
+def _is_trained(folder: SweepFolder) -> bool:
+    state = replay(folder.ledger_file).get(TRAINED)
+    return state is not None and state.ended == "finished"
+
+
+def _last_checkpoint(folder: SweepFolder) -> Path:
+    found, damaged = newest(folder.trial(TRAINED).checkpoints)
+    if found is None:
+        raise CheckpointError("; ".join(damaged) or f"{folder.root} has no checkpoint any more")
     return found
 
 

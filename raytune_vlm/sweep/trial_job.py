@@ -84,6 +84,7 @@ class TrialJob:
             TrainingData(data.digest, data.store, worker.setup.index_file, data.tier),
             limit_file=self.folder.micro_batch_file,
             features=self._features(),
+            teacher=worker.teacher(self.experiment),
         )
         status, failure = "stopped", None
         try:

@@ -40,7 +40,9 @@ from raytune_vlm.sweep.trial_job import TrialJob, Turn
 
 if TYPE_CHECKING:
     from raytune_vlm.collate.features import Features
+    from raytune_vlm.models.loading import Base
     from raytune_vlm.sweep.life import Life
+    from raytune_vlm.train.objective import Teacher
 
 _T = TypeVar("_T")
 
@@ -128,7 +130,8 @@ class Worker:
             "report": self.experiment.data.max_report_samples,
         }
         self.rows = {name: self.splits[name].fixed_choice(limit) for name, limit in limits.items()}
-        self.features = self._features()
+        self.features = self._features(self.base)
+        self._teacher: Teacher | None = None
         self._lives: dict[str, Life] = {}
         """The trials in training, by their jobs' ids."""
         sweep = self.experiment.sweep
@@ -142,16 +145,31 @@ class Worker:
         paused it, the run ends, or the node is about to go. The same on all ranks."""
         self._leaves = False
 
-    def _features(self) -> Features | None:
-        """What stands in for pixels, and why nothing does."""
+    def _features(self, base: Base) -> Features | None:
+        """What stands in for a model's pixels, and why nothing does."""
         from raytune_vlm.collate.features import Features
 
         train, device = self.experiment.train, self.world.device
         if not train.feature_cache_gb or self.backend.is_sharded(train):
             return None
-        max_bytes = int(train.feature_cache_gb * 1e9)
-        features = Features(self.base, device, max_bytes, self._note)
+        shares = 1 if train.distillation.teacher is None else 2
+        max_bytes = int(train.feature_cache_gb * 1e9) // shares
+        features = Features(base, device, max_bytes, self._note)
         return features if features.obstacle is None else None
+
+    def teacher(self, experiment: ExperimentConfig) -> Teacher | None:
+        """The teacher of a trial, loaded when the first trial wants one; it stays."""
+        from raytune_vlm.models.teacher import load_teacher
+        from raytune_vlm.train.objective import Teacher
+
+        if not experiment.train.distillation.is_on:
+            return None
+        if self._teacher is None:
+            base = load_teacher(self.experiment, self.world.device)
+            # Augmented images are others in every step.
+            keeps = self.experiment.data.augmentation is None
+            self._teacher = Teacher(base, self._features(base) if keeps else None)
+        return self._teacher
 
     def work(self) -> None:
         """Do what the board has, until it is closed or a node is about to go."""

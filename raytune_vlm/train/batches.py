@@ -124,11 +124,24 @@ class Batches:
         rows
             The samples that the arrays were made of, in their order.
         """
+        return self._inputs(arrays, rows, self._features)
+
+    def for_teacher(
+        self, batch: dict[str, Any], micro_batch: MicroBatch, features: Features | None
+    ) -> dict[str, Any]:
+        """What a teacher takes where `batch` is what the student takes; `features` are its own."""
+        if features is None and self._features is None:
+            return batch
+        return self._inputs(micro_batch.arrays, micro_batch.rows, features)[0]
+
+    def _inputs(
+        self, arrays: Arrays, rows: Sequence[int], features: Features | None
+    ) -> tuple[dict[str, Any], torch.Tensor]:
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
         batch = {name: tensor.to(self._world.device) for name, tensor in tensors.items()}
         labels = batch.pop("labels")
-        if self._features is not None:
-            batch = self._features.replace(batch, self._split, rows)
+        if features is not None:
+            batch = features.replace(batch, self._split, rows)
         batch = self._pixels(batch)
         if SEGMENTS in batch:
             batch = with_positions(self._base.model, batch, self._base.family)

@@ -25,6 +25,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from raytune_vlm.config.experiment import ExperimentConfig, digest_of
+from raytune_vlm.config.train import WITHOUT_EFFECT
 from raytune_vlm.errors import CheckpointError, StorageFull
 from raytune_vlm.models.adapter_file import load_adapter, read_tensors, save_adapter
 from raytune_vlm.records import read_json, write_json
@@ -54,6 +56,12 @@ class RunState:
     """State of the gradient scaler of a float16 base; empty for any other."""
 
 
+def recipe_digest(experiment: ExperimentConfig) -> str:
+    """Digest of what a checkpoint must agree with to be continued."""
+    train = experiment.train.model_dump(exclude={**WITHOUT_EFFECT, "checkpoint_every": True})
+    return digest_of({"lora": experiment.lora.model_dump(), "train": train})
+
+
 def save(
     folder: Path,
     model: PeftModel,
@@ -81,9 +89,9 @@ def save(
     return folder
 
 
-def adopt(source: Path, folder: Path, recipe_digest: str) -> None:
-    """Copy a checkpoint of another trial, to be continued with a recipe of another digest: adapter,
-    optimizer, random state and place in the data stay what they are.
+def adopt(source: Path, folder: Path, experiment: ExperimentConfig) -> None:
+    """Copy a checkpoint of another trial, to be continued with the recipe of an experiment:
+    adapter, optimizer, random state and place in the data stay what they are.
 
     Raises
     ------
@@ -95,7 +103,7 @@ def adopt(source: Path, folder: Path, recipe_digest: str) -> None:
         for name in read_json(source / _MANIFEST):
             shutil.copyfile(source / name, temporary / name)
         state = read_json(source / "state.json")
-        write_json(temporary / "state.json", {**state, "recipe_digest": recipe_digest})
+        write_json(temporary / "state.json", {**state, "recipe_digest": recipe_digest(experiment)})
 
 
 @contextmanager

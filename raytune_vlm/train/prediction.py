@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from raytune_vlm.collate.encode import Encoder
 from raytune_vlm.collate.encoded import Encoded
 from raytune_vlm.config.experiment import ExperimentConfig
 from raytune_vlm.config.lora import LoraConfig
+from raytune_vlm.config.model import ModelConfig
 from raytune_vlm.config.train import TrainConfig
 from raytune_vlm.errors import first_line
 from raytune_vlm.models.families import Family
@@ -32,9 +34,11 @@ from raytune_vlm.models.location import check_model
 from raytune_vlm.models.lora import attach, trainable_by_scope
 from raytune_vlm.models.quantization import quantized_modules
 from raytune_vlm.models.shapes import ShapeRun
+from raytune_vlm.models.teacher import teacher_config
 from raytune_vlm.train.backends.fsdp2 import blocks
 from raytune_vlm.train.layers import RecomputedLayers
 from raytune_vlm.train.losses import summed_cross_entropy
+from raytune_vlm.train.objective import distilled
 
 IMAGE_SIDE = 1024
 """Side in pixels of the image of the sample that is made up for a prediction."""
@@ -51,7 +55,7 @@ class Prediction:
     trainable: dict[str, int]
     """Trained parameters by scope."""
     weights: int
-    """The base model, its buffers and what is frozen of the adapter."""
+    """The base model, its buffers and what is frozen of the adapter; a teacher as it is held."""
     adapter: int
     """What is trained: adapters, and copies of modules that are trained in full."""
     gradients: int
@@ -92,18 +96,16 @@ def predict(experiment: ExperimentConfig, samples: Sequence[Encoded] | None = No
     processor = load_processor(experiment.model)
     samples = samples or [_largest_sample(experiment, processor, family)] * _num_rows(experiment)
     model = meta_model(experiment.model)
-    four_bit = {f"{name}.weight" for name in quantized_modules(model, family)}
-    if experiment.model.quantization == "none":
-        four_bit = set()
-    packed = [p for name, p in model.named_parameters() if name in four_bit]
-    saved = sum(round(p.nbytes - p.numel() * BITS_OF_NF4 / 8) for p in packed)
+    teacher = _teacher(experiment)
+    packed = _in_four_bits(model, family, experiment.model)
     with torch.device("meta"):
         adapted: Any = attach(model, family, experiment.lora, seed=0)
     RecomputedLayers(adapted, family, experiment.train).change()
     trained = [p for p in adapted.parameters() if p.requires_grad]
     adapter = sum(p.nbytes for p in trained)
     tensors = {id(t): t for t in (*adapted.parameters(), *adapted.buffers())}
-    weights = sum(t.nbytes for t in tensors.values()) - adapter - saved
+    weights = sum(t.nbytes for t in tensors.values()) - adapter - _saved(packed)
+    weights += _size_of_teacher(teacher, experiment)
     parts = blocks(adapted.get_base_model(), family)
     if experiment.train.holders > 1:
         weights -= _elsewhere(parts, experiment)
@@ -114,7 +116,8 @@ def predict(experiment: ExperimentConfig, samples: Sequence[Encoded] | None = No
             adapted = attach(computing, family, experiment.lora, seed=0)
     activations, obstacle = None, ""
     try:
-        peak = _peak_of_passes(adapted, _batch(experiment, samples, processor, family), experiment)
+        batch = _batch(experiment, samples, processor, family)
+        peak = _peak_of_passes(adapted, teacher, batch, experiment)
     except RuntimeError as error:  # shapes that hang on the weights: experts, perhaps
         obstacle = first_line(error)
     else:
@@ -147,6 +150,41 @@ def predict_trainable(experiment: ExperimentConfig) -> int:
     with torch.device("meta"):
         adapted: Any = attach(meta_model(experiment.model), family, experiment.lora, seed=0)
     return sum(trainable_by_scope(adapted, family).values())
+
+
+def _in_four_bits(
+    model: torch.nn.Module, family: Family, config: ModelConfig
+) -> list[torch.nn.Parameter]:
+    """The weights that are held in 4 bits."""
+    if config.quantization == "none":
+        return []
+    names = {f"{name}.weight" for name in quantized_modules(model, family)}
+    return [p for name, p in model.named_parameters() if name in names]
+
+
+def _saved(packed: Sequence[torch.nn.Parameter]) -> int:
+    """Bytes that 4 bits take less."""
+    return sum(round(p.nbytes - p.numel() * BITS_OF_NF4 / 8) for p in packed)
+
+
+def _teacher(experiment: ExperimentConfig) -> torch.nn.Module | None:
+    """The teacher without its weights and its adapter."""
+    if experiment.train.distillation.teacher is None:
+        return None
+    return meta_model(teacher_config(experiment))
+
+
+def _size_of_teacher(teacher: torch.nn.Module | None, experiment: ExperimentConfig) -> int:
+    """Bytes of the teacher that an executor holds; its adapter is float32 there as in the file."""
+    if teacher is None:
+        return 0
+    family, folder = check_model(experiment.model), experiment.train.distillation.adapter
+    tensors = {id(t): t for t in (*teacher.parameters(), *teacher.buffers())}
+    size = sum(t.nbytes for t in tensors.values())
+    size -= _saved(_in_four_bits(teacher, family, experiment.model))
+    if folder is not None:
+        size += (Path(folder) / "adapter_model.safetensors").stat().st_size
+    return size
 
 
 def _elsewhere(parts: Sequence[torch.nn.Module], experiment: ExperimentConfig) -> int:
@@ -198,7 +236,10 @@ def _size(count: int | None) -> str:
 
 
 def _peak_of_passes(
-    model: torch.nn.Module, batch: dict[str, torch.Tensor], experiment: ExperimentConfig
+    model: torch.nn.Module,
+    teacher: torch.nn.Module | None,
+    batch: dict[str, torch.Tensor],
+    experiment: ExperimentConfig,
 ) -> int:
     """Most bytes of activations and gradients in the micro-batches of a step."""
     labels = batch.pop("labels")
@@ -206,9 +247,15 @@ def _peak_of_passes(
     model.train()
     shapes = ShapeRun()
     shapes.weightless(model)
+    config = experiment.train.distillation
+    if teacher is not None and config.is_on:
+        shapes.weightless(teacher)
     with shapes:
         for _ in range(2 if rows > len(labels) else 1):  # gradients wait for the next ones
-            summed_cross_entropy(model(**batch).logits, labels).backward()
+            if teacher is not None and config.is_on:
+                distilled(model, teacher, batch, batch, labels, config)[0].backward()
+            else:
+                summed_cross_entropy(model(**batch).logits, labels).backward()
     return shapes.peak
 
 

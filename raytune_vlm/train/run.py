@@ -36,8 +36,8 @@ from raytune_vlm.train.auditor import Auditor
 from raytune_vlm.train.backends import BACKENDS
 from raytune_vlm.train.batches import Batches, MicroBatchLimit, TrainingData
 from raytune_vlm.train.layers import RecomputedLayers
-from raytune_vlm.train.losses import summed_cross_entropy
 from raytune_vlm.train.measure import Measure
+from raytune_vlm.train.objective import Teacher, objective
 from raytune_vlm.train.optimizer import parameter_groups
 from raytune_vlm.train.schedule import learning_rate
 from raytune_vlm.train.step_metrics import StepMetrics, Sums
@@ -46,7 +46,7 @@ from raytune_vlm.train.world import World
 MAX_SKIPPED_STEPS = 3
 """Optimizer steps with a loss or gradient that is not finite before a trial counts as diverged."""
 
-__all__ = ["MAX_SKIPPED_STEPS", "Run", "StepMetrics", "TrainingData", "summed_cross_entropy"]
+__all__ = ["MAX_SKIPPED_STEPS", "Run", "StepMetrics", "TrainingData"]
 
 
 class Run:
@@ -68,6 +68,8 @@ class Run:
         Where a smaller micro-batch is kept for the next life of this trial; None: nowhere.
     features
         What the base's tower and projector make of images, if nothing of them is trained.
+    teacher
+        The model of `train.distillation`, where the recipe asks one.
     """
 
     def __init__(
@@ -80,9 +82,11 @@ class Run:
         *,
         limit_file: Path | None = None,
         features: Features | None = None,
+        teacher: Teacher | None = None,
     ) -> None:
         self.experiment = experiment
         self.config = experiment.train
+        self.recipe_digest = checkpoint.recipe_digest(experiment)
         self.steps_done = 0
         self.delivered: tuple[int, ...] = ()
         """The rows of the samples that the feed gave this rank in the last step."""
@@ -113,6 +117,7 @@ class Run:
         except ModelError:
             base.model = detach(self.model)
             raise
+        self._objective = objective(self.model, self.config.distillation, teacher, self.batches)
         self.measure = Measure(self.model, base.family, split, world)
         self.trainable = trainable_by_scope(self.model, base.family)
         self.auditor = Auditor(self.model, self.trainable, experiment.lora)
@@ -181,6 +186,7 @@ class Run:
             skipped_steps=self._skipped,
             overflowed_steps=self._overflowed,
             micro_batch_size=self.batches.limit.size,
+            **self._objective.told(sums),
         )
 
     def _update(self, rows: np.ndarray, loss: float, norm: float, *, finite: bool) -> None:
@@ -252,18 +258,17 @@ class Run:
         Ranks do not wait for each other in here, unless the base is sharded.
         """
         sums, failure = Sums(), None
-        total = torch.zeros((), device=self._world.device)
+        total = torch.zeros(self._objective.num_parts, device=self._world.device)
         try:
             micro_batches = self.micro_batches(sums)
             for number, micro_batch in enumerate(micro_batches, start=1):
                 batch, labels = self.batches.on_device(micro_batch.arrays, micro_batch.rows)
                 self.measure.forward_begins()
-                logits = self.model(**batch).logits
+                parts = self._objective(batch, labels, micro_batch) / labelled
                 self.measure.forward_ends(sums, micro_batch.arrays["labels"].size)
-                summed = summed_cross_entropy(logits, labels) / labelled
-                self._backend.backward(summed, last=number == len(micro_batches))
-                total += summed.detach()
-            sums.loss = float(total)
+                self._backend.backward(parts[0], last=number == len(micro_batches))
+                total += parts.detach()
+            self._objective.note(sums, total.tolist())
         except torch.OutOfMemoryError as error:
             failure, sums.out_of_memory = first_line(error), 1.0
         if failure is not None and self._is_sharded:
@@ -329,7 +334,7 @@ class Run:
             state = checkpoint.RunState(
                 step=self.steps_done,
                 plan_digest=self.plan.digest,
-                recipe_digest=self.experiment.training_digest,
+                recipe_digest=self.recipe_digest,
                 samples_seen=self._samples_seen,
                 skipped_steps=self._skipped,
                 overflowed_steps=self._overflowed,
@@ -360,7 +365,7 @@ class Run:
             rank=self._world.rank,
             device=self._world.device,
         )
-        for name, ours in (("recipe", self.experiment.training_digest), ("plan", self.plan.digest)):
+        for name, ours in (("recipe", self.recipe_digest), ("plan", self.plan.digest)):
             if getattr(state, f"{name}_digest") != ours:
                 raise CheckpointError(f"{folder} was made with another {name}")
         self.steps_done, self._samples_seen = state.step, state.samples_seen

@@ -20,7 +20,8 @@ class StepMetrics:
     step: int
     """Steps done, this one included."""
     loss: float
-    """Cross-entropy per labelled token of the global batch, in nats."""
+    """What is minimised, per labelled token of the global batch: the cross-entropy, in nats, or
+    with a teacher the sum of `config.distillation`."""
     grad_norm: float
     """Global norm of the gradients before clipping."""
     learning_rate: float
@@ -65,6 +66,11 @@ class StepMetrics:
     most memory that its process ever had resident."""
     time: float
     """Unix time at the end of the step."""
+    cross_entropy: float | None = None
+    """Of the labels, per labelled token, in nats; None without a teacher."""
+    kl_divergence: float | None = None
+    """Of the student from the teacher at the temperature, per labelled token, in nats; None without
+    a teacher."""
 
 
 @dataclass
@@ -72,6 +78,8 @@ class Sums:
     """What ranks add up in one message in each step."""
 
     loss: float = 0.0
+    cross_entropy: float = 0.0
+    kl_divergence: float = 0.0
     out_of_memory: float = 0.0
     """Ranks that ran out of memory."""
     fed_tokens: float = 0.0

@@ -20,7 +20,7 @@ from raytune_vlm.config.data import ImageLimits
 from raytune_vlm.errors import ModelError
 from raytune_vlm.models.families import FAMILIES
 from raytune_vlm.models.tiny import BUILDERS
-from raytune_vlm.train.run import summed_cross_entropy
+from raytune_vlm.train.losses import summed_cross_entropy
 
 FAMILY = pytest.mark.parametrize("model_type", sorted(BUILDERS))
 CHAT = [name for name in sorted(BUILDERS) if FAMILIES[name].prompt == "chat"]

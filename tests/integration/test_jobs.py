@@ -26,12 +26,13 @@ ROOT = Path(__file__).parents[2]
 
 
 @contextmanager
-def head_node(monkeypatch, auth_mode):
-    """A head node with its dashboard, on ports of its own; gives the address of its job server."""
+def head_node(monkeypatch):
+    """A head node with its dashboard, on ports of its own, that asks for a token; the address of
+    its job server."""
     temporary = tempfile.mkdtemp(prefix="rv-", dir="/tmp")  # sockets need a short path
     token = Path(temporary) / "token"
     token.write_text("0123456789abcdef" * 4)
-    monkeypatch.setenv("RAY_AUTH_MODE", auth_mode)
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     # The package may be installed from elsewhere, and jobs are not sent it.
@@ -92,7 +93,8 @@ def num_scored(folder):
 
 
 def test_a_submitted_sweep_is_stopped_and_resumed_to_its_winner(write_experiment, monkeypatch):
-    with head_node(monkeypatch, "token") as cluster:
+    with head_node(monkeypatch) as cluster:
+        check_that_status_2_is_the_job_s(cluster, write_experiment)
         check_stop_and_resume(cluster, write_experiment)
         monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
         refused = run_cli("status", "from-a-job", "--address", cluster, check=False)
@@ -134,33 +136,14 @@ def check_stop_and_resume(cluster, write_experiment):
     assert done.returncode == 2 and "did you mean 'from-a-job'" in done.stderr
 
 
-def test_without_tokens_and_by_ray_s_own_command(write_experiment, monkeypatch):
-    """A job's status is that of its driver; a storage folder that Ray deletes is refused there."""
-    file, _ = write_experiment()
-    with head_node(monkeypatch, "disabled") as cluster:
-        arguments = (file, "model.name=dmeo", "--address", cluster, "--working-dir", file.parent)
-        done = run_cli("submit", *arguments, "--follow", check=False)
-        assert done.returncode == 2 and "did you mean 'demo'" in done.stdout
+def check_that_status_2_is_the_job_s(cluster, write_experiment):
+    """Also by Ray's own command; a storage folder that Ray deletes is refused there."""
+    file, _ = write_experiment("refused")
+    arguments = (file, "model.name=dmeo", "--address", cluster, "--working-dir", file.parent)
+    done = run_cli("submit", *arguments, "--follow", check=False)
+    assert done.returncode == 2 and "did you mean 'demo'" in done.stdout
 
-        ours = ["python", "-m", "raytune_vlm", "sweep", file.name, "storage_path=runs"]
-        done = subprocess.run(
-            [
-                "ray",
-                "job",
-                "submit",
-                "--address",
-                cluster,
-                "--working-dir",
-                file.parent,
-                "--",
-                *ours,
-            ],
-            capture_output=True,
-            text=True,
-            env=cli_environment(),
-        )
-        assert "storage_path runs: is relative" in done.stdout and "exit code 2" in done.stdout
-        assert (
-            "asks for no token; only users"
-            in run_cli("doctor", "--address", cluster, check=False).stdout
-        )
+    submit = ["ray", "job", "submit", "--address", cluster, "--working-dir", file.parent, "--"]
+    ours = ["python", "-m", "raytune_vlm", "sweep", file.name, "storage_path=runs"]
+    done = subprocess.run([*submit, *ours], capture_output=True, text=True, env=cli_environment())
+    assert "storage_path runs: is relative" in done.stdout and "exit code 2" in done.stdout
