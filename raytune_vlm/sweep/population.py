@@ -279,14 +279,14 @@ class Exploiting(Pausing[Population]):
 
     def _furnish(self, state: TrialState) -> None:
         """Give a clone that was not trained yet its parent's checkpoint."""
-        from raytune_vlm.train.checkpoint import adopt
-
         origin = state.origin
         if origin is None or state.ended is not None or state.promoted_to != origin["step"]:
             return
         step, folder = origin["step"], self._running.folder
         target = folder.trial(state.trial_id).checkpoint(step)
         if not target.exists():
+            from raytune_vlm.train.checkpoint import adopt
+
             own = self._running.experiment.with_recipe(state.recipe)
             adopt(folder.trial(origin["parent"]).checkpoint(step), target, own)
 
