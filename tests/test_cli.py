@@ -59,7 +59,7 @@ def test_a_dry_run_takes_a_tiny_model_of_a_family(write_experiment, monkeypatch,
 
 
 def test_a_typo_in_a_key_names_file_line_and_nearest(write_experiment):
-    file, folder = write_experiment(lora={"rnak": 4})
+    file, folder = write_experiment(own_data=True, lora={"rnak": 4})
     line = 1 + file.read_text().splitlines().index("  rnak: 4")
     message = refused("sweep", file)
     assert f"{file.name}:{line}" in message and "did you mean 'rank'" in message
@@ -67,21 +67,22 @@ def test_a_typo_in_a_key_names_file_line_and_nearest(write_experiment):
 
 
 def test_bad_values_spaces_and_overrides_are_refused(write_experiment):
-    file, folder = write_experiment()
+    file, folder = write_experiment(own_data=True)
     assert "override train.batch_size=0" in refused("sweep", file, "train.batch_size=0")
     assert "did you mean" in refused("sweep", file, "train.lerning_rate=1")
     file, _ = write_experiment(
+        own_data=True,
         sweep={
             "scheduler": {"type": "fifo"},
             "search_space": {"lora.rnk": {"type": "choice", "values": [1]}},
-        }
+        },
     )
     assert "lora.rnk" in refused("validate", file)
     assert not folder.parent.exists()
 
 
 def test_missing_data_and_models_are_named_with_the_nearest(write_experiment):
-    file, folder = write_experiment()
+    file, folder = write_experiment(own_data=True)
     assert "did you mean" in refused("sweep", file, "data.sources.0.path=trian.jsonl")
     assert "/no/such/folder" in refused("sweep", file, "data.root=/no/such/folder")
     assert "did you mean 'demo'" in refused("sweep", file, "model.name=dmeo")

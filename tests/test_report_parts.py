@@ -9,8 +9,10 @@ import shutil
 import numpy
 import pyarrow.parquet
 import pytest
+from made import experiment
 from sweep_folder_example import build_example
 
+from raytune_vlm.prepare.facts import write_facts
 from raytune_vlm.records import SweepFolder, read_json, write_json
 from raytune_vlm.report import build_report
 from raytune_vlm.report.cost import quality_against_cost
@@ -109,6 +111,37 @@ def test_slices_by_what_references_and_records_say(copy):
     assert few.name == "no" and found[found.index(few) + 1].says == "few groups"
     lengths = [entry.num_samples for entry in found if entry.cut.startswith("length of the ref")]
     assert sum(lengths) == 40
+
+
+def test_slices_by_image_size_and_source(copy):
+    assert not {"source", "size of the images, in pixels"} & {
+        e.cut for e in slices(load_view(copy.root))
+    }
+    rows = pyarrow.parquet.read_table(
+        next(copy.root.glob("trials/base/evaluations/report/*/predictions.parquet"))
+    ).to_pylist()
+    facts = [
+        {"sample_id": row["sample_id"], "pixels": 1000 * number, "source": f"<i>shop{number % 2}"}
+        for number, row in enumerate(rows)
+    ]
+    copy.facts_file.write_text("".join(json.dumps(entry) + "\n" for entry in facts))
+    found = {(entry.cut, entry.name): entry.num_samples for entry in slices(load_view(copy.root))}
+    sizes = {name: n for (cut, name), n in found.items() if cut.startswith("size of the images")}
+    assert sizes == {"0 to 12,000": 13, "13,000 to 25,000": 13, "26,000 to 39,000": 14}
+    assert found["source", "<i>shop0"] == found["source", "<i>shop1"] == 20
+    page = build_report(copy.root).read_text()
+    assert "&lt;i&gt;shop0" in page and "<i>shop0" not in page
+    copy.facts_file.write_text(json.dumps(facts[0]) + "\n")  # of another choice of samples
+    assert not {"source"} & {entry.cut for entry in slices(load_view(copy.root))}
+
+
+def test_source_and_image_size_are_noted_for_every_sample(tiny_prompts, tmp_path):
+    split, file = tiny_prompts("idefics3"), tmp_path / "facts.jsonl"
+    write_facts(file, split, experiment().data)
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [row["sample_id"] for row in rows] == split.sample_ids
+    assert [row["pixels"] for row in rows] == [64 * (40 + number) for number in range(len(split))]
+    assert {row["source"] for row in rows} == {"train.jsonl (messages)"}
 
 
 def test_no_slices_of_a_metric_that_is_no_mean(copy):

@@ -1,9 +1,9 @@
 """Where the winner gains and where it loses: `report` cut by what the records say of a sample.
 
 By the length of the reference and of the prompt, by prompt, by how many answers are right, by
-overlap with `train`, by category and type of the reference. A slice is scored as the whole is: the
-sum of score times weight over the sum of weights. The interval of a difference is a percentile
-bootstrap over groups, the same draws for winner and base.
+overlap with `train`, by image size and source, by category and type of the reference. A slice is
+scored as the whole is: the sum of score times weight over the sum of weights. The interval of a
+difference is a percentile bootstrap over groups, the same draws for winner and base.
 """
 
 from __future__ import annotations
@@ -106,11 +106,19 @@ def _cuts(view: SweepView, rows: list[Row]) -> Iterator[tuple[str, list[Label]]]
     yield "right answers", [(int(many), "several" if many else "one") for many in several]
     known = [str(row["sample_id"]) in view.like_train for row in rows]
     yield "like a training sample", [(int(like), "yes" if like else "no") for like in known]
+    facts = [view.facts.get(str(row["sample_id"]), {}) for row in rows]
+    if all(facts):
+        yield "size of the images, in pixels", _thirds([int(entry["pixels"]) for entry in facts])
+        yield from _by_name("source", [str(entry["source"]) for entry in facts])
     for cut in ("category", "type"):
-        names = [str(getattr(entry, cut)) or "none" for entry in references]
-        parts = sorted(set(names))
-        if len(parts) <= MAX_CATEGORIES:
-            yield cut, [(parts.index(name), name) for name in names]
+        yield from _by_name(cut, [str(getattr(entry, cut)) or "none" for entry in references])
+
+
+def _by_name(cut: str, names: list[str]) -> Iterator[tuple[str, list[Label]]]:
+    """A slice for each name, unless there are too many to read."""
+    parts = sorted(set(names))
+    if len(parts) <= MAX_CATEGORIES:
+        yield cut, [(parts.index(name), name) for name in names]
 
 
 def _prompt(row: Row) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import signal
 import tempfile
 from dataclasses import dataclass
 from typing import Any
@@ -18,16 +19,22 @@ from ray.tune.schedulers import (
 )
 
 from raytune_vlm.config.experiment import ExperimentConfig
-from raytune_vlm.config.sweep import AshaScheduler, HalvingScheduler, MedianScheduler
+from raytune_vlm.config.schedulers import (
+    AshaScheduler,
+    HalvingScheduler,
+    MedianScheduler,
+    PbtScheduler,
+)
 from raytune_vlm.records import TrialRecord, write_json
 from raytune_vlm.report.formatting import recipe_value
 from raytune_vlm.sweep.budget import planner_line
 from raytune_vlm.sweep.closing import Closing, Limits, end_interrupted
 from raytune_vlm.sweep.cluster import proxy_resources
 from raytune_vlm.sweep.constraints import infeasible
-from raytune_vlm.sweep.control import BY_HAND, limits_by_hand, with_limits
+from raytune_vlm.sweep.control import limits_by_hand, with_limits
 from raytune_vlm.sweep.desk import Desk
 from raytune_vlm.sweep.ledger import TrialState, events, num_ended
+from raytune_vlm.sweep.population import Exploiting
 from raytune_vlm.sweep.progress import Watcher
 from raytune_vlm.sweep.proxy import Proxy
 from raytune_vlm.sweep.runner import Session, interrupted
@@ -54,8 +61,8 @@ def search(running: Session) -> None:
     searcher = build_searcher(running, closing)
     if closing.ends_trials():
         end_interrupted(running, searcher.drop_interrupted(), "the sweep's budget was used up")
-    for state in searcher.drop_interrupted(lambda state: state.stop_asked):
-        end_interrupted(running, [state], BY_HAND, BY_HAND)
+    for state in searcher.drop_interrupted(lambda state: state.leaves is not None):
+        end_interrupted(running, [state], str(state.leaves), state.leaves)
         searcher.tell(state)
     turns = build_turns(running, searcher, closing)
     if not searcher.has_waiting and turns.next_action().kind == "end":
@@ -83,9 +90,11 @@ def search(running: Session) -> None:
             verbose=0,
             callbacks=[LedgerCallback(running, searcher, closing), desk],
             stop=Limits(closing, running, searcher.our_id),
-            failure_config=tune.FailureConfig(max_failures=0),
+            # Of proxies: those of executors are counted by the board.
+            failure_config=tune.FailureConfig(max_failures=experiment.sweep.max_failures),
         ),
     )
+    interrupting = signal.getsignal(signal.SIGINT)
     try:
         watcher = Watcher(
             running.monitor, running.board, experiment, states, lambda: num_planned(running)
@@ -93,6 +102,8 @@ def search(running: Session) -> None:
         with watcher:
             tuner.fit()
     finally:
+        # Ray Tune leaves a handler of its own, which would swallow the first stop from here on.
+        signal.signal(signal.SIGINT, interrupting)
         shutil.rmtree(scratch, ignore_errors=True)
     if any(state.ended is None for state in states.values()) or not searcher.is_done:
         raise interrupted(running.folder, num_ended(states), num_planned(running))
@@ -100,7 +111,7 @@ def search(running: Session) -> None:
 
 
 def num_planned(running: Session) -> int:
-    """Trials of the sweep as it is planned now, with those that were cloned by hand."""
+    """Trials of the sweep as it is planned now, with the clones that there are."""
     clones = sum(state.origin is not None for state in [*running.states.values()])
     return running.experiment.sweep.num_trials + clones
 
@@ -116,6 +127,8 @@ def build_turns(running: Session, searcher: OptunaSearcher, closing: Closing) ->
     end = End(lambda: searcher.is_done, closing.ends_trials, closing.is_asked_for)
     if isinstance(experiment.sweep.scheduler, HalvingScheduler):
         return Halving(Rule.of(experiment), states, running.ledger, end)
+    if isinstance(experiment.sweep.scheduler, PbtScheduler):
+        return Exploiting(running, searcher, end)
     scheduler = build_scheduler(experiment, states)
     return RayRule(scheduler, states, experiment.sweep.at_once, end)
 
@@ -259,6 +272,11 @@ class LedgerCallback(tune.Callback):
         self._running.monitor.say(f"{trial_id} step {step}: {shown}")
         self._closing.scored(state, step)
 
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        trial_id, note = trial.config["trial_id"], "its proxy died; another one is started"
+        self._running.ledger.append("noted", trial_id=trial_id, message=note)
+        self._running.monitor.say(f"{trial_id}: {note}")
+
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._end(trial.config["trial_id"])
 
@@ -278,8 +296,8 @@ class LedgerCallback(tune.Callback):
         else:
             complete = last >= self._experiment.train.max_steps
             state.ended = "finished" if complete else "stopped"
-            if state.stop_asked and not complete:
-                state.message = BY_HAND
+            if not complete:
+                state.message = state.leaves
         above = infeasible(self._experiment, state)
         verdict = {"infeasible": above} if above else {}
         self._running.ledger.append(
@@ -294,6 +312,7 @@ class LedgerCallback(tune.Callback):
                 state.ended,
                 max_steps=self._experiment.train.max_steps,
                 failure=state.message if state.ended == "failed" else None,
+                origin=state.origin,
             )
             write_json(trial.record_file, record)
         self._searcher.tell(state)
