@@ -271,6 +271,8 @@ class TrialRecord:
     `train.micro_batch_tokens`, if memory did not suffice for those."""
     notes: list[str] = field(default_factory=list)
     """What its scores are to be read with: no better than with blank images."""
+    origin: dict[str, Any] | None = None
+    """Of a clone: `parent`, `step` at which it goes on from there, and the parent's `recipe`."""
 
 
 class TrialFolder:

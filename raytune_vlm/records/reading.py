@@ -25,7 +25,7 @@ def as_record(kind: type[T], value: Any) -> T:
     if unknown:
         raise ValueError(f"unknown key '{unknown[0]:.40}'")
     try:
-        return cast(T, _adapter(kind).validate_python(value))
+        return cast(T, _adapter(cast(Any, kind)).validate_python(value))
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(str(step) for step in first["loc"])

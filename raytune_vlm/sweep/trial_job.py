@@ -133,6 +133,11 @@ class TrialJob:
                 write_text(file, "".join(json.dumps(row) + "\n" for row in kept))
 
     def _start_as_clone(self, run: Run, origin: dict[str, Any]) -> None:
+        if not self.folder.origin.exists():
+            raise CheckpointError(
+                f"{self.folder.checkpoint(origin['step'])}, which {origin['parent']} left, is not "
+                "whole"
+            )
         before = self.worker.experiment.with_recipe(origin["recipe"])
         told = run.start_from(self.folder.origin, before, origin["step"])
         start = f"starts from {origin['parent']} at step {origin['step']}"
@@ -297,6 +302,7 @@ class TrialJob:
             peak_memory_gb=_peak_memory_gb(),
             audit=run.auditor.checks,
             micro_batch=run.batches.lowered_as_json,
+            origin=self.job.origin,
         )
         if self.earlier is not None:
             record = replace(
