@@ -214,7 +214,14 @@ class TrialJob:
             self._retain()
 
     def _is_saved(self, step: int) -> bool:
-        there = (self.folder.checkpoint(step) / "manifest.json").exists()
+        """Whether there is a whole checkpoint of this step; a damaged one is written again."""
+        from raytune_vlm.train.checkpoint import verify
+
+        there = True
+        try:
+            verify(self.folder.checkpoint(step))
+        except CheckpointError:
+            there = False
         return bool(self.worker.world.broadcast(there))
 
     def _is_regular(self, step: int) -> bool:
