@@ -1,6 +1,8 @@
 # From a fresh clone, with only Python 3.11 or newer, make and a package index:
 #   make demo    install the package and run the embedded demonstration
 #   make test    install the development tools too and run every check
+#   make fuzz    thousands of damaged inputs for every reader (docs/fuzzing.md)
+#   make faults  kill, stop, starve and damage a small sweep in every way known (about 25 minutes)
 # With a GPU: make demo CONSTRAINTS=     (takes the build of torch for the machine)
 
 PYTHON ?= python3
@@ -11,7 +13,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL = $(BIN)/python -m pip install --quiet $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 CODE := raytune_vlm tests $(wildcard benchmarks deploy docs)
 
-.PHONY: demo test lint format install install-dev lock sbom clean
+.PHONY: demo test fuzz faults lint format install install-dev lock sbom clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -19,6 +21,13 @@ demo: $(VENV)/.installed
 
 test: lint
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+EXAMPLES ?= 2000
+fuzz: $(VENV)/.installed-dev
+	$(BIN)/python -W ignore tests/fuzz/run_fuzz.py --examples $(EXAMPLES) --keep fuzz-inputs
+
+faults: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.faults --write docs/reliability.md
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check $(CODE)

@@ -2,7 +2,8 @@
 
 raytune-vlm data {inspect|stats|validate} TARGET [dotted.key=value ...]
 raytune-vlm data export TARGET [dotted.key=value ...] --format trl --output DIR
-`label` and `agree` are in `cli_label.py`.
+
+`label` and `agree` stand in `cli_label.py`.
 """
 
 from __future__ import annotations

@@ -208,7 +208,7 @@ def _served(server: str | None, options: dict[str, Any]) -> ServedModel | None:
                 option = names[str(problem["loc"][0])].replace("_", "-")
                 what = f"--{option} {problem['input']!r}"
             lines.append(f"{what}: {why}")
-        raise ConfigError("\n".join(lines)) from None
+        raise ConfigError(*lines) from None
 
 
 def _split(

@@ -79,7 +79,7 @@ def label(
 )
 @click.option(
     "--reviewed",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=click.Path(dir_okay=False, path_type=Path),
     help="Decisions to take over: the page's reviewed.jsonl, or an edited review.jsonl.",
 )
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
@@ -90,13 +90,18 @@ def agree(folder: Path, other: Path | None, threshold: float, reviewed: Path | N
     Writes review.html and review.jsonl, and agreed.jsonl: the labels that the labellers agree on,
     with those that were reviewed.
     """
-    from raytune_vlm.label.agreement import compare
+    from raytune_vlm.label.agreement import compare, copies
     from raytune_vlm.label.folder import LabelFolder
     from raytune_vlm.label.review import take_reviewed, write_agreement
 
     own = LabelFolder(folder)
     second = None if other is None else LabelFolder(other)
-    compared = compare(own.answers_by_labeller(second))
+    answers = own.answers_by_labeller(second)
+    compared = compare(answers)
+    for labeller in copies(answers):
+        tell(
+            f"{labeller} answers everything exactly as another one: does its server sample at all?"
+        )
     if reviewed is not None:
         tell(f"taken over: {take_reviewed(own, reviewed, compared)} decisions")
     agreed = write_agreement(own, compared, threshold)

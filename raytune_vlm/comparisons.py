@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from raytune_vlm.records import PairedTest
+from raytune_vlm.records import PairedTest, as_record
 
 CONTROLS_FILE = "controls.json"
 ROBUSTNESS_FILE = "robustness.json"
@@ -36,11 +36,6 @@ class Comparison:
     skipped: str | None = None
     """Why there is nothing of this."""
 
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Comparison:
-        tests = {name: PairedTest(**entry) for name, entry in value["tests"].items()}
-        return cls(**{**value, "tests": tests})
-
 
 @dataclass(frozen=True)
 class Comparisons:
@@ -52,5 +47,4 @@ class Comparisons:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Comparisons:
-        entries = [Comparison.from_json(entry) for entry in value["entries"]]
-        return cls(entries, list(value["notes"]))
+        return as_record(cls, value)

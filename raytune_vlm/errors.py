@@ -10,15 +10,26 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from raytune_vlm.visible import one_line
+
+LONGEST_NAME = 80
+
 
 class RaytuneVlmError(Exception):
-    """The root of the tree. `message` is one line that names what is wrong and what to do."""
+    """The root of the tree. `message` is one line that names what is wrong and what to do.
+
+    Several problems are a line each. They often quote what others wrote, and end in logs: control
+    characters in them become marks, line breaks blanks.
+    """
 
     exit_status = 1
 
-    def __init__(self, message: str) -> None:
-        super().__init__(message)
-        self.message = message
+    def __init__(self, *problems: str) -> None:
+        super().__init__(*problems)
+        self.message = "\n".join(map(one_line, problems))
+
+    def __str__(self) -> str:
+        return self.message
 
 
 class ConfigError(RaytuneVlmError, ValueError):
@@ -93,8 +104,11 @@ def first_line(error: BaseException) -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """`" (did you mean 'x'?)"` for the nearest known name, else the known names, else nothing."""
-    names = sorted(known)
+    """`" (did you mean 'x'?)"` for the nearest known name, else the known names, else nothing.
+
+    Names of more than `LONGEST_NAME` characters, such as a row may have, are not among them.
+    """
+    names = sorted(known_name for known_name in known if len(known_name) <= LONGEST_NAME)
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     if near:
         return f" (did you mean '{near[0]}'?)"

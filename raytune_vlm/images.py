@@ -12,6 +12,7 @@ The policy (`docs/`, and PITFALLS: a plain `Image.open(...).convert("RGB")` is w
 from __future__ import annotations
 
 import io
+import re
 import struct
 import warnings
 from collections.abc import Iterator
@@ -43,6 +44,12 @@ _PLUGINS = (
 )
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 """The formats that are opened, as Pillow names them."""
+
+MAX_SCANS = 100
+"""Passes of a progressive JPEG; encoders make about ten. Each takes 20 ms for 50 megapixels, and no
+more than a few bytes of the file."""
+_JPEG_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
+_END_OF_IMAGE, _START_OF_SCAN, _WITHOUT_LENGTH = 0xD9, 0xDA, (0x01, 0xD8)
 
 _ORIENTATION = 0x0112
 _TURNS = {
@@ -117,24 +124,23 @@ def tiff_length(data: bytes, *, max_pages: int) -> int:
     """The number of pages of a TIFF; raises ImageError as `decode` does, and beyond `max_pages`."""
     try:
         image = Image.open(io.BytesIO(data), formats=("TIFF",))
-        count = int(getattr(image, "n_frames", 1))
+        count = _num_pages(image, max_pages + 1)
     except Exception as error:  # headers are parsed here; see `decode`
         raise ImageError(f"cannot read the TIFF: {_short(error)}") from error
     if count > max_pages:
-        raise ImageError(f"the TIFF has {count} pages, the limit is {max_pages}")
+        raise ImageError(f"the TIFF has more pages than the limit, {max_pages}")
     return count
 
 
 def tiff_page(data: bytes, number: int, limits: ImageLimits) -> Image.Image:
     """Page `number` (from 1) of a TIFF, as `decode` gives the first one of an image.
 
-    Raises ImageError as `decode` does, and where there is no such page.
+    Raises ImageError as `decode` does, and where there is no such page. All pages before it are
+    looked at: ask `tiff_length` first.
     """
     try:
         image = Image.open(io.BytesIO(data), formats=("TIFF",))
-        count = getattr(image, "n_frames", 1)
-        if number <= count:
-            image.seek(number - 1)
+        count = _num_pages(image, number)
     except Exception as error:  # headers are parsed here; see `decode`
         raise ImageError(f"cannot read the TIFF: {_short(error)}") from error
     if number > count:
@@ -145,6 +151,16 @@ def tiff_page(data: bytes, number: int, limits: ImageLimits) -> Image.Image:
             f"page {number} has {width} x {height} pixels, the limit is {limits.max_pixels}"
         )
     return _decode_with_pillow(image, 1, data)
+
+
+def _num_pages(image: Image.Image, at_most: int) -> int:
+    """The pages of a TIFF as far as `at_most`; Pillow's `n_frames` follows any chain to its end."""
+    for page in range(at_most):
+        try:
+            image.seek(page)
+        except EOFError:
+            return page
+    return at_most
 
 
 def thumbnail(data: bytes, limits: ImageLimits, max_side: int) -> bytes:
@@ -208,6 +224,8 @@ def _open(data: bytes, limits: ImageLimits) -> tuple[Image.Image, int]:
         raise ImageError("the image is empty (0 bytes)")
     if len(data) > limits.max_bytes:
         raise ImageError(f"the image has {len(data)} bytes, the limit is {limits.max_bytes}")
+    if data.count(b"\xff\xda") > MAX_SCANS and _num_scans(data) > MAX_SCANS:
+        raise ImageError(f"the JPEG image has more than {MAX_SCANS} scans")
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
@@ -225,6 +243,21 @@ def _open(data: bytes, limits: ImageLimits) -> tuple[Image.Image, int]:
             f"the image has {width} x {height} pixels, the limit is {limits.max_pixels}"
         )
     return image, _orientation(image, data)
+
+
+def _num_scans(data: bytes) -> int:
+    """The scans of a JPEG file (ITU-T T.81, annex B): markers, and between them segments with
+    their length; entropy-coded data holds no marker but restarts.
+    """
+    position, scans = 0, 0
+    while match := _JPEG_MARKER.search(data, position):
+        position, kind = match.end(), data[match.end() - 1]
+        if kind == _END_OF_IMAGE:
+            break
+        if kind not in _WITHOUT_LENGTH and position + 2 <= len(data):
+            position += int.from_bytes(data[position : position + 2], "big")
+        scans += kind == _START_OF_SCAN
+    return scans
 
 
 def _orientation(image: Image.Image, data: bytes) -> int:

@@ -11,13 +11,15 @@ from typing import Any
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The JSON object in a file."""
-    value: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return value
+    """The JSON object in a file; raises ValueError if it holds something else."""
+    return _object(json.loads(file.read_text(encoding="utf-8")))
 
 
 def read_json_lines(file: Path) -> list[dict[str, Any]]:
-    """All objects of a JSON-lines file; a torn last line (a writer that was killed) is left out."""
+    """All objects of a JSON-lines file; a torn last line (a writer that was killed) is left out.
+
+    Raises ValueError where another line holds something else.
+    """
     if not file.exists():
         return []
     rows: list[dict[str, Any]] = []
@@ -26,11 +28,17 @@ def read_json_lines(file: Path) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            rows.append(json.loads(line))
+            rows.append(_object(json.loads(line)))
         except ValueError:
             if number < len(lines) - 1:
                 raise
     return rows
+
+
+def _object(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"an object is expected, not {type(value).__name__}")
+    return value
 
 
 def write_json(file: Path, value: Any) -> None:

@@ -22,6 +22,11 @@ def visible(text: str) -> str:
     return _HIDDEN.sub(lambda match: _mark(match[0]), text)
 
 
+def one_line(text: str) -> str:
+    """The same in one line: line breaks and tabs become blanks."""
+    return visible(text).replace("\n", " ").replace("\t", " ")
+
+
 def tell(text: str) -> None:
     """Print a text that may hold words of others."""
     click.echo(visible(text))

@@ -204,6 +204,8 @@ def test_decisions_that_do_not_fit_are_refused(row, why, tmp_path):
     with pytest.raises(DataError, match=why):
         agree(folder.root, "--reviewed", file)
     assert not (folder.root / "reviewed.jsonl").exists()
+    with pytest.raises(DataError, match="none: No such file"):
+        agree(folder.root, "--reviewed", tmp_path / "none")
 
 
 def test_two_folders_are_compared_where_both_have_an_answer(tmp_path):
@@ -220,6 +222,14 @@ def test_two_folders_are_compared_where_both_have_an_answer(tmp_path):
     assert "to review: 2" in agree(one.root, two.root).output
     with pytest.raises(ConfigError, match="no folder of labels"):
         agree(tmp_path)
+
+
+def test_a_second_sampling_that_is_none_is_told(tmp_path):
+    same = {(n, "kind", "a", place): {"kind": str(n)} for n in (0, 1) for place in (0, 1)}
+    folder = folder_of(tmp_path / "out", {"a": 2}, same)
+    assert "a #2 answers everything exactly as another one" in agree(folder.root).output
+    other = folder_of(tmp_path / "other", {"a": 2}, same | {(1, "kind", "a", 1): {"kind": "x"}})
+    assert "exactly" not in agree(other.root).output
 
 
 def test_a_long_list_is_shown_in_parts(tmp_path):

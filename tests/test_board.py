@@ -223,3 +223,27 @@ def test_a_suspect_that_has_reported_has_neighbours_again():
         assert (await board.take("a", 0.0, [JOB.job_id])).job_id == "t0001"
 
     play(scene)
+
+
+def test_a_proxy_that_was_killed_has_taken_no_report_with_it():
+    async def scene(board):
+        job = replace(JOB, until=4)
+        await board.submit(job)
+        assert await board.take("a") == job
+        for step in (4, 8):
+            await board.report(JOB.job_id, {"step": step})
+        assert (await board.next_report(JOB.job_id))["step"] == 4
+        # It died with that in its hands, and the one in its place asks anew.
+        await board.submit(job)
+        assert (await board.next_report(JOB.job_id))["step"] == 4
+        assert (await board.next_report(JOB.job_id))["step"] == 8
+        # It died while it waited: its call still does.
+        lost = asyncio.create_task(board.next_report(JOB.job_id))
+        await asyncio.sleep(0)
+        await board.submit(replace(job, reported=(4, 8)))
+        found = asyncio.create_task(board.next_report(JOB.job_id))
+        await asyncio.sleep(0)
+        await board.report(JOB.job_id, {"step": 12})
+        assert (await found)["step"] == 12 and await lost == {}
+
+    play(scene)

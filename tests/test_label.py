@@ -466,6 +466,35 @@ def test_documents_and_samples_are_pages_and_what_cannot_be_read_is_told(server,
     assert label(file, limit=2).num_pages == 2
 
 
+def test_a_document_is_asked_about_once_by_its_first_pages(server, tmp_path):
+    scans(tmp_path, 30)
+    first, *others = [Image.new("RGB", (width, 40), "white") for width in (50, 60, 70)]
+    file = tmp_path / "scans" / "three.pdf"
+    first.save(file, save_all=True, append_images=others, resolution=72)
+    Image.new("RGB", (90, 40), "white").save(tmp_path / "scans" / "one.pdf", resolution=72)
+    tasks = [TASKS[0], TASKS[1] | {"scope": "document"}]
+    settings = {"documents": {"dpi": 72}, "document_pages": 2}
+    tally = label(labels_file(tmp_path, server, tasks=tasks, **settings))
+    labels = rows(tmp_path, "labels.jsonl")
+    found = [(row["origin"], row["task"], len(row["images"])) for row in labels]
+    assert found == [
+        ("scans/30.png", "text", 1),
+        ("scans/30.png", "kind", 1),
+        ("scans/one.pdf:1", "text", 1),
+        ("scans/one.pdf", "kind", 1),
+        ("scans/three.pdf:1", "text", 1),
+        ("scans/three.pdf:2", "text", 1),
+        ("scans/three.pdf:3", "text", 1),
+        ("scans/three.pdf", "kind", 2),
+    ]
+    assert (tally.num_pages, tally.num_copies) == (7, 0)
+    assert len({row["group_id"] for row in labels}) == 3
+    shown = [body["messages"][0]["content"] for _, task, body in server.asked if task == "kind"]
+    assert [len(content) for content in shown] == [2, 2, 3]
+    alone = labels_file(tmp_path, server, tasks=tasks[1:], **settings)
+    assert (label(alone).num_pages, label(alone, limit=1).num_labels) == (3, 1)
+
+
 def test_two_teachers_and_samplings_are_each_asked(server, tmp_path):
     scans(tmp_path, 30)
     teachers = [
@@ -510,6 +539,7 @@ def test_one_process_at_a_time_and_damage_is_told(server, tmp_path):
         ({"teachers": [{"api_key_env": "A", "api_key_file": "b"}]}, "exclude each other"),
         ({"budget": {"max_cost": 1}}, "needs the prices of teacher 'big'"),
         ({"sources": [{"type": "messages", "path": "x", "split": "train"}]}, "split has no effect"),
+        ({"document_pages": 2}, "document_pages has no effect"),
         ({"files": [], "sources": [{"type": "messages", "path": "x"}], "documents": {"dpi": 72}},
          "documents has no effect"),
     ],

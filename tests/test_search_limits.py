@@ -179,6 +179,7 @@ def test_what_is_held_is_counted_over_resumes_without_the_gap():
         {"event": "scored", "time": 1030.0},
     ]
     assert held_seconds(rows, 1040.0) == 60 + 30 + 10
+    assert held_seconds(rows, 130.0) == 60 + 30  # the clock was set back
 
 
 def test_a_budget_ends_where_it_is_used_up():

@@ -23,6 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from made import experiment
 from rich.console import Console
 from safetensors.torch import save_file
@@ -146,6 +147,38 @@ def test_a_pickle_as_state_of_a_checkpoint_is_refused(tiny_base, tmp_path, mark)
         (tmp_path / "adapter_model.safetensors").write_bytes(pickle.dumps(Payload(mark)))
         with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors is no whole safe"):
             checkpoint.load(tmp_path, model, None, rank=0, device="cpu")
+    finally:
+        base.model = detach(model)
+
+
+STATE = {"step": 1, "plan_digest": "", "recipe_digest": "", "samples_seen": 1}
+
+
+@pytest.mark.parametrize(
+    ("state", "tensors", "reason"),
+    [
+        ("[]", {}, "state.json is damaged"),
+        ('{"step": "one"}', {}, "state.json is damaged: step: "),
+        (json.dumps({**STATE, "other": 1}), {}, "unknown key 'other'"),
+        (json.dumps(STATE), {"rng/0/cpu": 3}, "its random state is damaged"),
+        (json.dumps(STATE), {"rng/0/python": 3}, "its random state is damaged"),
+        (json.dumps(STATE), {"w/exp_avg": 3}, "exp_avg of .* is \\(3,\\), not"),
+    ],
+)
+def test_a_foreign_checkpoint_that_fits_nothing_is_refused(
+    state, tensors, reason, tiny_base, tmp_path
+):
+    base = tiny_base("idefics3")
+    model = attach(base.model, base.family, LoraConfig(rank=2), seed=0)
+    name, parameter = next((n, p) for n, p in model.named_parameters() if p.requires_grad)
+    try:
+        checkpoint.save_adapter(model, tmp_path)
+        (tmp_path / "state.json").write_text(state)
+        named = {key.replace("w/", f"{name}/"): torch.zeros(n) for key, n in tensors.items()}
+        save_file(named, tmp_path / "optimizer.safetensors")
+        optimizer = torch.optim.AdamW([parameter])
+        with pytest.raises(CheckpointError, match=reason):
+            checkpoint.load(tmp_path, model, optimizer, rank=0, device="cpu")
     finally:
         base.model = detach(model)
 

@@ -147,7 +147,7 @@ def test_bombs_are_refused_before_they_are_rendered(tmp_path):
     assert said[0] == f"page 1 at 150 dpi has 187500 x 187500 pixels, {limit}"
     assert said[1] == f"a picture in page 1 has 60000 x 60000 pixels, {limit}"
     assert said[2] == "the PDF has 3 pages, the limit is 2"
-    assert said[3] == "the TIFF has 3 pages, the limit is 2"
+    assert said[3] == "the TIFF has more pages than the limit, 2"
     assert said[4] == f"page 1 has 9000 x 9000 pixels, {limit}"
     assert "more than 200 bytes" in reasons(found(tmp_path, row("long.pdf"), max_bytes=200))[0]
 

@@ -38,6 +38,16 @@ def test_a_trial_s_note_has_recipe_interval_and_answers_beside_their_images(tmp_
     assert str(tmp_path / "study.db") in how_to_watch(watched.folder)
 
 
+def test_data_without_images_has_notes_too(tmp_path):
+    watched = Watched(tmp_path)
+    watched.first_life()
+    SweepStudy(config(), tmp_path / "study.db", replay(tmp_path / "ledger.jsonl").values(), (),
+               pytest.fail)  # fmt: skip
+    study = optuna.load_study(study_name="test", storage=f"sqlite:///{tmp_path / 'study.db'}")
+    (trial,) = study.trials
+    assert dashboard.get_note(optuna.trial.Trial(study, trial._trial_id)).startswith("# t0000")
+
+
 def test_text_from_outside_stays_text():
     assert plain("a|b\n*c* <i>") == r"a\|b \*c\* \<i\>"
     assert len(plain("x" * 1000)) == 401

@@ -322,27 +322,7 @@ class ExperimentConfig(Section):
         Where it is stored, on how many workers it runs and how its data gets there do not: a run
         may be continued with others. Of a model with code of its own the trusted revision counts.
         """
-        plain = self.model_dump(
-            mode="json",
-            exclude={
-                "storage_path": True,
-                "storage_copy": True,
-                "name": True,
-                "report": True,
-                "data": {
-                    "consumption",
-                    "tier",
-                    "disk_budget_gb",
-                    "decode_threads",
-                    "stall_timeout_s",
-                },
-                "train": WITHOUT_EFFECT,
-                "sweep": {"max_wait_s"},
-            },
-        )
-        if self.model.trusted_revision is not None:
-            plain["trusted_code"] = self.model.trusted_revision
-        return digest_of(plain)
+        return fingerprint_of(self.model_dump(mode="json"), self.model.trusted_revision)
 
     def trusting(self, revision: str | None) -> "ExperimentConfig":
         """A copy whose model may run the code of one revision; see `models/trust.py`."""
@@ -369,6 +349,33 @@ class ExperimentConfig(Section):
             self.model.revision,
         )
         return changed.trusting(self.model.trusted_revision) if same else changed
+
+
+_NOT_IN_FINGERPRINT: dict[str, Any] = {
+    "storage_path": True,
+    "storage_copy": True,
+    "name": True,
+    "report": True,
+    "data": dict.fromkeys(
+        ("consumption", "tier", "disk_budget_gb", "decode_threads", "stall_timeout_s"), True
+    ),
+    "train": WITHOUT_EFFECT,
+    "sweep": {"max_wait_s": True},
+}
+
+
+def fingerprint_of(plain: dict[str, Any], trusted_code: str | None) -> str:
+    """The fingerprint of an experiment as JSON data; see `ExperimentConfig.fingerprint`."""
+
+    def without(value: dict[str, Any], left_out: dict[str, Any]) -> dict[str, Any]:
+        return {
+            key: without(entry, left_out[key]) if key in left_out else entry
+            for key, entry in value.items()
+            if left_out.get(key) is not True
+        }
+
+    left = without(plain, _NOT_IN_FINGERPRINT)
+    return digest_of(left if trusted_code is None else {**left, "trusted_code": trusted_code})
 
 
 def digest_of(plain: Any) -> str:

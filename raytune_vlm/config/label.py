@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import SchemaError
@@ -34,6 +34,9 @@ class Task(Section):
 
     name: str = Field(pattern=NAME)
     """Name in files and reports."""
+    scope: Literal["page", "document"] = "page"
+    """What is shown together: each page, or the first `document_pages` of each document. Images and
+    samples are pages and documents at once."""
     prompt: str = Field(min_length=1)
     """What the teacher is asked, after the images. The schema, if any, is added to it."""
     instruction: str | None = None
@@ -126,6 +129,8 @@ class LabelConfig(Section):
     files: tuple[str, ...] = ()
     """Images, PDFs and TIFFs: files, folders or globs. Each image and each page is asked about."""
     documents: DocumentPages = DocumentPages()
+    document_pages: int = Field(default=4, ge=1, le=64)
+    """Of a document, so many pages are shown to tasks with `scope: document`."""
     sources: tuple[Source, ...] = ()
     """Data that is read already, as in `data.sources`: its images are asked about, its texts are
     left out."""
@@ -146,6 +151,9 @@ class LabelConfig(Section):
             raise ValueError("there is nothing to label: give files or sources")
         if not self.files and "documents" in self.model_fields_set:
             raise ValueError("documents has no effect without files; a pdf source has its own dpi")
+        scopes = {task.scope for task in self.tasks}
+        if "document_pages" in self.model_fields_set and "document" not in scopes:
+            raise ValueError("document_pages has no effect: no task has scope: document")
         for source in self.sources:
             for key in ("split", "weight"):
                 if key in source.model_fields_set:

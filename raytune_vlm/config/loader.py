@@ -131,8 +131,8 @@ def _text_of(path: Path, name: str) -> str:
 
 
 def _refuse(problems: Iterator[str]) -> None:
-    if text := "\n".join(dict.fromkeys(problems)):
-        raise ConfigError(text)
+    if found := dict.fromkeys(problems):
+        raise ConfigError(*found)
 
 
 def _said_twice(plain: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -12,6 +12,7 @@ from raytune_vlm.config.secrets import hides_secret, secret_problems
 from raytune_vlm.config.section import Section
 from raytune_vlm.config.yaml_lines import read_yaml
 from raytune_vlm.errors import ConfigError
+from raytune_vlm.visible import one_line
 
 SEARCH_SPACE = "sweep.search_space"
 """The one mapping whose keys contain dots themselves."""
@@ -57,7 +58,7 @@ def parse_override(text: str) -> tuple[str, Any, str]:
     key, equals, raw = text.partition("=")
     if hides_secret(text):
         raise ConfigError(f"override {key if equals else '...'}: {_SECRET}")
-    name = f"override {text}"
+    name = one_line(f"override {text}")
     if not equals:
         raise ConfigError(f"{name}: must be dotted.key=value")
     if not re.fullmatch(r"[^.\s]+(\.[^.\s]+)*", key):

@@ -23,7 +23,9 @@ _WORDS = {
     "tag:yaml.org,2002:bool": r"true|True|TRUE|false|False|FALSE",
     "tag:yaml.org,2002:null": r"~|null|Null|NULL|",
 }
-_SCALARS = {*_NUMBERS, *_WORDS, "tag:yaml.org,2002:str"}
+_MAX_NUMBER = 100
+"""Characters of a number; Python refuses integers of some thousands of them."""
+_HALF = re.compile("[\ud800-\udfff]")
 
 
 class _Loader(yaml.SafeLoader):
@@ -36,6 +38,11 @@ class _Loader(yaml.SafeLoader):
             mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
             raise yaml.composer.ComposerError(
                 None, None, "anchors and aliases are not allowed", mark
+            )
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        if event.tag is not None:
+            raise yaml.composer.ComposerError(
+                None, None, f"tag {event.tag!r} is not allowed", event.start_mark
             )
         return super().compose_node(parent, index)
 
@@ -88,14 +95,17 @@ def _read(loader: _Loader, node: yaml.Node, path: str, lines: dict[str, int], na
     if path:
         lines.setdefault(path, node.start_mark.line + 1)
     prefix = f"{path}." if path else ""
-    if isinstance(node, yaml.SequenceNode) and node.tag == "tag:yaml.org,2002:seq":
+    if isinstance(node, yaml.SequenceNode):
         return [
             _read(loader, item, f"{prefix}{i}", lines, name) for i, item in enumerate(node.value)
         ]
-    if isinstance(node, yaml.MappingNode) and node.tag == "tag:yaml.org,2002:map":
+    if isinstance(node, yaml.MappingNode):
         return dict(_read_items(loader, node, prefix, lines, name))
-    if node.tag not in _SCALARS:
-        raise ConfigError(f"{name}:{node.start_mark.line + 1}: tag {node.tag!r} is not allowed")
+    where = f"{name}:{node.start_mark.line + 1}: {path}"
+    if node.tag in _NUMBERS and len(node.value) > _MAX_NUMBER:
+        raise ConfigError(f"{where}: a number of {len(node.value)} characters")
+    if _HALF.search(node.value):
+        raise ConfigError(f"{where}: half of a surrogate pair: not valid Unicode")
     return loader.construct_object(node)
 
 
@@ -110,6 +120,8 @@ def _read_items(
         key = key_node.value
         if key_node.tag != "tag:yaml.org,2002:str":
             raise ConfigError(f"{name}:{line}: key {key!r} must be text; put it in quotes")
+        if _HALF.search(key):
+            raise ConfigError(f"{name}:{line}: key {key!r}: half of a surrogate pair")
         if key in seen:
             raise ConfigError(
                 f"{name}:{line}: {prefix}{key}: duplicate key, first given in line {seen[key]}"

@@ -112,7 +112,8 @@ def _experiment_of(
             return load_experiment(file, overrides)
         except ConfigError as error:  # it names a file that nobody has seen
             place = re.compile(re.escape(str(file)) + r"(:\d+)?")
-            raise ConfigError(place.sub(lambda _: target, error.message)) from None
+            problems = place.sub(lambda _: target, error.message).split("\n")
+            raise ConfigError(*problems) from None
 
 
 def _find(target: str, type_name: str | None) -> tuple[Path, list[_Found], list[str]]:

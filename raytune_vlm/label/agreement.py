@@ -99,6 +99,20 @@ def summary(compared: Sequence[Compared], threshold: float) -> list[FieldAgreeme
     return [_field(task, name, pages, threshold) for (task, name), pages in fields.items()]
 
 
+def copies(answers: dict[str, list[Result]]) -> list[str]:
+    """The labellers that answer everything exactly as one before them, which is no second opinion.
+
+    A teacher asked twice without sampling does, whatever the temperature that it was sent.
+    """
+    found, known = [], list[dict[tuple[str, str], Any]]()
+    for labeller, results in answers.items():
+        values = {(result.page, result.task): result.value for result in results}
+        if values in known:
+            found.append(labeller)
+        known.append(values)
+    return found
+
+
 def field_of(path: Path) -> str:
     """The name of a field: entries of lists count as one."""
     name = ""

@@ -1,4 +1,4 @@
-"""What is to be labelled: each image file, each page of a document, the images of each sample."""
+"""What is to be labelled: image files, pages of documents, whole documents, images of samples."""
 
 from __future__ import annotations
 
@@ -36,6 +36,8 @@ class Page:
     """What must not be split: the document, the sample's own group."""
     images: tuple[bytes, ...]
     """Encoded, undecoded."""
+    scopes: tuple[str, ...] = ("page", "document")
+    """Which tasks it is for: pages of a document are no documents, and the other way round."""
 
     @cached_property
     def digests(self) -> tuple[str, ...]:
@@ -49,7 +51,7 @@ class Page:
 
 
 def read_pages(config: LabelConfig, progress: Progress) -> Iterator[Page | Quarantined]:
-    """Every page, in order; raises DataError where a path is wrong."""
+    """Every page, a document behind its pages, in order; raises DataError where a path is wrong."""
     root = Path(config.root)
     suffixes = (*IMAGES, *DOCUMENTS)
     files = [shard for path in config.files for shard in find_files(path, root, False, suffixes)]
@@ -69,6 +71,8 @@ def read_pages(config: LabelConfig, progress: Progress) -> Iterator[Page | Quara
 
 def _file(config: LabelConfig, shard: Shard) -> Iterator[Page | Quarantined]:
     shown = visible(shard.shown)
+    scopes = {task.scope for task in config.tasks}
+    first: list[bytes] = []
     try:
         if not shard.path.lower().endswith(DOCUMENTS):
             image = read_image(shard.path, shard, config.image_limits.max_bytes)
@@ -77,9 +81,14 @@ def _file(config: LabelConfig, shard: Shard) -> Iterator[Page | Quarantined]:
         for number, group, page in document_pages(shard, config.documents, config.image_limits):
             origin = f"{shown}:{number}"
             if isinstance(page, RowError):
-                yield Quarantined(origin, page.message, SPLIT)
+                yield Quarantined(origin, visible(page.message), SPLIT)
             else:
-                yield Page(origin, group, (page,))
+                first.append(page)
+                yield Page(origin, group, (page,), ("page",))
+            if number >= config.document_pages and "page" not in scopes:
+                break
+        if first:
+            yield Page(shown, group, tuple(first[: config.document_pages]), ("document",))
     except RowError as error:
         yield Quarantined(shown, visible(error.message), SPLIT)
 

@@ -119,9 +119,7 @@ def write_agreement(folder: LabelFolder, compared: Sequence[Compared], threshold
             rows.append(label_row(result, tasks[result.task], entry.values[entry.proposed]))
         else:
             left.append(entry)
-    left.sort(
-        key=lambda entry: min(entry.scores.values(), default=0.0)
-    )  # stable: in order of pages
+    left.sort(key=lambda entry: min(entry.scores.values(), default=0.0))
     write_rows(folder.root / "agreed.jsonl", rows)
     write_rows(folder.root / "review.jsonl", (_review_row(entry, threshold) for entry in left))
     write_json(
@@ -146,8 +144,10 @@ def take_reviewed(folder: LabelFolder, file: Path, compared: Sequence[Compared])
     known = {(entry.result.page, entry.result.task) for entry in compared}
     try:
         lines = file.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file}: cannot be read: {error}") from None
+    except OSError as error:
+        raise DataError(f"{file}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: is not UTF-8 text (byte {error.start})") from None
     taken = []
     for number, line in enumerate(lines, 1):
         if line.strip():

@@ -39,6 +39,7 @@ class Tally:
     """What a run did."""
 
     num_pages: int = 0
+    """Pages and whole documents that were asked about."""
     num_copies: int = 0
     """Pages whose very images stood before: labelled once."""
     num_asked: int = 0
@@ -93,6 +94,7 @@ class Labelling:
         self._running: dict[Future[Answer], Question] = {}
         self._queue: deque[Question] = deque()
         self._order: dict[str, int] = {}
+        self._seen: set[tuple[str, str]] = set()
         self._results: list[Result] = []
         self._failed_in_a_row: Counter[str] = Counter()
         self.tally = Tally()
@@ -142,14 +144,18 @@ class Labelling:
             if isinstance(entry, Quarantined):
                 self.tally.rejected.append(Rejected(entry.origin, entry.reason))
                 continue
+            wanted = [task for task in config.tasks if task.scope in entry.scopes]
+            tasks = [task for task in wanted if (entry.page_id, task.name) not in self._seen]
+            if wanted and not tasks:
+                self.tally.num_copies += 1
+            if not tasks:
+                continue
             if self.tally.num_pages == self._limit:
                 return
-            if entry.page_id in self._order:
-                self.tally.num_copies += 1
-                continue
-            self._order[entry.page_id] = len(self._order)
             self.tally.num_pages += 1
-            for task in config.tasks:
+            self._order.setdefault(entry.page_id, len(self._order))
+            for task in tasks:
+                self._seen.add((entry.page_id, task.name))
                 for teacher in config.teachers:
                     for sampling in range(teacher.samples):
                         unit = unit_of(config, entry, task, teacher, sampling)
@@ -204,7 +210,7 @@ class Labelling:
             for other, entry in zip((*self._running.values(), question), held, strict=True)
         )
         over = [
-            f"budget.max_{what}={limit:g}: {used:,.{digits}f} are spent"
+            f"budget.max_{what}={limit}: {used:,.{digits}f} are spent"
             for what, limit, used, wanted, digits in (
                 ("tokens", budget.max_tokens, spent.tokens, tokens, 0),
                 ("cost", budget.max_cost, spent.cost, cost, 4),

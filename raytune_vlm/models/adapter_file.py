@@ -60,13 +60,15 @@ def load_adapter(folder: Path, model: PeftModel) -> None:
 
 
 def read_tensors(file: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file; raises CheckpointError for anything else."""
+    """The tensors of a safetensors file; raises CheckpointError where there is none."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    if not file.is_file():
+        raise CheckpointError(f"{file} is missing")
     try:
         found: dict[str, torch.Tensor] = load_file(file)
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file} is no whole safetensors file: {error}") from None
     return found
 

@@ -270,9 +270,7 @@ class TokenStep:
 
     @staticmethod
     def _refuse(origin: str, reason: str, split: Split, outcome: _Outcome) -> None:
-        # Half a surrogate pair from a row could not be written.
-        plain = [text.encode("utf-8", "replace").decode() for text in (origin, reason)]
-        outcome.refused.append(Quarantined(plain[0], plain[1], split))
+        outcome.refused.append(Quarantined(origin, reason, split))
 
     @staticmethod
     def _too_long(sample: Sample, length: int, data: DataConfig) -> bool:

@@ -39,7 +39,9 @@ from raytune_vlm.errors import DataError
 from raytune_vlm.json_files import read_json, read_json_lines, write_json, write_text
 from raytune_vlm.records.estimate import MetricEstimate
 from raytune_vlm.records.overlap import CleanScores, Overlap
+from raytune_vlm.records.reading import as_record
 from raytune_vlm.records.result import GuardScore, PairedTest, Replicate, SweepResult
+from raytune_vlm.visible import one_line
 
 __all__ = [
     "BASE_TRIAL",
@@ -62,6 +64,7 @@ __all__ = [
     "SweepResult",
     "TrialFolder",
     "TrialRecord",
+    "as_record",
     "by_kind",
     "read_json",
     "read_json_lines",
@@ -102,11 +105,15 @@ class Sample:
 
 @dataclass(frozen=True)
 class Quarantined:
-    """A sample that was refused, where it stood, and why."""
+    """A sample that was refused, where it stood, and why: each one line that is safe to show."""
 
     origin: str
     reason: str
     split: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "origin", one_line(self.origin))
+        object.__setattr__(self, "reason", one_line(self.reason))
 
     @property
     def kind(self) -> str:
@@ -179,10 +186,8 @@ class DataManifest:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> DataManifest:
-        splits = {name: SplitStatistics(**entry) for name, entry in value["splits"].items()}
         known = {entry.name for entry in fields(cls)}
-        given = {name: entry for name, entry in value.items() if name in known}
-        return cls(**{**given, "splits": splits})
+        return as_record(cls, {name: value[name] for name in value if name in known})
 
 
 @dataclass(frozen=True)
@@ -219,13 +224,7 @@ class Scores:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Scores:
-        metrics = {name: MetricEstimate(**entry) for name, entry in value["metrics"].items()}
-        by_category = {
-            metric: {name: CategoryScore(**entry) for name, entry in scores.items()}
-            for metric, scores in value.get("by_category", {}).items()
-        }
-        clean = CleanScores.from_json(value["clean"]) if value.get("clean") else None
-        return cls(**{**value, "metrics": metrics, "by_category": by_category, "clean": clean})
+        return as_record(cls, value)
 
 
 PREDICTION_COLUMNS = (
@@ -306,7 +305,7 @@ class TrialFolder:
         return [Scores.from_json(read_json(file)) for file in files]
 
     def record(self) -> TrialRecord:
-        return TrialRecord(**read_json(self.record_file))
+        return as_record(TrialRecord, read_json(self.record_file))
 
 
 class SweepFolder:

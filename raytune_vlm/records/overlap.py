@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from raytune_vlm.records.estimate import MetricEstimate
 
@@ -16,11 +15,6 @@ class CleanScores:
     num_samples: int
     num_groups: int
     metrics: dict[str, MetricEstimate]
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> CleanScores:
-        metrics = {name: MetricEstimate(**entry) for name, entry in value["metrics"].items()}
-        return cls(**{**value, "metrics": metrics})
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from statistics import fmean, stdev
 from typing import Any, Literal
 
 from raytune_vlm.records.estimate import MetricEstimate
+from raytune_vlm.records.reading import as_record
 
 
 @dataclass(frozen=True)
@@ -80,17 +81,6 @@ class GuardScore:
     against_base: PairedTest | None = None
     """This role minus the base model, on the same questions."""
 
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> GuardScore:
-        test = value["against_base"]
-        return cls(
-            **{
-                **value,
-                "estimate": MetricEstimate(**value["estimate"]),
-                "against_base": PairedTest(**test) if test else None,
-            }
-        )
-
 
 @dataclass(frozen=True)
 class SweepResult:
@@ -153,17 +143,4 @@ class SweepResult:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> SweepResult:
-        corrected = value["corrected"]
-        return cls(
-            **{
-                **value,
-                "corrected": MetricEstimate(**corrected) if corrected else None,
-                "paired": [PairedTest(**entry) for entry in value["paired"]],
-                "replicates": [Replicate(**entry) for entry in value.get("replicates", [])],
-                "against_base": [PairedTest(**entry) for entry in value.get("against_base", [])],
-                "clean": {
-                    role: MetricEstimate(**entry) for role, entry in value.get("clean", {}).items()
-                },
-                "guard": [GuardScore.from_json(entry) for entry in value.get("guard", [])],
-            }
-        )
+        return as_record(cls, value)

@@ -12,7 +12,8 @@ from raytune_vlm.comparisons import CONTROLS_FILE, ROBUSTNESS_FILE, Comparison, 
 from raytune_vlm.records import read_json
 from raytune_vlm.report.canvas import BASE, DEFAULT, WINNER, Plot, canvas, legend_above
 from raytune_vlm.report.headline import clearly
-from raytune_vlm.report.loading import SweepView
+from raytune_vlm.report.loading import UNREADABLE, SweepView
+from raytune_vlm.visible import one_line
 
 LABELS = {
     "blank_image": "blank images",
@@ -73,8 +74,9 @@ def _read(file: Path, problems: list[str]) -> Comparisons:
         return Comparisons([])
     try:
         return Comparisons.from_json(read_json(file))
-    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
-        problems.append(f"{file.name} cannot be read: {type(error).__name__}: {error}")
+    except UNREADABLE as error:
+        what = f"{file.name} cannot be read: {type(error).__name__}: {error!s:.300}"
+        problems.append(one_line(what))
         return Comparisons([])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 from raytune_vlm.report.canvas import Plot
@@ -20,10 +21,16 @@ def write_images(view: SweepView, shown: dict[str, Any]) -> None:
         if part == "view":
             continue
         for plot in _plots(value):
-            (folder / f"{_slug(f'{part} {plot.title}')}.png").write_bytes(plot.png())
+            _write(folder / f"{_slug(f'{part} {plot.title}')}.png", plot)
     for trial in view.trials:
         if loss := loss_plot(trial):
-            (folder / f"loss-{_slug(trial.trial_id)}.png").write_bytes(loss.png())
+            _write(folder / f"loss-{_slug(trial.trial_id)}.png", loss)
+
+
+def _write(file: Path, plot: Plot) -> None:
+    """As a new file: in a foreign folder the old one may be a FIFO, or a link to somewhere else."""
+    file.unlink(missing_ok=True)
+    file.write_bytes(plot.png())
 
 
 def _plots(value: Any) -> Iterator[Plot]:

@@ -25,21 +25,18 @@ from raytune_vlm.records import (
     SweepFolder,
     SweepResult,
     TrialRecord,
+    as_record,
     read_json,
     read_json_lines,
 )
+from raytune_vlm.report.events import by_hand, clone_origins, lineages, read_events
+from raytune_vlm.visible import one_line
 
 T = TypeVar("T")
 
 
-DONE_BY_HAND = {
-    "stop": "stopped",
-    "pause": "paused",
-    "resume": "resumed",
-    "pin": "pinned",
-    "unpin": "unpinned",
-}
-"""Command of `raytune-vlm control` -> what it did to a trial."""
+UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, OSError, RecursionError)
+"""What reading a file raises that says something else than it should."""
 
 
 @dataclass(frozen=True)
@@ -100,12 +97,14 @@ class SweepView:
 
     @property
     def confidence(self) -> float:
-        return float(lookup(self.experiment, "evaluation.confidence", 0.95))
+        found = lookup(self.experiment, "evaluation.confidence")
+        return found if isinstance(found, float) and 0 < found < 1 else 0.95
 
     @property
     def search_space(self) -> dict[str, Any]:
         space = lookup(self.experiment, "sweep.search_space", {})
-        return space if isinstance(space, dict) else {}
+        entries = space.items() if isinstance(space, dict) else ()
+        return {key: entry for key, entry in entries if isinstance(entry, dict)}
 
     @property
     def varied_keys(self) -> list[str]:
@@ -144,50 +143,28 @@ class SweepView:
 
     @property
     def clone_origins(self) -> dict[str, dict[str, Any]]:
-        """Clone, made by a person or by a population -> its parent, the step that it goes on from
-        and the parent's recipe."""
-        clones = [event["clone"] for event in self.ledger if event.get("clone")]
-        clones += [entry["clone"] for _, entry in self._exploits()]
-        return {clone["trial_id"]: clone["origin"] for clone in clones}
-
-    def _exploits(self) -> list[tuple[int, dict[str, Any]]]:
-        """(step, who is replaced by which clone) of population based training, in order."""
-        rows = [event for event in self.ledger if event.get("event") == "exploited"]
-        return [(row["step"], entry) for row in rows for entry in row["exploits"]]
+        """See `events.clone_origins`."""
+        return clone_origins(self.ledger)
 
     @property
     def lineages(self) -> dict[str, tuple[str, ...]]:
-        """Trial -> whose clone it is, and which clone has replaced it, in words."""
-        found = {
-            trial_id: [f"clone of {origin['parent']} at step {origin['step']:,}"]
-            for trial_id, origin in self.clone_origins.items()
-        }
-        for step, entry in self._exploits():
-            words = f"replaced by {entry['clone']['trial_id']} at step {step:,}"
-            found.setdefault(entry["replaces"], []).append(words)
-        return {trial_id: tuple(words) for trial_id, words in found.items()}
+        """See `events.lineages`."""
+        return lineages(self.ledger)
 
     @property
     def by_hand(self) -> dict[str, tuple[str, ...]]:
-        """Trial -> what a person did to it while the sweep ran, in words, in order."""
-        found: dict[str, list[str]] = {}
-        for event in self.ledger:
-            if event.get("event") != "control" or not event.get("accepted"):
-                continue
-            if event["command"] != "clone" and event.get("trial_id"):
-                done = DONE_BY_HAND.get(event["command"], event["command"])
-                found.setdefault(event["trial_id"], []).append(f"{done} by hand")
-        return {trial_id: tuple(words) for trial_id, words in found.items()}
+        """See `events.by_hand`."""
+        return by_hand(self.ledger)
 
     @property
     def num_planned(self) -> int | None:
         """Trials that the sweep was to have, as last set by hand, and its clones so far."""
         planned = lookup(self.experiment, "sweep.num_trials", None)
-        changed = [
-            e["limits"]["num_trials"] for e in self.ledger if e.get("limits", {}).get("num_trials")
-        ]
-        planned = [planned, *changed][-1]
-        return planned + len(self.clone_origins) if planned else None
+        changed = [e["limits"] for e in self.ledger if e.get("limits")]
+        planned = next(
+            (row["num_trials"] for row in reversed(changed) if "num_trials" in row), planned
+        )
+        return planned + len(self.clone_origins) if isinstance(planned, int) else None
 
     @property
     def winner(self) -> TrialView | None:
@@ -288,12 +265,9 @@ def load_view(root: Path | str) -> SweepView:
     folder = SweepFolder(root)
     if not folder.experiment_file.is_file():
         raise DataError(f"{folder.root} is not a sweep folder: no experiment.json")
-    try:
-        header = read_json(folder.experiment_file)
-    except ValueError as error:
-        raise DataError(f"{folder.experiment_file} is not JSON: {error}") from error
+    header = _header(folder.experiment_file)
     reader = _Reader(folder.root)
-    experiment = header.get("experiment", {})
+    experiment = header["experiment"]
     result = reader.read(folder.result_file, lambda file: SweepResult.from_json(read_json(file)))
     metric, mode = _decision(experiment, result)
     trials = [_load_trial(reader, folder, name) for name in folder.trial_ids()]
@@ -301,7 +275,7 @@ def load_view(root: Path | str) -> SweepView:
         folder=folder,
         experiment=experiment,
         fingerprint=str(header.get("fingerprint", "")),
-        versions=dict(header.get("versions", {})),
+        versions=header["versions"],
         command=str(header.get("command", "")),
         metric=metric,
         mode=mode,
@@ -314,7 +288,7 @@ def load_view(root: Path | str) -> SweepView:
         quarantined=tuple(
             reader.read(folder.quarantine_file, lambda f: _rows(f, Quarantined)) or ()
         ),
-        ledger=tuple(reader.read(folder.ledger_file, read_json_lines) or ()),
+        ledger=tuple(reader.read(folder.ledger_file, read_events) or ()),
         like_train=frozenset(
             reader.read(folder.overlap_file, lambda _: folder.overlapping("report")) or ()
         ),
@@ -324,6 +298,22 @@ def load_view(root: Path | str) -> SweepView:
         or {},
         notes=tuple(reader.notes),
     )
+
+
+def _header(file: Path) -> dict[str, Any]:
+    """What `experiment.json` holds; raises DataError unless it is as `sweep` writes it."""
+    try:
+        header = read_json(file)
+    except (ValueError, RecursionError, OSError) as error:
+        raise DataError(f"{file} is not JSON: {error}") from error
+    if not isinstance(header.get("experiment", {}), dict):
+        raise DataError(f"{file} holds no experiment")
+    versions = header.get("versions")
+    return {
+        **header,
+        "experiment": header.get("experiment", {}),
+        "versions": versions if isinstance(versions, dict) else {},
+    }
 
 
 class _Reader:
@@ -336,13 +326,17 @@ class _Reader:
     def read(self, file: Path, parse: Callable[[Path], T]) -> T | None:
         """The parsed file; None if there is none or if it cannot be parsed (then noted)."""
         if not file.is_file():
+            if file.exists():
+                self._note(file, "is no regular file")
             return None
         try:
             return parse(file)
-        except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
-            kind = type(error).__name__
-            self.notes.append(f"{file.relative_to(self.root)} cannot be read: {kind}: {error}")
+        except UNREADABLE as error:
+            self._note(file, f"cannot be read: {type(error).__name__}: {error!s:.300}")
             return None
+
+    def _note(self, file: Path, what: str) -> None:
+        self.notes.append(one_line(f"{file.relative_to(self.root)} {what}"))
 
     def scores(self, folder: SweepFolder, trial_id: str, split: Split) -> tuple[Scores, ...]:
         pattern = f"trials/{trial_id}/evaluations/{split}/step_*/scores.json"
@@ -382,12 +376,13 @@ def _decision(
     """The deciding metric and its direction, known from the experiment before the end."""
     if result is not None:
         return result.metric, result.mode
-    listed = lookup(experiment, "evaluation.metrics", None) or ["exact_match@strip"]
-    objectives = lookup(experiment, "sweep.objectives", None) or [{}]
-    first = lookup(objectives[0], "metric", None)
-    metric = str(first or lookup(experiment, "sweep.metric", None) or listed[0])
+    lists = [lookup(experiment, key) for key in ("sweep.objectives", "evaluation.metrics")]
+    objective, listed = (found[0] if isinstance(found, list) and found else "" for found in lists)
+    named = (lookup(objective, "metric"), lookup(experiment, "sweep.metric"), listed)
+    known = (name for name in named if isinstance(name, str) and name)
+    metric = next(known, "exact_match@strip")
     return metric, METRIC_MODES.get(metric, "max")
 
 
-def _rows(file: Path, kind: Callable[..., T]) -> list[T]:
-    return [kind(**row) for row in read_json_lines(file)]
+def _rows(file: Path, kind: type[T]) -> list[T]:
+    return [as_record(kind, row) for row in read_json_lines(file)]

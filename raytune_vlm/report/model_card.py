@@ -189,7 +189,26 @@ def _recipe(view: SweepView, winner: TrialView) -> str:
         f"{_code(scope)} {formatting.count(count)} {_how(view, winner, scope)}"
         for scope, count in winner.record.trainable_by_scope.items()
     ]
-    return f"{table}\n\n{parameters} trainable parameters: {', '.join(scopes)}."
+    trained = f"{parameters} trainable parameters: {', '.join(scopes)}."
+    return "\n\n".join([table, trained, *_taught(view, winner)])
+
+
+def _taught(view: SweepView, winner: TrialView) -> list[str]:
+    """What the model learned from beside the labels; whoever passes it on has to know."""
+    own = lookup(view.experiment, "train.distillation", {})
+    changed = {
+        key.rpartition(".")[2]: value
+        for key, value in winner.record.recipe.items()
+        if key.startswith("train.distillation.")
+    }
+    own = {**own, **changed}
+    if own.get("teacher") is None or own["weight"] == 0:
+        return []
+    adapter = f" with the adapter `{_code(own['adapter'])}`" if own["adapter"] else ""
+    return [
+        f"Its other target, beside the labels, was the distribution of `{_code(own['teacher'])}`"
+        f"{adapter}: weight {own['weight']:g}, temperature {own['temperature']:g}."
+    ]
 
 
 def _how(view: SweepView, winner: TrialView, scope: str) -> str:

@@ -12,7 +12,8 @@ from raytune_vlm.report.loading import SweepView
 def predictions(view: SweepView, trial_id: str, step: int | None) -> dict[str, dict[str, Any]]:
     """The rows of a trial's predictions on `report` by sample, at a step or else the last one."""
     folder = view.folder.trial(trial_id).root / "evaluations" / "report"
-    files = sorted(folder.glob("step_*/predictions.parquet"))
+    found = folder.glob("step_*/predictions.parquet")
+    files = sorted(file for file in found if file.is_file())  # to open a FIFO would wait for ever
     wanted = [file for file in files if file.parent.name == f"step_{step or 0:06d}"]
     if not files:
         return {}

@@ -25,6 +25,7 @@ from typing import Any
 from raytune_vlm.config.data import ImageLimits
 from raytune_vlm.errors import DataError, InfrastructureError
 from raytune_vlm.records import Quarantined, Sample
+from raytune_vlm.visible import one_line
 
 PLACEHOLDER = "<image>"
 """Where an image stands in a turn that is plain text."""
@@ -162,7 +163,7 @@ def make_sample(
     return Sample(
         sample_id=sample_id,
         group_id=sample_id if group_id is None else group_id,
-        origin=origin,
+        origin=one_line(origin),
         messages=clean,
         images=list(images),
         tools=tools or [],

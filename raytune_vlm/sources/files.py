@@ -60,6 +60,8 @@ def find_files(path: str, root: Path, allow_network: bool, suffixes: Sequence[st
     if target.exists():
         _check_inside(target, target, top, absolute=base.is_absolute())
         found = _in_folder(target, suffixes) if target.is_dir() else [target]
+        if not target.is_dir() and not target.is_file():
+            raise DataError(f"source {target} is neither a file nor a folder")
         if target.is_file() and not _has_suffix(target.name, suffixes):
             raise DataError(
                 f"source file {target} has no supported suffix (known: {', '.join(suffixes)})"

@@ -82,7 +82,7 @@ def _of_state(found: dict[str, Shard]) -> list[Shard]:
     if not names:
         raise DataError(f"{shown} lists no data files: not written by Dataset.save_to_disk")
     for name in names:
-        if name not in found or not str(name).endswith(".arrow"):
+        if str(name) not in found or not str(name).endswith(".arrow"):
             near = did_you_mean(str(name), found)
             raise DataError(f"{shown} lists '{shorten(name)}', which is not there{near}")
     return [found[str(name)] for name in names]

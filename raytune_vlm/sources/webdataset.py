@@ -52,7 +52,17 @@ IMAGE_SUFFIXES = frozenset({"bmp", "gif", "jpeg", "jpg", "png", "tif", "tiff", "
 TARGET_SUFFIXES = ("txt", "json")
 MAX_TARGET_BYTES = 1 << 26
 MAX_SAMPLE_BYTES = 1 << 29
+MAX_HEADER_BYTES = 1 << 14
+"""Of a header that only says more of the next one (long names, pax): `tarfile` holds it whole, and
+before Python 3.11.10 searches it in quadratic time."""
 
+_MORE_HEADERS = (
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+)
 _COLUMNS = ("messages", "conversations", "text", "caption")
 _MESSAGES = MessagesSource(type="messages", path="")
 _SHAREGPT = ShareGptSource(type="sharegpt", path="")
@@ -69,6 +79,11 @@ class _Member(tarfile.TarInfo):
             raise OSError("it ends without its end mark: truncated?") from error
         except tarfile.InvalidHeaderError as error:  # type: ignore[attr-defined]
             raise OSError(f"damaged header ({error})") from error
+
+    def _proc_member(self, tarfile_: tarfile.TarFile) -> Any:
+        if self.type in _MORE_HEADERS and self.size > MAX_HEADER_BYTES:
+            raise OSError(f"a header of {self.size} bytes, the limit is {MAX_HEADER_BYTES}")
+        return super()._proc_member(tarfile_)  # type: ignore[misc]
 
 
 @dataclass

@@ -27,6 +27,41 @@ Word = Literal["", "stop", "pause", "close", "leave"]
 run ends, or because the executor leaves its node (which it sees itself)."""
 
 
+class Channel:
+    """The reports of one job on their way to whoever waits for them, who may die on the way."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[dict[str, Any]] = deque()
+        self._last: dict[str, Any] | None = None
+        self._asker: object = None
+        self._changed = asyncio.Event()
+
+    def put(self, report: dict[str, Any]) -> None:
+        """A report has arrived."""
+        self._waiting.append(report)
+        self._changed.set()
+
+    def repeat(self, job: Job) -> None:
+        """A job was put up again: what was handed over last is again the next report, unless the
+        job says that it is known: a proxy was killed in between."""
+        last, self._last = self._last, None
+        if last is not None and "step" in last and last["step"] not in job.reported:
+            self._waiting.appendleft(last)
+
+    async def get(self) -> dict[str, Any]:
+        """The next report. A call of a proxy that was killed may still wait here: it must not take
+        what the new one waits for."""
+        mine = self._asker = object()
+        self._changed.set()
+        while self._asker is mine:
+            if self._waiting:
+                self._last = self._waiting.popleft()
+                return self._last
+            self._changed.clear()
+            await self._changed.wait()
+        return {}
+
+
 class BoardState:
     """The board's logic, without Ray, so that it can be read and tested as a plain class."""
 
@@ -41,7 +76,7 @@ class BoardState:
         self._stopped: set[str] = set()
         self._paused: set[str] = set()
         self._again: dict[str, Job] = {}
-        self._reports: dict[str, asyncio.Queue[dict[str, Any]]] = {}
+        self._reports: dict[str, Channel] = {}
         self._progress: dict[str, dict[str, Any]] = {}
         self._seen = {name: time.monotonic() for name in executors}
         self._moved: set[str] = set()
@@ -53,7 +88,7 @@ class BoardState:
 
     async def submit(self, job: Job) -> None:
         """Put a job up."""
-        self._channel(job.job_id)
+        self._channel(job.job_id).repeat(job)
         if not self._alive:
             self._fail(job, "no executor is alive")
             return
@@ -117,7 +152,7 @@ class BoardState:
             if job_id in held:
                 held[job_id] = replace(held[job_id], attempt=1)
                 self._moved.add(executor)
-        self._channel(job_id).put_nowait(report)
+        self._channel(job_id).put(report)
 
     async def finish(self, executor: str, job_id: str) -> None:
         """The executor is done with the job, whatever came of it."""
@@ -139,7 +174,7 @@ class BoardState:
             self._changed.set()
 
     async def next_report(self, job_id: str) -> dict[str, Any]:
-        """The next result of a job; waits for it."""
+        """The next result of a job; waits for it. Whoever asked before gets nothing any more."""
         return await self._channel(job_id).get()
 
     async def stop(self, job_id: str) -> None:
@@ -258,10 +293,10 @@ class BoardState:
     def _fail(self, job: Job, message: str) -> None:
         self._num_ended += job.kind == "trial"
         report = {"failed": "infrastructure", "message": message, "done": True}
-        self._channel(job.job_id).put_nowait(report)
+        self._channel(job.job_id).put(report)
 
-    def _channel(self, job_id: str) -> asyncio.Queue[dict[str, Any]]:
-        return self._reports.setdefault(job_id, asyncio.Queue())
+    def _channel(self, job_id: str) -> Channel:
+        return self._reports.setdefault(job_id, Channel())
 
 
 def start_board(executors: list[str], max_failures: int) -> Any:

@@ -14,10 +14,11 @@ from raytune_vlm.report.formatting import duration
 
 def held_seconds(events: Sequence[Mapping[str, Any]], now: float) -> float:
     """Seconds in which executors were held: from the first event to now, without the gaps between
-    the end of one life of the sweep and the next `resumed`."""
+    the end of one life of the sweep and the next `resumed`; a clock that was set back takes none
+    away."""
     times = [(event["event"], float(event["time"])) for event in events] + [("now", now)]
     pairs = itertools.pairwise(times)
-    return sum(later[1] - earlier[1] for earlier, later in pairs if later[0] != "resumed")
+    return sum(max(0.0, later[1] - earlier[1]) for earlier, later in pairs if later[0] != "resumed")
 
 
 class Budget:

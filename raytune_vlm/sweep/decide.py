@@ -7,7 +7,6 @@ is then scored once for the base model, the default recipe and the winner.
 
 from __future__ import annotations
 
-import itertools
 import shutil
 import time
 from typing import Any
@@ -35,6 +34,7 @@ from raytune_vlm.records import (
 )
 from raytune_vlm.report.lineage import caution, lineage
 from raytune_vlm.report.model_card import model_card
+from raytune_vlm.sweep.budget import held_seconds
 from raytune_vlm.sweep.comparisons import (
     Candidate,
     adjusted,
@@ -90,7 +90,7 @@ def decide(running: Session) -> SweepResult:
         paired=paired,
         indistinguishable=statistics["indistinguishable"],
         num_report_touches=len(folder.report_touches()),
-        seconds=_seconds(folder),
+        seconds=held_seconds(read_json_lines(folder.ledger_file), time.time()),
         replicates=replicates,
         replicated={entry.trial.trial_id: entry.value for entry in tops if replicates},
         against_base=against_base(running),
@@ -271,22 +271,13 @@ def _replicates(running: Session, tops: list[Candidate]) -> list[Replicate]:
         while not done:
             report = ray.get(running.board.next_report.remote(job.job_id))
             done, failure = bool(report["done"]), report.get("message")
+            for note in report.get("notes", ()):
+                running.ledger.append("noted", trial_id=job.job_id, message=note)
+                running.monitor.say(f"{job.job_id}: {note}")
             if report.get("step") == entry.step:
                 value = float(report[experiment.metric])
         found.append(Replicate(seed, value, failure, entry.trial.trial_id))
     return found
-
-
-def _seconds(folder: SweepFolder) -> float:
-    """Wall time over all lives of the sweep: the gaps between a death and a resume left out."""
-    events = [*read_json_lines(folder.ledger_file), {"event": "now", "time": time.time()}]
-    return float(
-        sum(
-            later["time"] - earlier["time"]
-            for earlier, later in itertools.pairwise(events)
-            if later["event"] != "resumed"
-        )
-    )
 
 
 def _write_best(running: Session, winner: Candidate) -> None:

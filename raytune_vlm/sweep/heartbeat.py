@@ -91,7 +91,7 @@ class Heartbeat(Beside):
         faulthandler.cancel_dump_traceback_later()
         if self._stream is not None and self._file is not None:
             self._stream.close()
-            if self._file.stat().st_size == 0:
+            if self._file.exists() and self._file.stat().st_size == 0:
                 self._file.unlink()
         self._stream = self._file = None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,11 @@ from raytune_vlm.sweep.beside import Beside
 
 RENEW_EVERY_S = 10.0
 EXPIRES_AFTER_S = 60.0
-"""A lease of another host that was not renewed for so long is taken over."""
+"""A lease of another host that was not renewed for so long is taken over, unless it is renewed
+while it is looked at: the clock here or there may have been set."""
+
+WATCH_S = 2.5 * RENEW_EVERY_S
+"""How long it is looked at."""
 
 
 class Lease(Beside):
@@ -34,7 +39,7 @@ class Lease(Beside):
     def __enter__(self) -> Lease:
         if self._file.exists():
             held = read_json(self._file)
-            if driver_of(self._file) is not None:
+            if driver_of(self._file) is not None or self._is_renewed(held):
                 since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(held["renewed"]))
                 raise LeaseError(
                     f"{self._file.parent} is driven by process {held['pid']} on {held['host']} "
@@ -46,11 +51,26 @@ class Lease(Beside):
 
     def __exit__(self, *_: object) -> None:
         super().__exit__()
-        self._file.unlink(missing_ok=True)
+        # Where the storage is away it stays: of a process that is gone it is worth nothing.
+        with suppress(OSError):
+            self._file.unlink(missing_ok=True)
 
     def _run(self) -> None:
         while not self._over.wait(RENEW_EVERY_S):
-            self._write()
+            # Who needs the storage says so; when it is back, the lease is renewed again.
+            with suppress(OSError):
+                self._write()
+
+    def _is_renewed(self, held: dict[str, Any]) -> bool:
+        """Whether a driver on another host gives a sign of life while this waits for one."""
+        if held["host"] == socket.gethostname():
+            return False
+        ends = time.monotonic() + WATCH_S
+        while time.monotonic() < ends:
+            if self._file.exists() and read_json(self._file) != held:
+                return True
+            time.sleep(WATCH_S / 100)
+        return False
 
     def _write(self) -> None:
         entry = {
@@ -74,4 +94,4 @@ def driver_of(file: Path) -> dict[str, Any] | None:
 def _is_alive(held: dict[str, object]) -> bool:
     if held["host"] == socket.gethostname():
         return held["pid"] != os.getpid() and Path(f"/proc/{held['pid']}").exists()
-    return time.time() - float(str(held["renewed"])) < EXPIRES_AFTER_S
+    return abs(time.time() - float(str(held["renewed"]))) < EXPIRES_AFTER_S

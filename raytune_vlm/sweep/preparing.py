@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from raytune_vlm.config.experiment import ExperimentConfig
+from raytune_vlm.config.experiment import ExperimentConfig, fingerprint_of
 from raytune_vlm.config.search_space import search_space_problems
 from raytune_vlm.errors import ConfigError, DataError
 from raytune_vlm.models.location import check_model
@@ -26,7 +26,7 @@ from raytune_vlm.prepare.prepare import (
     write_quarantine,
 )
 from raytune_vlm.prepare.shard import ShardJob
-from raytune_vlm.records import Scores, SweepFolder, write_json
+from raytune_vlm.records import Scores, SweepFolder, read_json, write_json
 from raytune_vlm.sweep.cluster import check_storage, runs_in_copy
 from raytune_vlm.sweep.detect import detectable_lines
 from raytune_vlm.sweep.waiting import wait_for_a_cpu
@@ -175,22 +175,53 @@ def write_head(
     write_quarantine(folder.quarantine_file, data.quarantine)
     write_overlaps(folder.overlap_file, data.overlaps)
     write_facts(folder.facts_file, data.split("report"), experiment.data)
-    packages = ("ray", "torch", "transformers", "peft", "optuna", "pyarrow", "pillow", "numpy")
     write_json(
         folder.experiment_file,
         {
             "fingerprint": experiment.fingerprint(),
             "data": data.manifest.digest,
-            "versions": {
-                "python": platform.python_version(),
-                "raytune-vlm": version("raytune-vlm"),
-                **{name: version(name) for name in packages},
-            },
+            "versions": versions(),
             "command": command,
             "trusted_code": experiment.model.trusted_revision,
             "experiment": experiment.model_dump(mode="json"),
         },
     )
+
+
+def versions() -> dict[str, str]:
+    """What the results of a sweep depend on, besides its experiment and its data."""
+    packages = ("ray", "torch", "transformers", "peft", "optuna", "pyarrow", "pillow", "numpy")
+    return {
+        "python": platform.python_version(),
+        "raytune-vlm": version("raytune-vlm"),
+        **{name: version(name) for name in packages},
+    }
+
+
+def check_head(folder: SweepFolder, monitor: Monitor) -> None:
+    """Say which versions changed since a sweep began.
+
+    Raises
+    ------
+    ConfigError
+        If its experiment is not the one that it began with.
+    """
+    head = read_json(folder.experiment_file)
+    if head["fingerprint"] != fingerprint_of(head["experiment"], head.get("trusted_code")):
+        raise ConfigError(
+            f"{folder.experiment_file} was changed since the sweep began: its trials could not be "
+            "compared; put it back, or start a new sweep"
+        )
+    changed = [
+        f"{name} {before} -> {now}"
+        for name, now in versions().items()
+        if (before := head["versions"].get(name, "none")) != now
+    ]
+    if changed:
+        monitor.say(
+            f"WARNING: changed since the sweep began: {', '.join(changed)}; what is trained from "
+            "here on need not be what it would have been"
+        )
 
 
 def _plan(experiment: ExperimentConfig, data: PreparedData) -> Plan:

@@ -32,15 +32,18 @@ from raytune_vlm.sweep.jobs import Job, PreparedBenchmark
 from raytune_vlm.sweep.lease import Lease
 from raytune_vlm.sweep.ledger import Ledger, TrialState, num_ended, replay
 from raytune_vlm.sweep.preparing import (
+    check_head,
     located,
     plan_of,
     prepare_data,
     require_splits,
     say_detectable,
+    versions,
     with_steps,
     write_head,
 )
 from raytune_vlm.sweep.rungs import check_rungs
+from raytune_vlm.sweep.storage import storage_failure
 from raytune_vlm.sweep.trackers.follower import Follower
 
 
@@ -120,7 +123,8 @@ def resume_sweep(root: Path, *, monitor: Monitor, trust: str | None = None) -> S
     Raises
     ------
     ConfigError
-        If the folder holds no sweep, or `trust` (MODEL@REVISION) names other code than it ran.
+        If the folder holds no sweep, its experiment was changed, or `trust` (MODEL@REVISION) names
+        other code than it ran.
     DataError
         If the data is no longer what the sweep began with.
     """
@@ -137,6 +141,7 @@ def resume_sweep(root: Path, *, monitor: Monitor, trust: str | None = None) -> S
         with Follower(folder, recorded, monitor.say):
             return folder
     experiment = recorded_experiment(folder, trust)
+    check_head(folder, monitor)
     jobs = plan_of(experiment)
     with Lease(folder.lease_file), ray_session(experiment):
         data = prepare_data(experiment, jobs, monitor)
@@ -211,11 +216,24 @@ def _drive(
             search(running)
             decide(running)
     except (SweepInterrupted, KeyboardInterrupt) as stop:
-        build_report(folder.root)  # what there is so far
+        try:
+            build_report(folder.root)  # what there is so far
+        except Exception as error:
+            failure = storage_failure(error, folder)
+            if failure is None:
+                raise
+            monitor.say(f"the report could not be written: {failure}")
         if isinstance(stop, SweepInterrupted):
             raise
         ended = num_ended(replay(folder.ledger_file))
         raise interrupted(folder, ended, experiment.sweep.num_trials) from None
+    except Exception as error:
+        failure = storage_failure(error, folder)
+        if failure is None:
+            raise
+        raise SweepInterrupted(
+            f"{failure}; `raytune-vlm resume {folder.root}` goes on from here when the storage does"
+        ) from None
     build_report(folder.root)
     return folder
 
@@ -233,7 +251,7 @@ def session(
     states = replay(folder.ledger_file)
     ledger = Ledger(folder.ledger_file)
     if states:
-        ledger.append("resumed")
+        ledger.append("resumed", versions=versions())
     names = [f"executor-{number}" for number in range(experiment.sweep.num_executors)]
     board = start_board(names, experiment.sweep.max_failures)
     setup = ExecutorSetup(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import signal
 import tempfile
 from dataclasses import dataclass
 from typing import Any
@@ -89,9 +90,11 @@ def search(running: Session) -> None:
             verbose=0,
             callbacks=[LedgerCallback(running, searcher, closing), desk],
             stop=Limits(closing, running, searcher.our_id),
-            failure_config=tune.FailureConfig(max_failures=0),
+            # Of proxies: those of executors are counted by the board.
+            failure_config=tune.FailureConfig(max_failures=experiment.sweep.max_failures),
         ),
     )
+    interrupting = signal.getsignal(signal.SIGINT)
     try:
         watcher = Watcher(
             running.monitor, running.board, experiment, states, lambda: num_planned(running)
@@ -99,6 +102,8 @@ def search(running: Session) -> None:
         with watcher:
             tuner.fit()
     finally:
+        # Ray Tune leaves a handler of its own, which would swallow the first stop from here on.
+        signal.signal(signal.SIGINT, interrupting)
         shutil.rmtree(scratch, ignore_errors=True)
     if any(state.ended is None for state in states.values()) or not searcher.is_done:
         raise interrupted(running.folder, num_ended(states), num_planned(running))
@@ -266,6 +271,11 @@ class LedgerCallback(tune.Callback):
         shown = ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
         self._running.monitor.say(f"{trial_id} step {step}: {shown}")
         self._closing.scored(state, step)
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        trial_id, note = trial.config["trial_id"], "its proxy died; another one is started"
+        self._running.ledger.append("noted", trial_id=trial_id, message=note)
+        self._running.monitor.say(f"{trial_id}: {note}")
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._end(trial.config["trial_id"])

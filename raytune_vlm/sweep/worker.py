@@ -11,7 +11,6 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from errno import EDQUOT, ENOSPC
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -25,7 +24,6 @@ from raytune_vlm.errors import (
     CheckpointError,
     InfrastructureError,
     RaytuneVlmError,
-    StorageFull,
     TrialDiverged,
     TrialInfeasible,
     first_line,
@@ -36,6 +34,7 @@ from raytune_vlm.sweep.evaluate_job import run_evaluate
 from raytune_vlm.sweep.heartbeat import Heartbeat
 from raytune_vlm.sweep.jobs import Job
 from raytune_vlm.sweep.planning import run_plan
+from raytune_vlm.sweep.storage import storage_failure
 from raytune_vlm.sweep.trial_job import TrialJob, Turn
 
 if TYPE_CHECKING:
@@ -83,8 +82,14 @@ def executor_loop(config: dict[str, Any]) -> None:
     setup: ExecutorSetup = config["setup"]
     rank = ray.train.get_context().get_world_rank()
     timeout, sweep = setup.experiment.train.hang_timeout_s, setup.experiment.name
-    with Heartbeat(setup.board, setup.name, rank, timeout, sweep) as heartbeat:
-        Worker(setup, heartbeat).work()
+    try:
+        with Heartbeat(setup.board, setup.name, rank, timeout, sweep) as heartbeat:
+            Worker(setup, heartbeat).work()
+    except Exception as error:
+        failure = storage_failure(error, SweepFolder(setup.folder))
+        if failure is None:
+            raise
+        ray.get(setup.board.halt.remote(failure))
 
 
 class Worker:
@@ -281,9 +286,10 @@ class Worker:
         try:
             return do()
         except Exception as error:
-            if isinstance(error, StorageFull) or getattr(error, "errno", None) in (ENOSPC, EDQUOT):
+            failure = storage_failure(error, self.folder)
+            if failure is not None:
                 # Every other trial would fail of it too: the run ends, this one stays as it is.
-                ray.get(self.setup.board.halt.remote(str(error)))
+                ray.get(self.setup.board.halt.remote(failure))
                 return None
             kind = FAILURE_KINDS.get(type(error), "error")
             if isinstance(error, InfrastructureError):

@@ -29,7 +29,7 @@ from raytune_vlm.config.experiment import ExperimentConfig, digest_of
 from raytune_vlm.config.train import WITHOUT_EFFECT
 from raytune_vlm.errors import CheckpointError, StorageFull
 from raytune_vlm.models.adapter_file import load_adapter, read_tensors, save_adapter
-from raytune_vlm.records import read_json, write_json
+from raytune_vlm.records import as_record, read_json, write_json
 from raytune_vlm.train import random_state
 
 if TYPE_CHECKING:
@@ -147,24 +147,27 @@ def verify(folder: Path) -> None:
     CheckpointError
         Naming the file that is missing, truncated or altered.
     """
-    if not (folder / _MANIFEST).exists():
+    if not (folder / _MANIFEST).is_file():
         raise CheckpointError(f"{folder}: no {_MANIFEST}: the checkpoint was never finished")
     try:
-        manifest = read_json(folder / _MANIFEST)
-        missing = [name for name in _NEEDED if name not in manifest]
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{folder}/{_MANIFEST} is damaged: {error}") from None
+        manifest = {
+            name: (int(entry["bytes"]), str(entry["sha256"]))
+            for name, entry in read_json(folder / _MANIFEST).items()
+        }
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{folder}/{_MANIFEST} is damaged: {error!r:.200}") from None
+    missing = [name for name in _NEEDED if name not in manifest]
     if missing:
         raise CheckpointError(f"{folder}/{_MANIFEST} is damaged: it does not list {missing[0]}")
-    for name, entry in manifest.items():
+    for name, (num_bytes, sha256) in manifest.items():
+        if name != Path(name).name:
+            raise CheckpointError(f"{folder}/{_MANIFEST} is damaged: it lists {name!r}")
         file = folder / name
-        if not file.exists():
+        if not file.is_file():
             raise CheckpointError(f"{file} is missing")
-        if file.stat().st_size != entry["bytes"]:
-            raise CheckpointError(
-                f"{file} has {file.stat().st_size} bytes instead of {entry['bytes']}"
-            )
-        if _sha256(file) != entry["sha256"]:
+        if file.stat().st_size != num_bytes:
+            raise CheckpointError(f"{file} has {file.stat().st_size} bytes instead of {num_bytes}")
+        if _sha256(file) != sha256:
             raise CheckpointError(f"{file} was altered: its sha256 is not the manifest's")
 
 
@@ -196,10 +199,12 @@ def load(
     Raises
     ------
     CheckpointError
-        If the adapter's tensors are not those of the model, or a file is no safetensors file.
+        If the tensors are not those of the model and its optimizer, a file is no safetensors
+        file, or the state is none.
     """
     load_adapter(folder, model)
     tensors = read_tensors(folder / "optimizer.safetensors")
+    state = _run_state(folder)
     states: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
         owner, _, key = name.rpartition("/")
@@ -209,19 +214,42 @@ def load(
         for parameter in group["params"]:
             found = states.get(names[parameter])
             if found is not None:
+                _check_moments(folder, names[parameter], parameter, found)
                 optimizer.state[parameter] = {
                     key: tensor.to("cpu" if key == "step" else parameter.device)
                     for key, tensor in found.items()
                 }
     prefix = f"rng/{rank}/"
     own = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
-    random_state.restore(own, device)
-    return RunState(**read_json(folder / "state.json"))
+    try:
+        random_state.restore(own, device)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{folder}: its random state is damaged: {error!r:.200}") from None
+    return state
+
+
+def _run_state(folder: Path) -> RunState:
+    try:
+        return as_record(RunState, read_json(folder / "state.json"))
+    except (ValueError, RecursionError, OSError) as error:
+        raise CheckpointError(f"{folder}/state.json is damaged: {error}") from None
+
+
+def _check_moments(
+    folder: Path, name: str, parameter: torch.Tensor, found: dict[str, torch.Tensor]
+) -> None:
+    """Raise CheckpointError unless the optimizer's tensors have the shape of their parameter."""
+    for key, tensor in found.items():
+        if tensor.shape not in (parameter.shape, torch.Size(())):
+            raise CheckpointError(
+                f"{folder}: {key} of {name} is {tuple(tensor.shape)}, not {tuple(parameter.shape)}"
+            )
 
 
 def steps(checkpoints: Path) -> dict[int, Path]:
     """Step -> folder of every checkpoint, damaged ones too."""
-    return {int(folder.name.removeprefix("step_")): folder for folder in checkpoints.glob("step_*")}
+    found = {folder.name.removeprefix("step_"): folder for folder in checkpoints.glob("step_*")}
+    return {int(step): folder for step, folder in found.items() if step.isdecimal()}
 
 
 def _optimizer_tensors(
