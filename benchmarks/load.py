@@ -308,6 +308,7 @@ def measured(part: str, count: int, repeats: int) -> dict[str, float]:
         command = [sys.executable, __file__, "--part", part, str(count)]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         runs.append(json.loads(done.stdout.splitlines()[-1]))
+        print(runs[-1], file=sys.stderr, flush=True)
     return {name: median(run[name] for run in runs) for name in runs[0]}
 
 

@@ -11,6 +11,7 @@ from raytune_vlm.errors import DataError
 from raytune_vlm.records import BASE_TRIAL, SweepFolder
 from raytune_vlm.report import formatting
 from raytune_vlm.report.headline import clearly, headline, interval
+from raytune_vlm.report.lineage import lineage, schedule
 from raytune_vlm.report.loading import SweepView, TrialView, load_view, lookup
 
 
@@ -271,10 +272,15 @@ def _limits(view: SweepView) -> str:
             f"- {len(ties)} other trials cannot be told apart from it on this data; the cheapest "
             f"of all is `{_code(result.indistinguishable[0])}`."
         )
-    if origin := view.clone_origins.get(result.winner):
+    legs = lineage(
+        result.winner, view.winner.record.recipe if view.winner else {}, view.clone_origins
+    )
+    if len(legs) > 1:
+        origin, changed = view.clone_origins[result.winner], schedule(legs)
         lines.append(
-            f"- It is a clone that a person made of `{_code(origin['parent'])}` at step "
-            f"{origin['step']:,}: its recipe alone, trained from the beginning, does not give it."
+            f"- It is a clone of `{_code(origin['parent'])}` at step {origin['step']:,}"
+            + (f", found by a schedule: `{_code(changed)}`" if changed else "")
+            + ". Its recipe alone, trained from the beginning, does not give it."
         )
     others = [formatting.score(r.value) for r in result.replicates if r.value is not None]
     spread = (

@@ -156,9 +156,10 @@ class SweepStudy:
             return {}
         metric = self._experiment.metric
         found: dict[int, FrozenTrial] = {}
+        all_trials = self._study.get_trials(deepcopy=False)
         for trial_id, asked in self._asked.items():
             if trial_id in states and states[trial_id].scored:
-                trial = copy.copy(self._study.get_trials(deepcopy=False)[asked.number])
+                trial = copy.copy(all_trials[asked.number])
                 trial.state = OptunaState.PRUNED
                 trial.datetime_complete = trial.datetime_start
                 trial.intermediate_values = {
