@@ -287,10 +287,14 @@ def export(
     folder: Path, trial_id: str, step: int | None, form: Any, output: Path, trust: str | None
 ) -> None:
     """Write a trial of a sweep folder as an adapter or a whole model; say if vLLM can serve it."""
+    import warnings
+
     from raytune_vlm.sweep.export import export as write
     from raytune_vlm.sweep.export import serving_lines
 
-    written = write(folder, output, trial_id=trial_id, step=step, form=form, trust=trust)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what libraries say of each other
+        written = write(folder, output, trial_id=trial_id, step=step, form=form, trust=trust)
     tell(f"{written.trial_id}, step {written.step}: {form} in {written.folder}")
     for line in serving_lines(written):
         tell(line)

@@ -75,7 +75,7 @@ def test_bad_values_spaces_and_overrides_are_refused(write_experiment):
         sweep={
             "scheduler": {"type": "fifo"},
             "search_space": {"lora.rnk": {"type": "choice", "values": [1]}},
-        }
+        },
     )
     assert "lora.rnk" in refused("validate", file)
     assert not folder.parent.exists()

@@ -67,7 +67,7 @@ RUN_BY = {
     "test_a_submitted_sweep_is_stopped_and_resumed_to_its_winner",
     "doctor --address": "tests/test_doctor.py::test_dashboards_that_let_everybody_in",
 }
-"""A command with options -> the test that runs it, or runs what the command only hands on to."""
+"""A command, with options that make it another one -> the test that runs it, or what it calls."""
 
 RUN_HERE = {
     "validate": {"EXPERIMENT.yaml": "small.yaml"},

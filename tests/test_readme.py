@@ -63,6 +63,11 @@ def test_the_readme_names_every_source_and_metric(table):
     assert all(f"`{name}`" in README for name in table)
 
 
+def test_the_readme_names_every_page():
+    pages = sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))
+    assert [page for page in pages if f"({page})" not in README] == []
+
+
 def test_docs_list_every_family():
     listed = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
     assert [name for name in FAMILIES if f"`{name}`" not in listed] == []

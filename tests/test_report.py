@@ -548,6 +548,18 @@ def test_model_card_code_compiles(copy: Copy) -> None:
         assert "revision='abc', dtype='bfloat16'" in code
 
 
+def test_model_card_names_the_teacher(copy: Copy) -> None:
+    folder = copy(state="single")
+    assert "Its other target" not in model_card(folder)
+    for weight in (0.25, 0):
+        head = read_json(folder.experiment_file)
+        taught = {"teacher": "org/large", "adapter": None, "weight": weight, "temperature": 2.0}
+        head["experiment"].setdefault("train", {})["distillation"] = taught
+        write_json(folder.experiment_file, head)
+        told = "distribution of `org/large`: weight 0.25, temperature 2." in model_card(folder)
+        assert told is (weight > 0)
+
+
 def test_model_card_needs_a_winner_and_tells_an_unclear_one(examples: Copy) -> None:
     with pytest.raises(DataError, match="no winner yet"):
         model_card(examples(state="running"))

@@ -32,7 +32,7 @@ def games(draw):
         reduction_factor=draw(st.sampled_from([2, 3, 2.5])),
         min_results=draw(st.integers(1, 16)),
         num_trials=num_trials,
-        num_executors=draw(st.integers(1, 5)),
+        at_once=draw(st.integers(1, 5)),
         metric=METRIC,
         mode=draw(st.sampled_from(["max", "min"])),
     )
@@ -81,7 +81,7 @@ def sound(states, action, rule):
     """What must hold of every single decision."""
     running = sum(rule.is_running(state) for state in states.values())
     if action.kind in ("start", "promote"):
-        assert running < rule.num_executors
+        assert running < rule.at_once
     if action.kind != "promote":
         return
     chosen = states[action.trial_id]

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from operator import attrgetter
 from typing import Any
 
 from pydantic import Field, model_validator
@@ -12,8 +13,9 @@ from raytune_vlm.config.lora import LoraConfig
 from raytune_vlm.config.model import ModelConfig
 from raytune_vlm.config.objectives import COSTS, Objective
 from raytune_vlm.config.report import ReportConfig
+from raytune_vlm.config.schedulers import FifoScheduler, MedianScheduler, PbtScheduler
 from raytune_vlm.config.section import Section
-from raytune_vlm.config.sweep import FifoScheduler, MedianScheduler, SweepConfig
+from raytune_vlm.config.sweep import SweepConfig
 from raytune_vlm.config.train import WITHOUT_EFFECT, TrainConfig
 from raytune_vlm.errors import did_you_mean
 
@@ -81,6 +83,13 @@ class ExperimentConfig(Section):
             return self
         if self.train.epochs is not None:
             return self  # asked again once the steps are known
+        if isinstance(scheduler, PbtScheduler):
+            if scheduler.interval >= steps:
+                raise ValueError(
+                    f"sweep.scheduler.interval={scheduler.interval} must be below train.max_steps="
+                    f"{steps}, or no trial is ever replaced"
+                )
+            return self._own_values_are_multiplied(scheduler)
         if scheduler.grace_period > steps:
             raise ValueError(
                 f"sweep.scheduler.grace_period={scheduler.grace_period} must be at most "
@@ -94,6 +103,18 @@ class ExperimentConfig(Section):
                 f"evaluation.every={every} that is at their end only: set it below "
                 f"train.max_steps={steps}"
             )
+        return self
+
+    def _own_values_are_multiplied(self, scheduler: PbtScheduler) -> "ExperimentConfig":
+        """A trial with the experiment's own values may become a parent."""
+        if self.sweep.include_default or self.sweep.points_to_evaluate:
+            for key in scheduler.perturbed:
+                if not (own := attrgetter(key)(self)):
+                    raise ValueError(
+                        f"sweep.scheduler.perturbed: the experiment's own {key}={own} cannot be "
+                        "multiplied; give it a value, or set sweep.include_default to false and "
+                        "leave out sweep.points_to_evaluate"
+                    )
         return self
 
     @model_validator(mode="after")

@@ -9,58 +9,19 @@ from raytune_vlm.config.distributions import (
     Choice,
     Distribution,
     Grid,
+    LogUniform,
     Scalar,
+    Uniform,
     combinations,
     ordered,
 )
 from raytune_vlm.config.objectives import Budget, ConstraintsConfig, Objective, StableConfig
+from raytune_vlm.config.schedulers import HalvingScheduler, PbtScheduler, SchedulerConfig
 from raytune_vlm.config.searchers import CONDITIONAL, LEARNING, SearcherConfig, TpeSearcher
-from raytune_vlm.config.section import Section
+from raytune_vlm.errors import did_you_mean
 
 MOST_SLOTS = 256
 """Slots that an executor may have."""
-
-
-class _Rungs(Section):
-    grace_period: int = Field(default=50, ge=1)
-    """First rung, in optimizer steps."""
-    reduction_factor: float = Field(default=3, gt=1)
-    """The best 1 / reduction_factor of a rung go on; rungs are this factor apart."""
-
-
-class HalvingScheduler(_Rungs):
-    """Successive halving that pauses at every rung and promotes over the whole sweep (Li et al.
-    2020)."""
-
-    type: Literal["halving"]
-    min_results: int | None = Field(default=None, ge=1)
-    """Results that the first rung must hold before the first promotion from it, the next rungs
-    reduction_factor times fewer each; 1: promote as soon as possible. None: those of all trials but
-    the ones that the other executors still train, so that new trials go first."""
-
-
-class AshaScheduler(_Rungs):
-    """Ray's asynchronous successive halving: it stops a trial at a rung or never (not Li et al.'s
-    promotions)."""
-
-    type: Literal["asha"]
-
-
-class MedianScheduler(Section):
-    """Ray's median rule: a trial whose best score is below the median of the others' means stops
-    (Golovin et al. 2017)."""
-
-    type: Literal["median"]
-    grace_period: int = Field(default=50, ge=1)
-    """No trial is stopped before this step."""
-    min_samples_required: int = Field(default=3, ge=1)
-    """Other trials that must have come as far before one is stopped."""
-
-
-class FifoScheduler(Section):
-    """No early stopping."""
-
-    type: Literal["fifo"]
 
 
 class SweepConfig(Budget):
@@ -88,11 +49,8 @@ class SweepConfig(Budget):
     """Make the experiment's own recipe the first trial, so that the winner has to beat it."""
     searcher: SearcherConfig = TpeSearcher(type="tpe")
     """Who proposes the next recipe."""
-    scheduler: Annotated[
-        HalvingScheduler | AshaScheduler | MedianScheduler | FifoScheduler,
-        Field(discriminator="type"),
-    ] = HalvingScheduler(type="halving")
-    """Who stops a trial early."""
+    scheduler: SchedulerConfig = HalvingScheduler(type="halving")
+    """Who stops trials early, or replaces them."""
     num_replicates: int = Field(default=0, ge=0)
     """Train the winner's recipe again with so many other seeds, to show how much of its score is
     the luck of the seed; replicates cannot win."""
@@ -170,6 +128,43 @@ class SweepConfig(Budget):
             raise ValueError(
                 f"replicate_top={self.replicate_top} is more than num_trials={self.num_trials}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _population_fits(self) -> "SweepConfig":
+        scheduler = self.scheduler
+        if not isinstance(scheduler, PbtScheduler):
+            return self
+        if scheduler.num_replaced(self.num_trials) == 0:
+            least = math.ceil(1 / scheduler.quantile)
+            raise ValueError(
+                f"scheduler.quantile={scheduler.quantile:g} of num_trials={self.num_trials} is no "
+                f"whole trial, so none would ever be replaced: num_trials must be at least {least}"
+            )
+        if self.num_replicates:
+            raise ValueError(
+                f"num_replicates={self.num_replicates} and scheduler.type=pbt exclude each other: "
+                "what it finds is a schedule, and the winner's last recipe trained from the "
+                "beginning is another thing"
+            )
+        if self.stop_when_stable:
+            raise ValueError(
+                "stop_when_stable has no effect with scheduler.type=pbt: its trials all begin "
+                "before the first of them ends"
+            )
+        for key in scheduler.perturbed if self.search_space else ():
+            entry = self.search_space.get(key)
+            if entry is None:
+                raise ValueError(
+                    f"scheduler.perturbed: {key!r} is not a key of the search space, so its range "
+                    f"is not known{did_you_mean(key, self.search_space)}"
+                )
+            if not isinstance(entry, Uniform | LogUniform) or entry.lower <= 0 or entry.when:
+                raise ValueError(
+                    f"scheduler.perturbed: search_space.{key} must be of type uniform or "
+                    f"loguniform, above 0 and without conditions, got {entry.type} "
+                    f"{entry.describe()}{' with when' if entry.when else ''}"
+                )
         return self
 
     @model_validator(mode="after")
@@ -275,20 +270,14 @@ class SweepConfig(Budget):
 
     def rungs(self, max_steps: int, every: int | None) -> tuple[int, ...]:
         """The steps at which a trial of `max_steps` is scored, in order."""
-        steps = set(self.halving_rungs(max_steps))
+        steps = set(self.scheduler_rungs(max_steps))
         if every:
             steps.update(range(every, max_steps, every))
         return tuple(sorted(steps))
 
-    def halving_rungs(self, max_steps: int) -> tuple[int, ...]:
+    def scheduler_rungs(self, max_steps: int) -> tuple[int, ...]:
         """The steps at which the scheduler compares trials, and the end, in order."""
-        steps = {max_steps}
-        if isinstance(self.scheduler, _Rungs):
-            rung = float(self.scheduler.grace_period)
-            while rung < max_steps:
-                steps.add(math.ceil(rung))
-                rung *= self.scheduler.reduction_factor
-        return tuple(sorted(steps))
+        return tuple(sorted({max_steps, *self.scheduler.compared_at(max_steps)}))
 
 
 def flatten(mapping: dict[str, Any], prefix: str = "") -> dict[str, Any]:

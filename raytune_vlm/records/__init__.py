@@ -271,6 +271,8 @@ class TrialRecord:
     `train.micro_batch_tokens`, if memory did not suffice for those."""
     notes: list[str] = field(default_factory=list)
     """What its scores are to be read with: no better than with blank images."""
+    origin: dict[str, Any] | None = None
+    """Of a clone: `parent`, `step` at which it goes on from there, and the parent's `recipe`."""
 
 
 class TrialFolder:
@@ -366,6 +368,10 @@ class SweepFolder:
             if row["split"] == split and row["with_split"] == "train" and row["is_counted"]
         )
         return list(dict.fromkeys(found))
+
+    def facts(self) -> dict[str, dict[str, Any]]:
+        """Sample of `report` -> what `facts_file` says of it."""
+        return {row["sample_id"]: row for row in read_json_lines(self.facts_file)}
 
     def report_touches(self) -> list[dict[str, Any]]:
         """The events of the ledger that scored a checkpoint on `report`, over the folder's life."""

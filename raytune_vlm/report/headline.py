@@ -10,6 +10,7 @@ from typing import Literal
 
 from raytune_vlm.records import BASE_TRIAL, MetricEstimate, PairedTest
 from raytune_vlm.report import formatting
+from raytune_vlm.report.lineage import lineage, schedule
 from raytune_vlm.report.loading import SweepView, TrialView
 
 Tone = Literal["good", "unclear", "bad", "running"]
@@ -191,6 +192,7 @@ def _facts(view: SweepView) -> list[tuple[str, str, str]]:
         reach = interval(corrected.lower, corrected.upper)
         text = f"selection bias removed; {confidence} interval {reach}"
         facts.append(("Bias-corrected", formatting.score(corrected.value), text))
+    facts += _lineage(view)
     facts += _other_seeds(view)
     times = "once" if touches == 1 else f"{touches} times"
     touched = ("Report split touched", times, "every scoring of a checkpoint on it is counted")
@@ -203,6 +205,20 @@ def _facts(view: SweepView) -> list[tuple[str, str, str]]:
         trials,
         time,
     ]
+
+
+def _lineage(view: SweepView) -> list[tuple[str, str, str]]:
+    """Of a winner that is a clone: what it was trained with on its way."""
+    if view.winner is None:
+        return []
+    legs = lineage(view.winner.trial_id, view.winner.record.recipe, view.clone_origins)
+    if len(legs) < 2:
+        return []
+    changed = schedule(legs)
+    found = f"found by a schedule, {changed}" if changed else "found by a clone"
+    names = ", then ".join(leg.trial_id for leg in legs)
+    text = f"{found}; the winner's recipe alone, trained from the beginning, does not give it"
+    return [("Lineage", names, text)]
 
 
 def _other_seeds(view: SweepView) -> list[tuple[str, str, str]]:

@@ -45,13 +45,15 @@ class Row:
     """Whether no other trial beats it in every objective, where there are several."""
     is_tied: bool = False
     """Whether it cannot be told from the winner."""
+    lineage: tuple[str, ...] = ()
+    """Whose clone it is, and which clone has replaced it."""
     by_hand: tuple[str, ...] = ()
     """What a person did to it while the sweep ran."""
 
     @property
     def outcome(self) -> str:
-        """How the trial ended, in words, and what a person did to it."""
-        return "; ".join([self._end, *self.by_hand])
+        """How the trial ended, in words, whose clone it is, and what a person did to it."""
+        return "; ".join([self._end, *self.lineage, *self.by_hand])
 
     @property
     def _end(self) -> str:
@@ -103,7 +105,8 @@ def leaderboard(view: SweepView) -> list[Row]:
         by_hand = view.by_hand.get(trial.trial_id, ())
         is_tied = trial.trial_id in tied
         row = replace(row, is_in_front=is_in_front, is_tied=is_tied, by_hand=by_hand)
-        rows.append(replace(row, infeasible=broken))
+        lineage = view.lineages.get(trial.trial_id, ())
+        rows.append(replace(row, infeasible=broken, lineage=lineage))
     return rows
 
 
@@ -153,6 +156,7 @@ def columns(view: SweepView) -> list[str]:
         "peak_memory_gb",
         "infeasible",
         "is_in_front",
+        "lineage",
         "by_hand",
     ]
     return [*first, *view.varied_keys, *metrics, *last]
@@ -180,6 +184,7 @@ def flat_rows(view: SweepView, rows: list[Row]) -> list[dict[str, Any]]:
             "peak_memory_gb": record.peak_memory_gb,
             "infeasible": row.infeasible,
             "is_in_front": row.is_in_front,
+            "lineage": "; ".join(row.lineage) or None,
             "by_hand": "; ".join(row.by_hand) or None,
         }
         for metric, cell in row.cells.items():

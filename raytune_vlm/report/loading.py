@@ -29,7 +29,7 @@ from raytune_vlm.records import (
     read_json,
     read_json_lines,
 )
-from raytune_vlm.report.events import read_events
+from raytune_vlm.report.events import by_hand, clone_origins, lineages, read_events
 from raytune_vlm.visible import one_line
 
 T = TypeVar("T")
@@ -37,14 +37,6 @@ T = TypeVar("T")
 
 UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, OSError, RecursionError)
 """What reading a file raises that says something else than it should."""
-DONE_BY_HAND = {
-    "stop": "stopped",
-    "pause": "paused",
-    "resume": "resumed",
-    "pin": "pinned",
-    "unpin": "unpinned",
-}
-"""Command of `raytune-vlm control` -> what it did to a trial."""
 
 
 @dataclass(frozen=True)
@@ -151,34 +143,28 @@ class SweepView:
 
     @property
     def clone_origins(self) -> dict[str, dict[str, Any]]:
-        """Clone that a person made -> its parent and the step that it starts from."""
-        clones = [event["clone"] for event in self.ledger if event.get("clone")]
-        return {clone["trial_id"]: clone["origin"] for clone in clones}
+        """See `events.clone_origins`."""
+        return clone_origins(self.ledger)
+
+    @property
+    def lineages(self) -> dict[str, tuple[str, ...]]:
+        """See `events.lineages`."""
+        return lineages(self.ledger)
 
     @property
     def by_hand(self) -> dict[str, tuple[str, ...]]:
-        """Trial -> what a person did to it while the sweep ran, in words, in order."""
-        found = {
-            trial_id: [f"clone of {origin['parent']} at step {origin['step']:,}"]
-            for trial_id, origin in self.clone_origins.items()
-        }
-        for event in self.ledger:
-            if event.get("event") != "control" or not event.get("accepted"):
-                continue
-            if event["command"] != "clone" and event.get("trial_id"):
-                done = DONE_BY_HAND.get(event["command"], event["command"])
-                found.setdefault(event["trial_id"], []).append(f"{done} by hand")
-        return {trial_id: tuple(words) for trial_id, words in found.items()}
+        """See `events.by_hand`."""
+        return by_hand(self.ledger)
 
     @property
     def num_planned(self) -> int | None:
-        """Trials that the sweep was to have, as last set by hand."""
+        """Trials that the sweep was to have, as last set by hand, and its clones so far."""
         planned = lookup(self.experiment, "sweep.num_trials", None)
         changed = [e["limits"] for e in self.ledger if e.get("limits")]
         planned = next(
             (row["num_trials"] for row in reversed(changed) if "num_trials" in row), planned
         )
-        return planned if isinstance(planned, int) else None
+        return planned + len(self.clone_origins) if isinstance(planned, int) else None
 
     @property
     def winner(self) -> TrialView | None:
@@ -306,10 +292,7 @@ def load_view(root: Path | str) -> SweepView:
         like_train=frozenset(
             reader.read(folder.overlap_file, lambda _: folder.overlapping("report")) or ()
         ),
-        facts=reader.read(
-            folder.facts_file, lambda file: {row["sample_id"]: row for row in read_json_lines(file)}
-        )
-        or {},
+        facts=reader.read(folder.facts_file, lambda _: folder.facts()) or {},
         notes=tuple(reader.notes),
     )
 

@@ -11,6 +11,7 @@ from raytune_vlm.errors import DataError
 from raytune_vlm.records import BASE_TRIAL, SweepFolder
 from raytune_vlm.report import formatting
 from raytune_vlm.report.headline import clearly, headline, interval
+from raytune_vlm.report.lineage import lineage, schedule
 from raytune_vlm.report.loading import SweepView, TrialView, load_view, lookup
 
 
@@ -188,7 +189,26 @@ def _recipe(view: SweepView, winner: TrialView) -> str:
         f"{_code(scope)} {formatting.count(count)} {_how(view, winner, scope)}"
         for scope, count in winner.record.trainable_by_scope.items()
     ]
-    return f"{table}\n\n{parameters} trainable parameters: {', '.join(scopes)}."
+    trained = f"{parameters} trainable parameters: {', '.join(scopes)}."
+    return "\n\n".join([table, trained, *_taught(view, winner)])
+
+
+def _taught(view: SweepView, winner: TrialView) -> list[str]:
+    """What the model learned from beside the labels; whoever passes it on has to know."""
+    own = lookup(view.experiment, "train.distillation", {})
+    changed = {
+        key.rpartition(".")[2]: value
+        for key, value in winner.record.recipe.items()
+        if key.startswith("train.distillation.")
+    }
+    own = {**own, **changed}
+    if own.get("teacher") is None or own["weight"] == 0:
+        return []
+    adapter = f" with the adapter `{_code(own['adapter'])}`" if own["adapter"] else ""
+    return [
+        f"Its other target, beside the labels, was the distribution of `{_code(own['teacher'])}`"
+        f"{adapter}: weight {own['weight']:g}, temperature {own['temperature']:g}."
+    ]
 
 
 def _how(view: SweepView, winner: TrialView, scope: str) -> str:
@@ -252,10 +272,15 @@ def _limits(view: SweepView) -> str:
             f"- {len(ties)} other trials cannot be told apart from it on this data; the cheapest "
             f"of all is `{_code(result.indistinguishable[0])}`."
         )
-    if origin := view.clone_origins.get(result.winner):
+    legs = lineage(
+        result.winner, view.winner.record.recipe if view.winner else {}, view.clone_origins
+    )
+    if len(legs) > 1:
+        origin, changed = view.clone_origins[result.winner], schedule(legs)
         lines.append(
-            f"- It is a clone that a person made of `{_code(origin['parent'])}` at step "
-            f"{origin['step']:,}: its recipe alone, trained from the beginning, does not give it."
+            f"- It is a clone of `{_code(origin['parent'])}` at step {origin['step']:,}"
+            + (f", found by a schedule: `{_code(changed)}`" if changed else "")
+            + ". Its recipe alone, trained from the beginning, does not give it."
         )
     others = [formatting.score(r.value) for r in result.replicates if r.value is not None]
     spread = (

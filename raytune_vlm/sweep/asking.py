@@ -99,12 +99,12 @@ def trial_lines(folder: SweepFolder) -> list[str]:
 
 def _words(state: TrialState, last_event: str | None, is_driven: bool) -> list[str]:
     """What there is to say of a trial."""
-    step = max(state.scored, default=0)
+    step = max(state.scored, default=(state.origin or {}).get("step", 0))
     if state.ended is not None:
         words = [f"{state.ended} at step {step}", *([state.message] if state.message else [])]
     elif state.held:
         words = ["paused by hand"]
-    elif last_event == "paused":
+    elif last_event == "paused" or (state.origin and state.promoted_to == state.origin["step"]):
         words = [f"waits at step {step}"]
     else:
         now = "running" if is_driven else "interrupted"

@@ -85,7 +85,7 @@ class Closing:
         if state.costs:
             last = state.costs[max(state.costs)]
             self._earlier[state.trial_id] = last.get("train_seconds", 0.0)
-        if not state.scored:
+        if not state.scored and state.origin is None:
             self._started[state.trial_id] = time.monotonic()
 
     def scored(self, state: TrialState, step: int) -> None:

@@ -9,7 +9,13 @@ from raytune_vlm.report.headline import headline
 from raytune_vlm.report.leaderboard import leaderboard
 from raytune_vlm.report.loading import SweepView, load_view
 
-TOLD = ("With other seeds", "Without overlap", "Detectable difference", "Report split touched")
+TOLD = (
+    "Lineage",
+    "With other seeds",
+    "Without overlap",
+    "Detectable difference",
+    "Report split touched",
+)
 """The facts of the report page that the console tells as well."""
 
 

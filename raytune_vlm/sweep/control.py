@@ -28,9 +28,6 @@ from raytune_vlm.sweep.ledger import TrialState, trial_name
 LIMITS = ("num_trials", "max_gpu_hours", "max_wall_time_s", "max_cost")
 """Keys of `sweep` that may be changed while it runs."""
 
-BY_HAND = "stopped by hand"
-"""The message of a trial that was."""
-
 KEPT_BY_CLONES = ("lora.scope", "lora.init", "lora.dora", "lora.modules_to_save")
 """What decides which tensors an adapter has."""
 
@@ -242,7 +239,7 @@ def _clone(request: Request, now: Situation) -> Answer:
         why = "before the last one " if state.scored else ""
         raise ConfigError(f"{state.trial_id} has not been scored at any rung {why}yet")
     step, number = max(steps), len(now.states)
-    above = next(r for r in experiment.sweep.halving_rungs(last) if r > step)
+    above = next(r for r in experiment.sweep.scheduler_rungs(last) if r > step)
     clone = {
         "trial_id": trial_name(number),
         "number": number,

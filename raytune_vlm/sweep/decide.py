@@ -32,6 +32,7 @@ from raytune_vlm.records import (
     write_json,
     write_text,
 )
+from raytune_vlm.report.lineage import caution, lineage
 from raytune_vlm.report.model_card import model_card
 from raytune_vlm.sweep.budget import held_seconds
 from raytune_vlm.sweep.comparisons import (
@@ -290,4 +291,6 @@ def _write_best(running: Session, winner: Candidate) -> None:
     evaluation = folder.trial(winner.trial.trial_id).evaluation("report", winner.step)
     shutil.copytree(evaluation, best / "evaluation")
     own = own_experiment(experiment, winner.trial.recipe, "best")
-    write_text(best / "experiment.yaml", render(own))
+    origins = {name: s.origin for name, s in running.states.items() if s.origin is not None}
+    legs = lineage(winner.trial.trial_id, winner.trial.recipe, origins)
+    write_text(best / "experiment.yaml", caution(legs) + render(own))

@@ -191,9 +191,13 @@ class Desk(tune.Callback):
         """Say once that nothing goes on but by hand."""
         awaited = self._turns.awaited()
         is_idle = bool(awaited) and all(
-            state.held or state.ended is not None for state in self._running.states.values()
+            state.held
+            or state.ended is not None
+            or (self._turns.is_paused(state) and self._turns.is_waiting(state.trial_id))
+            for state in self._running.states.values()
         )
-        if is_idle and self._searcher.is_done and awaited != self._awaited:
+        is_new = awaited != self._awaited and self._searcher.is_done
+        if is_idle and is_new and self._turns.next_action().kind == "wait":
             root = self._running.folder.root
             self._running.monitor.say(
                 f"sweep: waiting for {', '.join(awaited)}, paused by hand: `raytune-vlm control "

@@ -28,6 +28,7 @@ EVENTS = (
     "scored",
     "paused",
     "promoted",
+    "exploited",
     "stopped",
     "failed",
     "finished",
@@ -44,6 +45,9 @@ Ending = Literal["finished", "stopped", "failed"]
 
 _CRC = b', "crc": '
 """What stands between a line's fields and its checksum; ledgers of earlier versions have none."""
+
+BY_HAND = "stopped by hand"
+"""The message of a trial that was."""
 
 
 @dataclass
@@ -76,6 +80,15 @@ class TrialState:
     """Never stopped or kept waiting by the scheduler, by hand."""
     stop_asked: bool = False
     """To be stopped, by hand."""
+    replaced_by: str | None = None
+    """The clone that has its place in the population."""
+
+    @property
+    def leaves(self) -> str | None:
+        """Why it is to be stopped, if it is."""
+        if self.stop_asked:
+            return BY_HAND
+        return f"replaced by {self.replaced_by}" if self.replaced_by else None
 
 
 class Ledger:
@@ -160,8 +173,18 @@ def _apply(trials: dict[str, TrialState], row: Mapping[str, Any]) -> None:
         trials[trial_id].ended = "failed" if event == "infeasible" else event
         trials[trial_id].message = row.get("message")
         trials[trial_id].ended_at = row["seq"]
+    elif event == "exploited":
+        apply_exploits(trials, row)
     elif event == "control" and row["accepted"]:
         apply_control(trials, row)
+
+
+def apply_exploits(trials: dict[str, TrialState], row: Mapping[str, Any]) -> None:
+    """What the comparison of a population does to the trials; see `sweep/population.py`."""
+    for entry in row["exploits"]:
+        clone = TrialState(**entry["clone"], proposed_at=row["seq"])
+        trials[clone.trial_id] = clone
+        trials[entry["replaces"]].replaced_by = clone.trial_id
 
 
 def apply_control(trials: dict[str, TrialState], row: Mapping[str, Any]) -> None:

@@ -15,32 +15,26 @@ any more, at least one of its trials is promoted, so that some trial is trained 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
-
-from ray.tune.experiment import Trial
-from ray.tune.schedulers import TrialScheduler
 
 from raytune_vlm.config.experiment import ExperimentConfig
-from raytune_vlm.config.sweep import HalvingScheduler
-from raytune_vlm.sweep.ledger import Ledger, TrialState
-from raytune_vlm.sweep.turns import NEVER, Action, End, Turns
+from raytune_vlm.config.schedulers import HalvingScheduler
+from raytune_vlm.sweep.ledger import TrialState
+from raytune_vlm.sweep.turns import Action, Pausing, Rungs
 
 
 @dataclass(frozen=True)
-class Rule:
+class Rule(Rungs):
     """What the decisions depend on besides the trials."""
 
-    rungs: tuple[int, ...]
-    """Steps at which trials are paused, in order; the last one is the end of a trial."""
     reduction_factor: float
     min_results: int
     """Results that the first rung has to hold before the first promotion from it; of the next rungs
     `reduction_factor` times fewer each."""
     num_trials: int
-    num_executors: int
+    at_once: int
     metric: str
     mode: str
 
@@ -54,27 +48,14 @@ class Rule:
         if least is None:
             least = max(1, sweep.num_trials - sweep.at_once + 1)
         return cls(
-            rungs=sweep.halving_rungs(experiment.train.max_steps),
+            rungs=sweep.scheduler_rungs(experiment.train.max_steps),
             reduction_factor=config.reduction_factor,
             min_results=least,
             num_trials=sweep.num_trials,
-            num_executors=sweep.at_once,
+            at_once=sweep.at_once,
             metric=experiment.metric,
             mode=experiment.mode,
         )
-
-    def target(self, state: TrialState) -> int:
-        """The rung that a trial is allowed to reach."""
-        return state.promoted_to or self.rungs[0]
-
-    def is_paused(self, state: TrialState) -> bool:
-        """Whether a trial waits at its rung."""
-        target = self.target(state)
-        return state.ended is None and target in state.scored and target < self.rungs[-1]
-
-    def is_running(self, state: TrialState) -> bool:
-        """Whether a trial has, or waits for, an executor."""
-        return state.ended is None and not state.held and not self.is_paused(state)
 
 
 def decide(states: Collection[TrialState], rule: Rule) -> Action:
@@ -87,12 +68,11 @@ def decide(states: Collection[TrialState], rule: Rule) -> Action:
     its place among the best of its rung, but is not promoted.
     """
     running = [state for state in states if rule.is_running(state)]
-    if len(running) >= rule.num_executors:
+    if len(running) >= rule.at_once:
         return Action("wait")
     for state in states:
         if state.pinned and not state.held and rule.is_paused(state):
-            above = next(rung for rung in rule.rungs if rung > rule.target(state))
-            return Action("promote", state.trial_id, above)
+            return Action("promote", state.trial_id, rule.above(state))
     is_complete = len(states) >= rule.num_trials
     promotable: list[Action] = []
     for place, (rung, above) in enumerate(pairwise(rule.rungs)):
@@ -134,57 +114,12 @@ def _chosen(
     return [state for _, state in ranked[:count]]
 
 
-class Halving(Turns):
-    """`decide` as a Ray Tune scheduler.
-
-    Every result at a rung pauses the trial; which one goes on is asked when Ray Tune next looks for
-    work, after the callback has written the result to the ledger.
-
-    Parameters
-    ----------
-    rule
-        What decides.
-    states
-        The sweep's trials; the callback and the searcher keep them as the ledger is.
-    ledger
-        Where promotions are written before a trial goes on.
-    end
-        What is known of the search's end.
-    """
-
-    def __init__(
-        self,
-        rule: Rule,
-        states: Mapping[str, TrialState],
-        ledger: Ledger,
-        end: End = NEVER,
-    ) -> None:
-        super().__init__(states, end)
-        self.rule = rule
-        self._ledger = ledger
+class Halving(Pausing[Rule]):
+    """`decide` as a Ray Tune scheduler."""
 
     def set_limits(self, experiment: ExperimentConfig) -> None:
         """`sweep.num_trials` was changed by hand."""
         self.rule = Rule.of(experiment)
-
-    def is_paused(self, state: TrialState) -> bool:
-        """Whether a trial waits at its rung."""
-        return self.rule.is_paused(state)
-
-    def options(self, state: TrialState) -> dict[str, Any]:
-        """The rung that a trial may train to now."""
-        return {"until": self.rule.target(state)}
-
-    def judge(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
-        """Pause at the rung that the trial was allowed to reach; the end ends it by itself."""
-        until = trial.config["until"]
-        reached = result["step"] == until and until < self.rule.rungs[-1]
-        return TrialScheduler.PAUSE if reached else TrialScheduler.CONTINUE
-
-    def promote(self, action: Action) -> None:
-        """Write a promotion to the ledger: the trial goes on to the next rung."""
-        self._states[action.trial_id].promoted_to = action.step
-        self._ledger.append("promoted", trial_id=action.trial_id, step=action.step)
 
     def next_by_rule(self, states: Collection[TrialState]) -> Action:
         """What `decide` says; without new trials as if all there are had been planned."""

@@ -19,16 +19,22 @@ from ray.tune.schedulers import (
 )
 
 from raytune_vlm.config.experiment import ExperimentConfig
-from raytune_vlm.config.sweep import AshaScheduler, HalvingScheduler, MedianScheduler
+from raytune_vlm.config.schedulers import (
+    AshaScheduler,
+    HalvingScheduler,
+    MedianScheduler,
+    PbtScheduler,
+)
 from raytune_vlm.records import TrialRecord, write_json
 from raytune_vlm.report.formatting import recipe_value
 from raytune_vlm.sweep.budget import planner_line
 from raytune_vlm.sweep.closing import Closing, Limits, end_interrupted
 from raytune_vlm.sweep.cluster import proxy_resources
 from raytune_vlm.sweep.constraints import infeasible
-from raytune_vlm.sweep.control import BY_HAND, limits_by_hand, with_limits
+from raytune_vlm.sweep.control import limits_by_hand, with_limits
 from raytune_vlm.sweep.desk import Desk
 from raytune_vlm.sweep.ledger import TrialState, events, num_ended
+from raytune_vlm.sweep.population import Exploiting
 from raytune_vlm.sweep.progress import Watcher
 from raytune_vlm.sweep.proxy import Proxy
 from raytune_vlm.sweep.runner import Session, interrupted
@@ -55,8 +61,8 @@ def search(running: Session) -> None:
     searcher = build_searcher(running, closing)
     if closing.ends_trials():
         end_interrupted(running, searcher.drop_interrupted(), "the sweep's budget was used up")
-    for state in searcher.drop_interrupted(lambda state: state.stop_asked):
-        end_interrupted(running, [state], BY_HAND, BY_HAND)
+    for state in searcher.drop_interrupted(lambda state: state.leaves is not None):
+        end_interrupted(running, [state], str(state.leaves), state.leaves)
         searcher.tell(state)
     turns = build_turns(running, searcher, closing)
     if not searcher.has_waiting and turns.next_action().kind == "end":
@@ -105,7 +111,7 @@ def search(running: Session) -> None:
 
 
 def num_planned(running: Session) -> int:
-    """Trials of the sweep as it is planned now, with those that were cloned by hand."""
+    """Trials of the sweep as it is planned now, with the clones that there are."""
     clones = sum(state.origin is not None for state in [*running.states.values()])
     return running.experiment.sweep.num_trials + clones
 
@@ -121,6 +127,8 @@ def build_turns(running: Session, searcher: OptunaSearcher, closing: Closing) ->
     end = End(lambda: searcher.is_done, closing.ends_trials, closing.is_asked_for)
     if isinstance(experiment.sweep.scheduler, HalvingScheduler):
         return Halving(Rule.of(experiment), states, running.ledger, end)
+    if isinstance(experiment.sweep.scheduler, PbtScheduler):
+        return Exploiting(running, searcher, end)
     scheduler = build_scheduler(experiment, states)
     return RayRule(scheduler, states, experiment.sweep.at_once, end)
 
@@ -288,8 +296,8 @@ class LedgerCallback(tune.Callback):
         else:
             complete = last >= self._experiment.train.max_steps
             state.ended = "finished" if complete else "stopped"
-            if state.stop_asked and not complete:
-                state.message = BY_HAND
+            if not complete:
+                state.message = state.leaves
         above = infeasible(self._experiment, state)
         verdict = {"infeasible": above} if above else {}
         self._running.ledger.append(
@@ -304,6 +312,7 @@ class LedgerCallback(tune.Callback):
                 state.ended,
                 max_steps=self._experiment.train.max_steps,
                 failure=state.message if state.ended == "failed" else None,
+                origin=state.origin,
             )
             write_json(trial.record_file, record)
         self._searcher.tell(state)

@@ -53,6 +53,8 @@ class Tally:
             self.states[trial_id] = _BY_EVENT[kind]
         if kind == "control" and event["accepted"] and "clone" in event:
             self.states[event["clone"]["trial_id"]] = "waiting"
+        for entry in event.get("exploits", ()):
+            self.states[entry["clone"]["trial_id"]] = "paused"
         if kind == "failed":
             self.failures[str(event.get("message") or "error").partition(":")[0]] += 1
         if kind == "scored":

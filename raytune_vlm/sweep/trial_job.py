@@ -133,6 +133,11 @@ class TrialJob:
                 write_text(file, "".join(json.dumps(row) + "\n" for row in kept))
 
     def _start_as_clone(self, run: Run, origin: dict[str, Any]) -> None:
+        if not self.folder.origin.exists():
+            raise CheckpointError(
+                f"{self.folder.checkpoint(origin['step'])}, which {origin['parent']} left, is not "
+                "whole"
+            )
         before = self.worker.experiment.with_recipe(origin["recipe"])
         told = run.start_from(self.folder.origin, before, origin["step"])
         start = f"starts from {origin['parent']} at step {origin['step']}"
@@ -209,7 +214,14 @@ class TrialJob:
             self._retain()
 
     def _is_saved(self, step: int) -> bool:
-        there = (self.folder.checkpoint(step) / "manifest.json").exists()
+        """Whether there is a whole checkpoint of this step; a damaged one is written again."""
+        from raytune_vlm.train.checkpoint import verify
+
+        there = True
+        try:
+            verify(self.folder.checkpoint(step))
+        except CheckpointError:
+            there = False
         return bool(self.worker.world.broadcast(there))
 
     def _is_regular(self, step: int) -> bool:
@@ -297,6 +309,7 @@ class TrialJob:
             peak_memory_gb=_peak_memory_gb(),
             audit=run.auditor.checks,
             micro_batch=run.batches.lowered_as_json,
+            origin=self.job.origin,
         )
         if self.earlier is not None:
             record = replace(

@@ -1,22 +1,23 @@
 """Whose turn it is: which trials Ray Tune begins, goes on with, keeps waiting and ends.
 
-A scheduler here is a rule (`scheduler.py`: successive halving; or one of Ray's) under the hand of a
-person, who may stop, pause and pin single trials while the sweep runs (`control.py`). What was
-asked for is in the trials' states, as the ledger has it.
+A scheduler here is a rule (`scheduler.py`: successive halving; `population.py`: population based
+training; or one of Ray's) under the hand of a person, who may stop, pause and pin single trials
+while the sweep runs (`control.py`). What was asked for is in the trials' states, as the ledger has
+it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
 from raytune_vlm.config.experiment import ExperimentConfig
-from raytune_vlm.sweep.ledger import TrialState
+from raytune_vlm.sweep.ledger import Ledger, TrialState
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,35 @@ class Action:
     """Which trial is promoted."""
     step: int = 0
     """The rung that it may train to."""
+
+
+@dataclass(frozen=True)
+class Rungs:
+    """Where trials are paused, and who is."""
+
+    rungs: tuple[int, ...]
+    """Steps at which trials are paused, in order; the last one is the end of a trial."""
+
+    def target(self, state: TrialState) -> int:
+        """The rung that a trial is allowed to reach."""
+        return state.promoted_to or self.rungs[0]
+
+    def above(self, state: TrialState) -> int:
+        """The rung that it is promoted to."""
+        return next(rung for rung in self.rungs if rung > self.target(state))
+
+    def is_paused(self, state: TrialState) -> bool:
+        """Whether a trial waits at its rung."""
+        target = self.target(state)
+        is_there = target in state.scored or (state.origin or {}).get("step") == target
+        return state.ended is None and is_there and target < self.rungs[-1]
+
+    def is_running(self, state: TrialState) -> bool:
+        """Whether a trial has, or waits for, an executor."""
+        return state.ended is None and not state.held and not self.is_paused(state)
+
+
+RungsT = TypeVar("RungsT", bound=Rungs)
 
 
 @dataclass(frozen=True)
@@ -109,7 +139,7 @@ class Turns(TrialScheduler):
         for trial_id, trial in self._trials.items():
             if trial.status != Trial.PAUSED:
                 continue
-            if self._states[trial_id].stop_asked or action.kind == "end":
+            if self._states[trial_id].leaves or action.kind == "end":
                 tune_controller.stop_trial(trial)
         if (resumed := self._next_resumed()) is not None:
             return self._continue(resumed)
@@ -192,6 +222,48 @@ class Turns(TrialScheduler):
     def __getstate__(self) -> dict[str, Any]:
         """Ray Tune pickles a snapshot of itself; the ledger is ours, so there is nothing to it."""
         return {}
+
+
+class Pausing(Turns, Generic[RungsT]):
+    """Every result at a rung pauses the trial; who goes on is asked when Ray Tune next looks for
+    work, after the callback has written the result to the ledger.
+
+    Parameters
+    ----------
+    rule
+        What decides.
+    states
+        The sweep's trials; the callback and the searcher keep them as the ledger is.
+    ledger
+        Where promotions are written before a trial goes on.
+    end
+        What is known of the search's end.
+    """
+
+    def __init__(
+        self, rule: RungsT, states: Mapping[str, TrialState], ledger: Ledger, end: End = NEVER
+    ) -> None:
+        super().__init__(states, end)
+        self.rule, self._ledger = rule, ledger
+
+    def is_paused(self, state: TrialState) -> bool:
+        """Whether a trial waits at its rung."""
+        return self.rule.is_paused(state)
+
+    def options(self, state: TrialState) -> dict[str, Any]:
+        """The rung that a trial may train to now."""
+        return {"until": self.rule.target(state)}
+
+    def judge(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+        """Pause at the rung that the trial was allowed to reach; the end ends it by itself."""
+        until = trial.config["until"]
+        reached = result["step"] == until and until < self.rule.rungs[-1]
+        return TrialScheduler.PAUSE if reached else TrialScheduler.CONTINUE
+
+    def promote(self, action: Action) -> None:
+        """Write a promotion to the ledger: the trial goes on to the next rung."""
+        self._states[action.trial_id].promoted_to = action.step
+        self._ledger.append("promoted", trial_id=action.trial_id, step=action.step)
 
 
 class RayRule(Turns):

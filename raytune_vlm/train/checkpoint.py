@@ -14,6 +14,8 @@ import hashlib
 import os
 import shutil
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from errno import EDQUOT, ENOSPC
 from pathlib import Path
@@ -77,15 +79,40 @@ def save(
         If it cannot be written (`StorageFull`: for want of room); nothing is left of it then, and
         the checkpoints that were there before still are.
     """
-    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        temporary.mkdir(parents=True)
+    with _whole(folder) as temporary:
         save_adapter(model, temporary)
         tensors = _optimizer_tensors(model, optimizer)
         for rank, found in enumerate(rng_states):
             tensors |= {f"rng/{rank}/{kind}": value for kind, value in found.items()}
         save_file(tensors, temporary / "optimizer.safetensors")
         write_json(temporary / "state.json", state)
+    return folder
+
+
+def adopt(source: Path, folder: Path, experiment: ExperimentConfig) -> None:
+    """Copy a checkpoint of another trial, to be continued with the recipe of an experiment:
+    adapter, optimizer, random state and place in the data stay what they are.
+
+    Raises
+    ------
+    CheckpointError
+        If the source is not whole, or the copy cannot be written.
+    """
+    verify(source)
+    with _whole(folder) as temporary:
+        for name in read_json(source / _MANIFEST):
+            shutil.copyfile(source / name, temporary / name)
+        state = read_json(source / "state.json")
+        write_json(temporary / "state.json", {**state, "recipe_digest": recipe_digest(experiment)})
+
+
+@contextmanager
+def _whole(folder: Path) -> Iterator[Path]:
+    """A folder to write a checkpoint into, which becomes `folder` with a manifest; see `save`."""
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
         manifest = {
             file.name: {"sha256": _sha256(file), "bytes": file.stat().st_size}
             for file in sorted(temporary.iterdir())
@@ -104,7 +131,6 @@ def save(
         raise kind(f"{folder}: the checkpoint could not be written: {error}") from None
     finally:
         clear_leftovers(folder.parent, f"{temporary.name}*")
-    return folder
 
 
 def clear_leftovers(checkpoints: Path, pattern: str = ".step_*") -> None:

@@ -100,6 +100,9 @@ class Follower(Beside):
             self._start(trial_id, row["recipe"], when)
         elif event == "control" and row["accepted"] and "clone" in row:
             self._start(row["clone"]["trial_id"], row["clone"]["recipe"], when)
+        elif event == "exploited":
+            for clone in (entry["clone"] for entry in row["exploits"]):
+                self._start(clone["trial_id"], clone["recipe"], when)
         elif event == "scored" and trial_id in self._last:
             self._steps(trial_id)
             scores = {metric_name("select", name): x for name, x in row["scores"].items()}
