@@ -19,7 +19,7 @@ from ray.tune.experiment import Trial
 from raytune_vlm.config.schedulers import PbtScheduler
 from raytune_vlm.errors import CheckpointError
 from raytune_vlm.records import SweepFolder, read_json, read_json_lines, write_json
-from raytune_vlm.report.lineage import lineage, schedule
+from raytune_vlm.report.lineage import caution, lineage, schedule
 from raytune_vlm.sweep.ledger import Ledger, TrialState, apply_exploits, replay, trial_name
 from raytune_vlm.sweep.population import Exploiting, Population
 from raytune_vlm.sweep.runner import Session
@@ -298,7 +298,12 @@ def test_a_lineage_is_told_by_what_changed():
     legs = lineage("t9", {RATE: 1e-3, "lora.rank": 4}, origins)
     assert [(leg.trial_id, leg.until) for leg in legs] == [("t1", 20), ("t5", 60), ("t9", None)]
     assert schedule(legs) == f"{RATE} 1e-3 to step 20, 8e-4 to step 60, 1e-3 from there"
-    assert len(lineage("t1", {}, origins)) == 1
+    assert "t9 is a clone, trained as t1, then t5, then t9." in caution(legs)
+    assert all(line.startswith("# ") for line in caution(legs).splitlines())
+    assert caution(lineage("t1", {}, origins)) == ""
+    round_trip = {"a": {"parent": "b", "step": 1, "recipe": {}}}
+    round_trip["b"] = {"parent": "a", "step": 1, "recipe": {}}
+    assert len(lineage("a", {}, round_trip)) == 3, "a damaged ledger ends too"
 
 
 # --- the scheduler of Ray Tune -------------------------------------------------------------------

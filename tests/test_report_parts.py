@@ -18,8 +18,11 @@ from raytune_vlm.report import build_report
 from raytune_vlm.report.cost import quality_against_cost
 from raytune_vlm.report.faults import faults
 from raytune_vlm.report.gallery import differences
+from raytune_vlm.report.headline import headline
 from raytune_vlm.report.importance import importance
+from raytune_vlm.report.leaderboard import leaderboard
 from raytune_vlm.report.loading import load_view
+from raytune_vlm.report.model_card import model_card
 from raytune_vlm.report.parallel import parallel_coordinates
 from raytune_vlm.report.slices import slices
 from raytune_vlm.report.sparklines import losses
@@ -181,6 +184,28 @@ def test_faults_come_from_ledger_and_records(copy):
         "trial_013",
     ]
     assert any("loss is not finite" in fault.message for fault in found)
+
+
+def test_a_winner_of_a_population_is_told_with_its_lineage(copy):
+    before = load_view(copy.root)
+    winner, key = before.winner, "train.learning_rate"
+    origin = {"parent": "trial_001", "step": 50}
+    origin["recipe"] = {**winner.record.recipe, key: 0.5}
+    clone = {"trial_id": winner.trial_id, "origin": origin}
+    event = {"event": "exploited", "step": 50, "time": 1.8e9}
+    event["exploits"] = [{"replaces": "trial_002", "clone": clone}]
+    with copy.ledger_file.open("a") as stream:
+        stream.write(json.dumps(event) + "\n")
+    view = load_view(copy.root)
+    outcomes = {row.trial_id: row.outcome for row in leaderboard(view)}
+    assert "clone of trial_001 at step 50" in outcomes[winner.trial_id]
+    assert f"replaced by {winner.trial_id} at step 50" in outcomes["trial_002"]
+    (fact,) = [fact for fact in headline(view).facts if fact[0] == "Lineage"]
+    assert fact[1] == f"trial_001, then {winner.trial_id}"
+    assert f"found by a schedule, {key} 0.5 to step 50" in fact[2]
+    assert "found by a schedule: `train.learning_rate 0.5 to step 50" in model_card(copy)
+    assert not any(fact[0] == "Lineage" for fact in headline(before).facts)
+    assert view.num_planned == before.num_planned + 1
 
 
 def test_plots_over_trials(example):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import optuna
 import pytest
 from hypothesis import given
@@ -256,6 +258,21 @@ def test_trials_outside_the_present_space_are_left_out_and_counted(earlier, tmp_
         sampled("tpe", warm_start=[str(earlier)], search_space=small), tmp_path / "small"
     )
     assert "with another lora.rank than this space has" in said[0]
+
+
+def test_clones_of_an_earlier_sweep_are_left_out(earlier, tmp_path):
+    folder = tmp_path / "earlier"
+    shutil.copytree(earlier, folder)
+    parent = replay(folder / "ledger.jsonl")["t0000"]
+    ledger, name = Ledger(folder / "ledger.jsonl"), "t0008"
+    origin = {"parent": "t0000", "step": 1, "recipe": parent.recipe}
+    clone = {"trial_id": name, "number": 8, "recipe": parent.recipe, "origin": origin}
+    ledger.append("exploited", step=1, exploits=[{"replaces": "t0001", "clone": clone}])
+    last = max(parent.scored)
+    ledger.append("scored", trial_id=name, step=last, scores=parent.scored[last])
+    ledger.append("finished", trial_id=name, step=last)
+    found, said = warm(sampled("tpe", warm_start=[str(folder)]), tmp_path)
+    assert len(found) == 7 and "1 made as a clone" in said[0]
 
 
 def test_what_cannot_be_compared_is_refused(earlier, tmp_path):

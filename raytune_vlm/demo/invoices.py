@@ -1,6 +1,6 @@
 """Writes multi-page PDF invoices in four languages and three layouts, with the truth of each page.
 
-    python -m raytune_vlm.demo.invoices FOLDER
+    python -m raytune_vlm.demo.invoices FOLDER [--documents 320] [--seed 0]
 
 `documents/invoice-NNNN.pdf`, and `pages.jsonl` as source `pdf` reads it: a row a page with `file`,
 `page`, `text`, `language` and `layout`. The first page has number and date, the next ones items
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 import tempfile
 import time
 import unicodedata
@@ -23,6 +22,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 from PIL import Image, ImageDraw
 
@@ -257,5 +257,14 @@ def shaped(text: str) -> str:
     return "".join(reversed(drawn))
 
 
+@click.command()
+@click.option("--documents", type=click.IntRange(min=1), default=NUM_DOCUMENTS, show_default=True)
+@click.option("--seed", default=0, show_default=True, help="Another one gives other documents.")
+@click.argument("folder", type=click.Path(path_type=Path))
+def main(folder: Path, documents: int, seed: int) -> None:
+    """Write invoices into a new FOLDER."""
+    write_invoices(folder, seed=seed, num_documents=documents)
+
+
 if __name__ == "__main__":
-    write_invoices(Path(sys.argv[1]))
+    main()

@@ -369,6 +369,10 @@ class SweepFolder:
         )
         return list(dict.fromkeys(found))
 
+    def facts(self) -> dict[str, dict[str, Any]]:
+        """Sample of `report` -> what `facts_file` says of it."""
+        return {row["sample_id"]: row for row in read_json_lines(self.facts_file)}
+
     def report_touches(self) -> list[dict[str, Any]]:
         """The events of the ledger that scored a checkpoint on `report`, over the folder's life."""
         rows = read_json_lines(self.ledger_file)

@@ -46,3 +46,17 @@ def schedule(legs: list[Leg]) -> str:
             )
             told.append(f"{key} {', '.join(words)}")
     return "; ".join(told)
+
+
+def caution(legs: list[Leg]) -> str:
+    """Comment lines for the experiment of a clone's last recipe; empty for a trial that is none."""
+    if len(legs) < 2:
+        return ""
+    names = ", then ".join(leg.trial_id for leg in legs)
+    changed = " ".join(schedule(legs).split()) or "no value changed"
+    return (
+        f"# NOT what was found: {legs[-1].trial_id} is a clone, trained as {names}.\n"
+        f"# {changed}\n"
+        "# This is its last recipe alone, to be trained from the beginning. What was found is the\n"
+        "# adapter beside it.\n"
+    )

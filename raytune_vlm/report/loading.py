@@ -292,10 +292,7 @@ def load_view(root: Path | str) -> SweepView:
         like_train=frozenset(
             reader.read(folder.overlap_file, lambda _: folder.overlapping("report")) or ()
         ),
-        facts=reader.read(
-            folder.facts_file, lambda file: {row["sample_id"]: row for row in read_json_lines(file)}
-        )
-        or {},
+        facts=reader.read(folder.facts_file, lambda _: folder.facts()) or {},
         notes=tuple(reader.notes),
     )
 

@@ -32,7 +32,7 @@ from raytune_vlm.records import (
     write_json,
     write_text,
 )
-from raytune_vlm.report.lineage import lineage, schedule
+from raytune_vlm.report.lineage import caution, lineage
 from raytune_vlm.report.model_card import model_card
 from raytune_vlm.sweep.budget import held_seconds
 from raytune_vlm.sweep.comparisons import (
@@ -291,19 +291,6 @@ def _write_best(running: Session, winner: Candidate) -> None:
     evaluation = folder.trial(winner.trial.trial_id).evaluation("report", winner.step)
     shutil.copytree(evaluation, best / "evaluation")
     own = own_experiment(experiment, winner.trial.recipe, "best")
-    write_text(best / "experiment.yaml", _caution(running, winner) + render(own))
-
-
-def _caution(running: Session, winner: Candidate) -> str:
-    """A comment for the experiment of a winner that is a clone."""
     origins = {name: s.origin for name, s in running.states.items() if s.origin is not None}
     legs = lineage(winner.trial.trial_id, winner.trial.recipe, origins)
-    if len(legs) < 2:
-        return ""
-    names = ", then ".join(leg.trial_id for leg in legs)
-    return (
-        f"# NOT what was found: {winner.trial.trial_id} is a clone, trained as {names}.\n"
-        f"# {schedule(legs) or 'its recipe is that of its parent'}\n"
-        "# This is its last recipe alone, to be trained from the beginning; the winner itself is "
-        "the adapter beside it.\n"
-    )
+    write_text(best / "experiment.yaml", caution(legs) + render(own))

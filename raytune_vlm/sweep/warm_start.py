@@ -171,7 +171,7 @@ def _fitted(
     if state.ended is None:
         return "not ended"
     if state.origin is not None:
-        return "clones, whose recipes alone do not give their scores"
+        return "made as a clone, whose recipe alone does not give its score"
     if state.ended == "failed" or not scored:
         return "without a score"
     space, recipe = experiment.sweep.search_space, other.with_recipe(state.recipe)
