@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 from test_sources import LIMITS, Sample, config_of, lines, read, reasons, shards_of
 
 from raytune_vlm.config.data import ImageLimits, SplitConfig
 from raytune_vlm.images import decode
 from raytune_vlm.prepare.shard import split_of
-from raytune_vlm.sources import SOURCES, pdf
+from raytune_vlm.sources import SOURCES, pdf, scans
 from raytune_vlm.sources.files import read_image
 
 COLOURS = [(200, 0, 0), (0, 200, 0), (0, 0, 200)]
@@ -197,3 +197,36 @@ def test_each_document_is_opened_once_and_the_renderer_is_part_of_the_shard(tmp_
     config = config_of("pdf", tmp_path / "rows.jsonl")
     said = reasons(list(SOURCES["pdf"].read_shard(config, shard, limits)))
     assert said[0] == "page 1 at 150 dpi has 150 x 75 pixels, the limit is 100"
+
+
+def scan(turned: float = 0.0) -> Image.Image:
+    """A grey page of dark lines of words that rise by so many degrees."""
+    page = Image.new("L", (420, 560), 200)
+    draw, rng = ImageDraw.Draw(page), np.random.default_rng(0)
+    for line in range(40, 520, 24):
+        for word in range(40, 360, 40):
+            draw.rectangle((word, line, word + int(rng.integers(15, 34)), line + 8), fill=90)
+    return page.rotate(turned, Image.Resampling.BICUBIC, fillcolor=200).convert("RGB")
+
+
+@pytest.mark.parametrize("degrees", [-4.3, -0.7, 0.0, 2.4])
+def test_a_page_that_slopes_is_made_level(degrees, tmp_path):
+    assert scans.slope(scan(degrees)) == pytest.approx(degrees, abs=0.15)
+    scan(degrees).save(tmp_path / "a.tiff")
+    (plain,) = found(tmp_path, row("a.tiff"))
+    (level,) = found(tmp_path, row("a.tiff"), deskew=True)
+    assert scans.slope(decode(level.images[0], LIMITS)) == pytest.approx(0, abs=0.11)
+    assert (plain.images == level.images) == (degrees == 0)
+
+
+def test_noise_and_empty_pages_are_not_turned():
+    noise = np.random.default_rng(1).integers(0, 255, (300, 200, 3), dtype=np.uint8)
+    assert scans.slope(Image.fromarray(noise)) == 0
+    assert scans.slope(Image.new("RGB", (300, 200), (255, 255, 255))) == 0
+
+
+def test_contrast_is_stretched_to_the_full_range(tmp_path):
+    scan().save(tmp_path / "a.tiff")
+    (sample,) = found(tmp_path, row("a.tiff"), autocontrast=True)
+    shown = np.asarray(decode(sample.images[0], LIMITS))
+    assert (shown.min(), shown.max()) == (0, 255)

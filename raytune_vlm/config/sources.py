@@ -209,6 +209,10 @@ class DocumentPages(Section):
     """A document with more pages is quarantined."""
     max_bytes: int = Field(default=200_000_000, ge=1)
     """A larger document is quarantined."""
+    deskew: bool = False
+    """Turn a page whose lines slope by up to 5 degrees, as scans do, until they are level."""
+    autocontrast: bool = False
+    """Stretch the contrast of a page to the full range, its outermost percents cut off."""
 
 
 class PdfSource(DocumentPages, TableSource):

@@ -34,6 +34,7 @@ from raytune_vlm.sources.files import read_image
 from raytune_vlm.sources.messages import FROM_COLUMN, parse_turns
 from raytune_vlm.sources.prompt_completion import show_first
 from raytune_vlm.sources.rows import Row, list_table_shards, read_table
+from raytune_vlm.sources.scans import cleaned
 
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 PDF_START = b"%PDF-"
@@ -75,7 +76,8 @@ def document_pages(
     document = _Documents(config, shard, limits).open(shard.path)
     for number in range(1, document.num_pages + 1):
         try:
-            yield number, document.group_id, encode_png(document.page(number))
+            page = cleaned(document.page(number), config)
+            yield number, document.group_id, encode_png(page)
         except RowError as error:
             yield number, document.group_id, error
 
@@ -84,7 +86,7 @@ def _convert(config: PdfSource, documents: _Documents, row: Row) -> Sample:
     numbers = _numbers(row, config.page_column)
     messages = _messages(config, row, len(numbers))
     document = documents.open(row.text(config.file_column))
-    pages = [encode_png(document.page(number)) for number in numbers]
+    pages = [encode_png(cleaned(document.page(number), config)) for number in numbers]
     return row.sample(messages, pages, group_id=document.group_id)
 
 
