@@ -79,9 +79,13 @@ class Notes:
         trial_id = trial.user_attrs.get("trial")
         if not self._is_on or not (self._folder.root / "trials" / str(trial_id)).is_dir():
             return  # also the trials of other sweeps that this one learned from
-        from optuna_dashboard import save_note
+        from optuna_dashboard._note import note_ver_key, split_body
 
-        save_note(optuna.trial.Trial(self._study, trial._trial_id), self._text(trial))
+        # `save_note` reads the notes of all trials for each, in case there is an older one.
+        own = trial._trial_id
+        parts = {note_ver_key(own): 1, **split_body(self._text(trial), own)}
+        for key, value in parts.items():
+            self._study._storage.set_study_system_attr(self._study._study_id, key, value)
 
     def _text(self, trial: optuna.trial.FrozenTrial) -> str:
         trial_id, attributes = str(trial.user_attrs["trial"]), trial.user_attrs
