@@ -106,7 +106,7 @@ CHANGES = (
     ),
     Change(
         "data changed",
-        "another answer in `train.jsonl`",
+        "another answer in the training data",
         "data/train.jsonl",
         '"text": "tea"',
         '"text": "ham"',
