@@ -2,7 +2,7 @@
 #   make demo    install the package and run the embedded demonstration
 #   make test    install the development tools too and run every check
 #   make fuzz    thousands of damaged inputs for every reader (docs/fuzzing.md)
-#   make faults  kill, stop, starve and damage a small sweep in every way known (about 25 minutes)
+#   make faults  kill, stop, starve and damage a small sweep in every way known (up to 40 minutes)
 # With a GPU: make demo CONSTRAINTS=     (takes the build of torch for the machine)
 
 PYTHON ?= python3
