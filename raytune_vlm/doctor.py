@@ -29,6 +29,7 @@ TESTED = {
     "click": "8.5.1",
     "datasets": "5.2.0",
     "jinja2": "3.1.6",
+    "jsonschema": "4.26.0",
     "matplotlib": "3.11.2",
     "numpy": "2.4.6",
     "optuna": "5.0.0",
