@@ -29,7 +29,7 @@ def storage_failure(error: BaseException, folder: SweepFolder) -> str | None:
             return first_line(error)
         cause = cause.__cause__ or cause.__context__
     try:
-        folder.experiment_file.stat()
+        folder.ledger_file.stat()  # the one file that every session has
     except OSError as gone:
         return f"{folder.root} is not there any more: {gone}"
     return None
