@@ -6,14 +6,20 @@ import json
 import os
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
 
 from raytune_vlm.config import ExperimentConfig
 from raytune_vlm.models.lora import scope_of
+
+_Server = TypeVar("_Server", bound=ThreadingHTTPServer)
 
 WORDS = ("tea", "bun", "pie", "egg", "nut", "oat")
 
@@ -90,3 +96,16 @@ def cli_environment() -> dict[str, str]:
     dropped = ("RAY_ADDRESS", "PYTHONWARNINGS")
     kept = {key: value for key, value in os.environ.items() if key not in dropped}
     return {**kept, "HF_HUB_OFFLINE": "1"}
+
+
+@contextmanager
+def serving(server: _Server) -> Iterator[_Server]:
+    """A server on a loopback address, which answers in a thread of its own."""
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-import threading
-from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from made import serving
 
 from raytune_vlm.config.evaluation import JudgeConfig
 from raytune_vlm.errors import EvaluationError
@@ -69,23 +68,10 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
-@contextmanager
-def serving():
-    server = Server()
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
-
-
 @pytest.fixture
 def server(monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    with serving() as started:
+    with serving(Server()) as started:
         yield started
 
 

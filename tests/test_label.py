@@ -11,14 +11,13 @@ import signal
 import subprocess
 import threading
 import time
-from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from made import cli_command, cli_environment, picture
+from made import cli_command, cli_environment, picture, serving
 from PIL import Image
 from test_sources import lines, read
 
@@ -133,22 +132,9 @@ class Handler(BaseHTTPRequestHandler):
 WORDS = ("slow", "cut", "free", "empty", "torn", "held")
 
 
-@contextmanager
-def serving():
-    server = Server()
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
-
-
 @pytest.fixture
 def server():
-    with serving() as started:
+    with serving(Server()) as started:
         yield started
 
 
@@ -275,7 +261,7 @@ def test_a_killed_run_pays_for_nothing_twice(server, tmp_path):
     assert [width for width, _, _ in server.asked] == [30, 31, 32, 33, 33, 34, 35]
     assert (tally.num_known, tally.num_asked, tally.num_labels) == (3, 3, 6)
     # Where the server is, and what a task is called, is no reason to ask again.
-    with serving() as moved:
+    with serving(Server()) as moved:
         renamed = [{**TASKS[0], "name": "content"}]
         assert label(labels_file(tmp_path, moved, tasks=renamed)).num_labels == 6
         assert moved.asked == []

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from made import experiment
 from pydantic import ValidationError
 from ray.tune.experiment import Trial
+from tune_trial import TuneTrial
 
 from raytune_vlm.config.schedulers import PbtScheduler
 from raytune_vlm.errors import CheckpointError
@@ -307,26 +308,6 @@ def test_a_lineage_is_told_by_what_changed():
 
 
 # --- the scheduler of Ray Tune -------------------------------------------------------------------
-
-
-class TuneTrial:
-    """Ray Tune's trial and controller as far as a scheduler touches them."""
-
-    def __init__(self, trial_id):
-        self.config, self.status = {"trial_id": trial_id}, Trial.PENDING
-
-    def set_status(self, status):
-        self.status = status
-
-    def init_local_path(self):
-        pass
-
-    def set_config(self, config):
-        self.config = config
-
-    @staticmethod
-    def stop_trial(trial):
-        trial.status = Trial.TERMINATED
 
 
 def checkpoint(folder, text):

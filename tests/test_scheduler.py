@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made import experiment
 from ray.tune.experiment import Trial
+from tune_trial import TuneTrial
 
 from raytune_vlm.records import read_json_lines
 from raytune_vlm.sweep.ledger import Ledger, TrialState, replay
@@ -167,26 +168,6 @@ def test_trials_that_were_paused_or_promoted_are_so_after_a_resume(tmp_path):
     rule = Rule.of(config)
     assert rule.rungs == config.rungs == (10, 20, 40)
     assert rule.is_paused(states["t0"]) and rule.is_running(states["t1"])
-
-
-class TuneTrial:
-    """Ray Tune's trial and controller as far as a scheduler touches them."""
-
-    def __init__(self, trial_id):
-        self.config, self.status = {"trial_id": trial_id}, Trial.PENDING
-
-    def set_status(self, status):
-        self.status = status
-
-    def init_local_path(self):
-        pass
-
-    def set_config(self, config):
-        self.config = config
-
-    @staticmethod
-    def stop_trial(trial):
-        trial.status = Trial.TERMINATED
 
 
 def test_ray_tune_pauses_promotes_and_stops_what_the_rule_says(tmp_path):

@@ -6,9 +6,7 @@ import base64
 import io
 import json
 import socket
-import threading
 import time
-from contextlib import contextmanager
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
@@ -16,7 +14,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from made import experiment
+from made import experiment, serving
 from PIL import Image
 from test_label import label, labels_file, scans
 
@@ -148,22 +146,9 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
-@contextmanager
-def serving():
-    server = Server()
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
-
-
 @pytest.fixture
 def server():
-    with serving() as started:
+    with serving(Server()) as started:
         yield started
 
 

@@ -148,7 +148,7 @@ def replay(file: Path) -> dict[str, TrialState]:
     trials: dict[str, TrialState] = {}
     for number, row in enumerate(_read(file)[0], start=1):
         try:
-            _apply(trials, row)
+            apply_event(trials, row)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(
                 f"{file}:{number}: the ledger is damaged in this line: {error!r:.200}"
@@ -156,7 +156,7 @@ def replay(file: Path) -> dict[str, TrialState]:
     return trials
 
 
-def _apply(trials: dict[str, TrialState], row: Mapping[str, Any]) -> None:
+def apply_event(trials: dict[str, TrialState], row: Mapping[str, Any]) -> None:
     """What an event does to the trials."""
     event, trial_id = row["event"], str(row.get("trial_id"))
     if event == "proposed":

@@ -12,7 +12,7 @@ from made import cli_command, cli_environment, run_cli
 
 from raytune_vlm.config.loader import load_experiment
 from raytune_vlm.records import SweepFolder, read_json_lines
-from raytune_vlm.sweep.ledger import TrialState, replay
+from raytune_vlm.sweep.ledger import apply_event, replay
 from raytune_vlm.sweep.scheduler import Rule, decide
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
@@ -41,14 +41,7 @@ def decisions(rows, rule):
             action = decide(states.values(), rule)
             done = ("start", "") if name == "proposed" else ("promote", trial_id)
             yield done, (action.kind, action.trial_id)
-        if name == "proposed":
-            states[trial_id] = TrialState(trial_id, row["number"], row["recipe"])
-        elif name == "promoted":
-            states[trial_id].promoted_to = row["step"]
-        elif name == "scored":
-            states[trial_id].scored[row["step"]] = row["scores"]
-        elif name in ("finished", "stopped"):
-            states[trial_id].ended = name
+        apply_event(states, row)
 
 
 def test_a_sweep_killed_while_trials_are_paused_goes_on_with_the_same_decisions(write_experiment):

@@ -11,7 +11,7 @@ from made import cli_command, cli_environment, run_cli
 
 from raytune_vlm.config.loader import load_experiment
 from raytune_vlm.records import SweepFolder, read_json_lines
-from raytune_vlm.sweep.ledger import TrialState, apply_exploits, replay
+from raytune_vlm.sweep.ledger import apply_event, replay
 from raytune_vlm.sweep.population import Population
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
@@ -35,20 +35,12 @@ def decisions(rows, rule):
         if name == "exploited":
             yield row["exploits"], rule.exploits(states.values(), row["step"], len(states))
             assert rule.due(states.values(), decided) == row["step"]
-            apply_exploits(states, row)
             decided = row["step"]
         elif name in ("proposed", "promoted"):
             action = rule.decide(states.values(), decided)
             done = ("start", "") if name == "proposed" else ("promote", trial_id)
             yield done, (action.kind, action.trial_id)
-        if name == "proposed":
-            states[trial_id] = TrialState(trial_id, row["number"], row["recipe"])
-        elif name == "promoted":
-            states[trial_id].promoted_to = row["step"]
-        elif name == "scored":
-            states[trial_id].scored[row["step"]] = row["scores"]
-        elif name in ("finished", "stopped"):
-            states[trial_id].ended = name
+        apply_event(states, row)
 
 
 def test_a_population_killed_after_an_exchange_goes_on_with_the_same_decisions(write_experiment):
