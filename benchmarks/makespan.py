@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 from ray import tune
 from sweep_plain import Inputs, Plain, demo_experiment
 
@@ -41,14 +42,14 @@ from raytune_vlm.sweep import preparing, runner
 from raytune_vlm.sweep.cluster import ray_session
 from raytune_vlm.sweep.search import search
 
-RATES = (1e-3, 2e-3, 4e-3, 8e-3)
+LOWEST, HIGHEST = 1e-3, 8e-3
 
 
 def recipes(trials: int) -> list[dict[str, Any]]:
-    """Equal work: one rank, several learning rates and seeds."""
+    """Equal work: one rank, a learning rate of its own for each trial."""
     return [
-        {"lora.rank": 8, "train.learning_rate": RATES[number % len(RATES)], "seed": number}
-        for number in range(trials)
+        {"lora.rank": 8, "train.learning_rate": float(f"{rate:.6g}")}
+        for rate in np.geomspace(LOWEST, HIGHEST, trials)
     ]
 
 
@@ -111,11 +112,11 @@ def tuned(
 ) -> Result:
     """A Ray Tune sweep of the recipes."""
     folder = bench.folder(way)
-    space = {"recipe": tune.grid_search(bench.recipes), "folder": str(folder)}
+    space = {"number": tune.grid_search(list(range(len(bench.recipes)))), "folder": str(folder)}
     began = time.monotonic()
     tune.Tuner(
         tune.with_resources(trial, {"cpu": 0.01}),
-        param_space={**space, "inputs": bench.inputs},
+        param_space={**space, "inputs": bench.inputs, "recipes": bench.recipes},
         tune_config=tune.TuneConfig(max_concurrent_trials=bench.at_once, **options),
         run_config=tune.RunConfig(storage_path=str(folder / "tune"), verbose=0),
     ).fit()
@@ -129,8 +130,9 @@ def function(bench: Bench) -> Result:
 
     def trial(config: dict[str, Any]) -> None:
         folder = Path(config["folder"])
-        number = config["recipe"]["seed"]
-        result = train_whole(config["inputs"], config["recipe"], str(folder / f"saved-{number}"))
+        number = config["number"]
+        recipe = config["recipes"][number]
+        result = train_whole(config["inputs"], recipe, str(folder / f"saved-{number}"))
         (folder / f"{number}.json").write_text(json.dumps(result))
         tune.report(result)
 
@@ -142,8 +144,9 @@ def nested(bench: Bench) -> Result:
 
     def loop(config: dict[str, Any]) -> None:
         folder = Path(config["folder"])
-        number = config["recipe"]["seed"]
-        result = train_whole(config["inputs"], config["recipe"], str(folder / f"saved-{number}"))
+        number = config["number"]
+        recipe = config["recipes"][number]
+        result = train_whole(config["inputs"], recipe, str(folder / f"saved-{number}"))
         (folder / f"{number}.json").write_text(json.dumps(result))
 
     def trial(config: dict[str, Any]) -> None:
@@ -155,7 +158,7 @@ def nested(bench: Bench) -> Result:
             train_loop_config=config,
             scaling_config=ScalingConfig(num_workers=1),
             run_config=RunConfig(
-                name=f"train-{config['recipe']['seed']}", storage_path=f"{config['folder']}/train"
+                name=f"train-{config['number']}", storage_path=f"{config['folder']}/train"
             ),
         ).fit()
 
@@ -207,8 +210,7 @@ def main(trials: int, steps: int, repetitions: int, at_once: int) -> None:
             "sweep.searcher={type: random}",
             f"sweep.points_to_evaluate={json.dumps(points)}",
             "sweep.search_space={lora.rank: {type: choice, values: [8]}, train.learning_rate: "
-            f"{{type: choice, values: {list(RATES)}}}, seed: {{type: choice, values: "
-            f"{list(range(trials))}}}}}",
+            f"{{type: loguniform, lower: {LOWEST}, upper: {HIGHEST}}}}}",
         ],
     )
     found: dict[str, list[float]] = {way: [] for way in WAYS}

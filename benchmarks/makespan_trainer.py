@@ -40,7 +40,7 @@ def main(inputs_file: str, recipe_file: str) -> None:
     batches = []
     for step in range(config.max_steps):
         for entry in run.batches.step(step):
-            batch, labels = run.batches.on_device(entry.arrays)
+            batch, labels = run.batches.on_device(entry.arrays, entry.rows)
             kept = {key: value for key, value in batch.items() if key != "use_cache"}
             batches.append({**kept, "labels": labels})
     per_step = len(batches) // config.max_steps
