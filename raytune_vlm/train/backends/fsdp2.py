@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -60,6 +61,11 @@ class Fsdp2(Ddp):
         # PEFT calls `forward` past the hooks of the module, `generate` encodes images before it.
         for method in ("forward", "generate"):
             register_fsdp_forward_method(model, method)
+        # Whoever calls the model itself (`generate` for every token, packed slots) would gather what
+        # is left of it twice, and free it although the backward pass needs it.
+        state: Any = model._get_fsdp_state()  # type: ignore[operator]
+        state._pre_forward_hook_handle.remove()
+        state._post_forward_hook_handle.remove()
 
     @staticmethod
     @contextmanager
