@@ -61,8 +61,8 @@ class Fsdp2(Ddp):
         # PEFT calls `forward` past the hooks of the module, `generate` encodes images before it.
         for method in ("forward", "generate"):
             register_fsdp_forward_method(model, method)
-        # Whoever calls the model itself (`generate` for every token, packed slots) would gather what
-        # is left of it twice, and free it although the backward pass needs it.
+        # Whoever calls the model itself (`generate` for every token, packed slots) would gather
+        # what is left of it twice, and free it although the backward pass needs it.
         state: Any = model._get_fsdp_state()  # type: ignore[operator]
         state._pre_forward_hook_handle.remove()
         state._post_forward_hook_handle.remove()
