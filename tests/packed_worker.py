@@ -1,9 +1,9 @@
-"""The workers of `test_packed_workers.py`: packed slots against isolated runs of the same group.
+"""A worker of `test_packed_workers.py`: packed slots against isolated runs of the same group.
 
 python packed_worker.py JOBS.json RANK
 
-JOBS.json holds a model and a prepared split. For every backend one resident base does all checks
-one after the other; rank 0 writes what each found to BACKEND.json beside it.
+JOBS.json holds a model, a prepared split and the backends. For each of them one resident base does
+its checks one after the other; rank 0 writes what they found to BACKEND.json beside it.
 """
 
 from __future__ import annotations
@@ -183,13 +183,13 @@ def checks(group: Group) -> dict[str, Any]:
         packed = group.packed(mode)
         pairs = zip(packed, expected, strict=True)
         found[mode] = [distance(ours, theirs) for ours, theirs in pairs]
-    continued = group.alone(LONG, 1, start=group.folder / "fast")
-    found["continued"] = distance(continued, ([last], adapter))
     if group.plain.train.backend == "ddp":
         found["memory"] = group.one_rank_without_memory()
     else:
+        continued = group.alone(LONG, 1, start=group.folder / "fast")
+        found["continued"] = distance(continued, ([last], adapter))
         found["planned"] = group.planned()
-    found["everywhere"] = group.everywhere()
+        found["everywhere"] = group.everywhere()
     return found
 
 

@@ -180,8 +180,8 @@ class Host:
 
     def _own(self, outcome: Outcome) -> Outcome:
         """An outcome, unless the next slot must not be begun after it: see `step`."""
-        is_alone = isinstance(outcome, Exception) and not isinstance(outcome, MET_BY_ALL)
-        if is_alone and self._world.size > 1:
+        harmless = isinstance(outcome, MET_BY_ALL) or self._world.size == 1
+        if isinstance(outcome, Exception) and not harmless:
             raise outcome
         return outcome
 
