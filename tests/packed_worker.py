@@ -88,11 +88,13 @@ class Group:
             for number, outcome in zip(slots, outcomes, strict=True):
                 losses[number].append(outcome.loss)
             if step == 1:
-                with slots[0].mounted() as run:
-                    run.save(self.folder / mode)
-                with slots[1].mounted() as run:
+                with slots.pop(1).mounted() as run:
                     found[1] = losses[1], trained(run)
-                slots.pop(1).close()
+                    run.save(self.folder / "left")
+                    run.audit_end(self.folder / "left")
+                    run.close()
+                with slots[0].mounted() as run:  # after forward passes without a backward pass
+                    run.save(self.folder / mode)
                 slots[2] = self.slot(COMING)
         for number, slot in slots.items():
             with slot.mounted() as run:

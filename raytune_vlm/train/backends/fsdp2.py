@@ -36,6 +36,25 @@ from raytune_vlm.train.world import World
 class Fsdp2(Ddp):
     """See `Backend`."""
 
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        world: World,
+        config: TrainConfig,
+    ) -> None:
+        super().__init__(model, optimizer, world, config)
+        self._sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+    def collect(self) -> None:
+        """See `Backend`. Cuts up again what a forward pass, as of the audit, has left whole.
+
+        torch does so where a state is read, which rank 0 alone does for a checkpoint: it would then
+        gather by itself what the others still have.
+        """
+        for module in self._sharded:
+            module.reshard()
+
     @staticmethod
     def is_sharded(config: TrainConfig) -> bool:
         """See `Backend`."""
