@@ -15,6 +15,7 @@ from typing import Literal
 
 import torch
 
+from raytune_vlm.collate.arrays import IGNORED
 from raytune_vlm.collate.features import drops
 from raytune_vlm.errors import first_line
 from raytune_vlm.models.loading import Base
@@ -23,7 +24,7 @@ from raytune_vlm.packed.routing import Share, routed
 from raytune_vlm.packed.slot import Slot
 from raytune_vlm.packed.super_batch import joined, length, num_rows
 from raytune_vlm.prepare.feed import MicroBatch
-from raytune_vlm.train.losses import summed_cross_entropy
+from raytune_vlm.train.output_layer import TokenLosses
 from raytune_vlm.train.run import Run
 from raytune_vlm.train.step_metrics import StepMetrics, Sums
 
@@ -53,6 +54,7 @@ class Host:
         self._base, self._mode = base, mode
         self._together: int | None = None
         self._drops = any(map(drops, base.model.modules()))
+        self._losses = TokenLosses(base.model)
         self.notes: list[str] = []
         """What is to be said of memory and errors; who reads it empties it."""
 
@@ -162,15 +164,16 @@ class Host:
         for slot, *_ in parts:
             slot.run.measure.forward_begins()
         with routed(self._base.model, shares):
-            logits = self._base.model(**batch).logits
+            found = self._losses(batch, labels, parts[0][0].run.auditor.notes.append)
             for (slot, entry, sums, _), share in zip(parts, shares, strict=True):
                 fed = entry.arrays["labels"].size
                 part = (share.rows.stop - share.rows.start) / begin
                 slot.run.measure.forward_ends(sums, fed, part)
+            counts = [int((own["labels"][:, 1:] != IGNORED).sum()) for own in arrays]
             losses = torch.stack(
                 [
-                    summed_cross_entropy(logits[share.rows], labels[share.rows]) / labelled
-                    for (*_, labelled), share in zip(parts, shares, strict=True)
+                    own.sum() / labelled
+                    for (*_, labelled), own in zip(parts, found.split(counts), strict=True)
                 ]
             )
             losses.sum().backward()
