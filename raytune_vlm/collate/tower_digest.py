@@ -21,7 +21,7 @@ def tower_digest(base: Base, device: str) -> str:
     checkpoint has the same names and sizes. That takes a second and a half for a tower of 1.3 GB
     (blake2b, 0.85 GB/s). Versions and the machine count because other kernels round otherwise.
     """
-    config = base.model.config
+    config: Any = base.model.config
     parts = (config, getattr(config, "vision_config", None))
     settings = config.to_dict()
     settings.pop("_name_or_path", None)
@@ -41,12 +41,13 @@ def tower_digest(base: Base, device: str) -> str:
 
 def _weights(base: Base) -> str:
     digest = hashlib.blake2b(digest_size=16)
-    head = getattr(base.model.get_output_embeddings(), "weight", None)
-    named = [*base.model.named_parameters(), *base.model.named_buffers()]
+    model: Any = base.model
+    head = getattr(model.get_output_embeddings(), "weight", None)
+    named = [*model.named_parameters(), *model.named_buffers()]
     for name, tensor in sorted(named, key=lambda entry: entry[0]):
         if scope_of(name, base.family) != "text" and tensor is not head:
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-            digest.update(bytes_of(tensor))
+            digest.update(bytes_of(tensor).data)
     return digest.hexdigest()
 
 
