@@ -11,11 +11,12 @@ from raytune_vlm.train.flops import FlopCounter, peak_flops
 
 
 def weights_of(model, family, scope):
-    """Of linear layers by hand: those of the base, those of adapters."""
-    found = {"base": 0, "adapter": 0}
+    """Of linear layers by hand: those of the base, those of adapters, the output layer."""
+    found = {"base": 0, "adapter": 0, "head": 0}
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and (scope_of(name, family) or "text") == scope:
-            found["adapter" if "lora_" in name else "base"] += module.weight.numel()
+            kind = "head" if name.endswith("lm_head") else "base"
+            found["adapter" if "lora_" in name else kind] += module.weight.numel()
     return found
 
 
@@ -27,13 +28,18 @@ def test_weights_are_counted_by_what_a_gradient_passes(scope, tiny_base):
     counter = FlopCounter(model, base.family)
     try:
         text, vision = (weights_of(model, base.family, name) for name in ("text", "vision"))
-        linear = counter.flops(tokens=1, squares=0, vision_rows=0, projector_rows=0)
-        assert linear == 4 * text["base"] + 6 * text["adapter"]
-        tower = counter.flops(tokens=0, squares=0, vision_rows=1, projector_rows=0)
+
+        def flops(**counts):
+            names = ("tokens", "squares", "vision_rows", "projector_rows", "labelled")
+            return counter.flops(**{**dict.fromkeys(names, 0), **counts})
+
+        assert flops(tokens=1) == 4 * text["base"] + 6 * text["adapter"]
+        assert flops(labelled=1) == 4 * text["head"] > 0
+        tower = flops(vision_rows=1)
         trained = "vision" in scope
         assert tower == (4 if trained else 2) * vision["base"] + 6 * vision["adapter"]
         config = base.model.config.text_config
-        attention = counter.flops(tokens=0, squares=100, vision_rows=0, projector_rows=0)
+        attention = flops(squares=100)
         assert attention == 12 * config.num_hidden_layers * config.hidden_size * 100
     finally:
         counter.close()

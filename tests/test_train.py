@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 from made import experiment
+from plain_loss import plain_loss
 from safetensors.torch import load_file
 
 from raytune_vlm.config.train import TrainConfig
@@ -16,7 +17,6 @@ from raytune_vlm.models.lora import detach
 from raytune_vlm.models.tiny import BUILDERS
 from raytune_vlm.prepare.feed import Collation, Part
 from raytune_vlm.train import checkpoint
-from raytune_vlm.train.losses import summed_cross_entropy
 from raytune_vlm.train.retention import Retention
 from raytune_vlm.train.run import Run, TrainingData
 from raytune_vlm.train.schedule import learning_rate
@@ -193,17 +193,6 @@ def test_steps_that_are_not_finite_are_skipped_then_the_trial_has_diverged(start
     assert pickle.loads(pickle.dumps(raised.value)).message == raised.value.message
 
 
-def test_cross_entropy_is_summed_over_labelled_next_tokens():
-    torch.manual_seed(0)
-    logits = torch.randn(2, 5, 7)
-    labels = torch.tensor([[-100, -100, 3, 4, -100], [-100, 1, -100, -100, 6]])
-    by_hand = sum(
-        -torch.log_softmax(logits[row, place - 1], -1)[labels[row, place]]
-        for row, place in ((0, 2), (0, 3), (1, 1), (1, 4))
-    )
-    assert float(summed_cross_entropy(logits, labels)) == pytest.approx(float(by_hand), abs=1e-5)
-
-
 def test_a_run_that_cannot_begin_leaves_the_base_as_it_was(tiny_base, tiny_split):
     base = tiny_base("idefics3")
     before = [name for name, _ in base.model.named_parameters()]
@@ -247,7 +236,7 @@ def test_a_step_of_packs_has_the_loss_of_its_samples(model_type, start, tiny_bas
         for row in rows.tolist():
             part = collation.collate(Part((row,), (0,)), [split.encoded(row)])
             batch, labels = run.batches.on_device(part.arrays, part.rows)
-            total += float(summed_cross_entropy(run.model(**batch).logits, labels))
+            total += float(plain_loss(run.model(**batch).logits, labels))
     step = run.step()
     assert step.loss == pytest.approx(total / split.num_labelled[rows].sum(), rel=1e-5)
     assert step.tokens == split.lengths[rows].sum()

@@ -19,6 +19,7 @@ import torch
 
 from raytune_vlm.collate.batch import PixelTable, collate
 from raytune_vlm.collate.encoded import Encoded
+from raytune_vlm.collate.feature_store import FeatureStore
 from raytune_vlm.models.loading import Base
 from raytune_vlm.models.lora import scope_of
 from raytune_vlm.monitor import Say
@@ -33,7 +34,10 @@ class _Samples(Protocol):
 
 
 class Features:
-    """The features of images, by what the image is: the least recently used are dropped.
+    """The features of images, by what the image is: in memory, on disk (`disk`), else computed.
+
+    Of those in memory, which were computed here, the least recently used are dropped. What is on
+    disk is not copied there: it is mapped, and so in memory already.
 
     Each sample's are computed by themselves, so that they do not depend on the batch.
 
@@ -60,8 +64,10 @@ class Features:
         self._bytes = 0
         self._keys: WeakKeyDictionary[_Samples, dict[int, bytes | None]] = WeakKeyDictionary()
         self._is_checked = False
-        self.computed = self.found = 0
-        """Samples whose features were computed, and taken from here."""
+        self.disk: FeatureStore | None = None
+        """Where they are kept and looked for beyond the memory of this process."""
+        self.computed = self.found = self.read = 0
+        """Samples whose features were computed, taken from memory, and from the disk."""
         self.obstacle = self._why_not()
         """Why images go through the tower in every pass; None where they do not."""
         self._tell()
@@ -116,7 +122,12 @@ class Features:
             self._kept.move_to_end(key)
             self.found += 1
             return self._kept[key][0]
+        if self.disk is not None and (stored := self.disk.get(key)) is not None:
+            self.read += 1
+            return stored
         found = self._compute(sample or samples.encoded(row))
+        if self.disk is not None and self.obstacle is None:
+            self.disk.put(key, found)
         size = sum(tensor.nbytes for tensor in _tensors(found))
         self._kept[key] = found, size
         self._bytes += size

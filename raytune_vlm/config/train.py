@@ -1,5 +1,6 @@
 """`train`: the recipe of one fine-tuning run and the workers that carry it out."""
 
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -10,7 +11,6 @@ from raytune_vlm.config.section import Section
 WITHOUT_EFFECT: dict[str, Any] = {
     "deepspeed": True,
     "fsdp2": {"shard_size": True},
-    "distillation": {"chunk_tokens": True},
     "backend": True,
     "num_workers": True,
     "cpus_per_worker": True,
@@ -23,6 +23,8 @@ WITHOUT_EFFECT: dict[str, Any] = {
     "keep_best": True,
     "hang_timeout_s": True,
     "feature_cache_gb": True,
+    "feature_disk_gb": True,
+    "feature_disk_folder": True,
     "grace_s": True,
 }
 """Keys of `train` that results do not depend on, as pydantic's `exclude` takes them: a run may be
@@ -147,6 +149,13 @@ class TrainConfig(Section):
     images: computed once an image, for all steps, trials and evaluations. The least recently used
     are dropped. 0: computed in every pass. Trials that train any of it never use it. A teacher's
     are kept too (`distillation`): each gets half."""
+    feature_disk_gb: float = Field(default=0.0, ge=0)
+    """Disk of each node, in 10^9 bytes, for the same, beyond `feature_cache_gb`: shared by the
+    node's executors, by later sweeps of the same model and by resumes. The longest unused make room
+    for others. 0: in memory only."""
+    feature_disk_folder: str | None = None
+    """Folder for them on a disk of each node's own, as an absolute path; may be deleted at any
+    time. None: `features` beside the prepared data, where that is no network's file system."""
     hang_timeout_s: float = Field(default=1800, ge=1, le=7 * 86400)
     """Seconds without a step (or a batch of answers) after which a worker writes the stacks of its
     threads and is started again; four times as much until the first step of a trial is done."""
@@ -189,6 +198,24 @@ class TrainConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _features_are_used(self) -> "TrainConfig":
+        size, folder = self.feature_disk_gb, self.feature_disk_folder
+        if size and not self.feature_cache_gb:
+            raise ValueError(f"feature_disk_gb={size:g} has no effect with feature_cache_gb=0")
+        if size and self.holders > 1:
+            raise ValueError(
+                f"feature_disk_gb={size:g} has no effect with backend={self.backend}: features are "
+                "kept where every worker holds all of the base model"
+            )
+        if folder is not None and not size:
+            raise ValueError(f"feature_disk_folder={folder} has no effect with feature_disk_gb=0")
+        if folder is not None and not Path(folder).is_absolute():
+            raise ValueError(
+                f"feature_disk_folder={folder} must be an absolute path: it is one of each node"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _sections_are_used(self) -> "TrainConfig":
         for backend, section in (("fsdp2", self.fsdp2), ("deepspeed", self.deepspeed)):
             changed = section.model_dump(exclude_defaults=True)
@@ -206,6 +233,10 @@ class TrainConfig(Section):
         if self.warmup_share is None:
             return self.warmup_steps
         return round(self.warmup_share * self.max_steps)
+
+    def feature_folder(self, store: str) -> Path:
+        """The folder for features on disk, given that of the prepared data."""
+        return Path(self.feature_disk_folder or Path(store) / "features")
 
     @property
     def holders(self) -> int:

@@ -58,8 +58,7 @@ def target_modules(
     import torch
 
     found: dict[str, list[str]] = {scope: [] for scope in scopes}
-    get_head = getattr(model, "get_output_embeddings", None)
-    head = get_head() if get_head is not None else None
+    head = output_layer(model)
     unread = _past_features(model, family)
     for name, module in model.named_modules():
         scope = scope_of(name, family)
@@ -74,6 +73,19 @@ def target_modules(
                 f"lora.scope: {scope!r} holds no linear layer in this {family.model_type}"
             )
     return found
+
+
+def output_layer(model: torch.nn.Module) -> torch.nn.Module | None:
+    """What makes logits: the model's own, or that of the language model inside it.
+
+    Nemotron, Kimi-VL and NVLM leave logits to a language model that is whole by itself.
+    """
+    for holder in (model, getattr(model, "language_model", None)):
+        get = getattr(holder, "get_output_embeddings", None)
+        layer: torch.nn.Module | None = get() if get is not None else None
+        if layer is not None:
+            return layer
+    return None
 
 
 def _past_features(model: torch.nn.Module, family: Family) -> set[str]:

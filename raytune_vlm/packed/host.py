@@ -20,6 +20,7 @@ from typing import Literal
 
 import torch
 
+from raytune_vlm.collate.arrays import IGNORED
 from raytune_vlm.collate.features import drops
 from raytune_vlm.errors import (
     AuditFailed,
@@ -37,7 +38,7 @@ from raytune_vlm.prepare.feed import MicroBatch
 from raytune_vlm.records import read_json, write_json
 from raytune_vlm.train.backends import BACKENDS
 from raytune_vlm.train.backends.ddp import add_up
-from raytune_vlm.train.losses import summed_cross_entropy
+from raytune_vlm.train.output_layer import TokenLosses
 from raytune_vlm.train.run import Run
 from raytune_vlm.train.step_metrics import StepMetrics, Sums, over_ranks
 from raytune_vlm.train.world import World
@@ -99,6 +100,7 @@ class Host:
         self.together: int | None = world.broadcast(self._kept())
         """The most slots of a packed step, once more were too many; the same on all ranks."""
         self._drops = any(map(drops, base.model.modules()))
+        self._losses = TokenLosses(base.model)
         self.notes: list[str] = []
         """What is to be said of memory and errors; who reads it empties it."""
 
@@ -254,15 +256,16 @@ class Host:
         for slot, *_ in parts:
             slot.run.measure.forward_begins()
         with routed(self._base.model, shares):
-            logits = self._base.model(**batch).logits
+            found = self._losses(batch, labels, parts[0][0].run.auditor.notes.append)
             for (slot, entry, sums, _), share in zip(parts, shares, strict=True):
                 fed = entry.arrays["labels"].size
                 part = (share.rows.stop - share.rows.start) / begin
                 slot.run.measure.forward_ends(sums, fed, part)
+            counts = [int((own["labels"][:, 1:] != IGNORED).sum()) for own in arrays]
             losses = torch.stack(
                 [
-                    summed_cross_entropy(logits[share.rows], labels[share.rows]) / labelled
-                    for (*_, labelled), share in zip(parts, shares, strict=True)
+                    own.sum() / labelled
+                    for (*_, labelled), own in zip(parts, found.split(counts), strict=True)
                 ]
             )
             losses.sum().backward()

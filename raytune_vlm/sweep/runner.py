@@ -264,6 +264,9 @@ def session(
         scratch=tempfile.mkdtemp(prefix="raytune_vlm-"),
     )
     monitor.say(f"executors: starting {len(names)}, each loads {experiment.model.name} once")
+    if size := experiment.train.feature_disk_gb:
+        place = experiment.train.feature_folder(data.manifest.store)
+        monitor.say(f"features of images: up to {size:g} GB of each node's disk, in {place}")
     try:
         with executors(setup, names, monitor):
             yield Session(experiment, folder, monitor, data, board, ledger, states, began)

@@ -157,6 +157,7 @@ class Worker:
 
     def _features(self, base: Base) -> Features | None:
         """What stands in for a model's pixels, and why nothing does."""
+        from raytune_vlm.collate.feature_store import open_store
         from raytune_vlm.collate.features import Features
 
         train, device = self.experiment.train, self.world.device
@@ -165,7 +166,20 @@ class Worker:
         shares = 1 if train.distillation.teacher is None else 2
         max_bytes = int(train.feature_cache_gb * 1e9) // shares
         features = Features(base, device, max_bytes, self._note)
-        return features if features.obstacle is None else None
+        if features.obstacle is not None:
+            return None
+        if train.feature_disk_gb:
+            folder = train.feature_folder(self.setup.data.store)
+            max_disk = int(train.feature_disk_gb * 1e9)
+            features.disk = open_store(folder, base, device, max_disk, self._note_own)
+        return features
+
+    def _write_features(self) -> None:
+        """Write those that wait for it: others can use them, and a kill loses none."""
+        teacher = self._teacher.features if self._teacher else None
+        for features in (self.features, teacher):
+            if features is not None and features.disk is not None:
+                features.disk.flush()
 
     def teacher(self, experiment: ExperimentConfig) -> Teacher | None:
         """The teacher of a trial, loaded when the first trial wants one; it stays."""
@@ -194,6 +208,7 @@ class Worker:
         finally:
             for life in self._lives.values():  # an error that is no trial's goes through here
                 life.drop()
+            self._write_features()
 
     def _take(self) -> Job | str | None:
         """The next job for all ranks, if there is a slot for it; waits only where all are free."""
@@ -272,6 +287,7 @@ class Worker:
         board, name = self.setup.board, self.setup.name
         word = self._words.pop(job.job_id)
         if not self._lives:
+            self._write_features()
             self.heartbeat.rest()
         self.heartbeat.gauges.drop(job.trial_id)
         if self.world.rank != 0:
@@ -320,6 +336,11 @@ class Worker:
         """Something that a person should read, though no trial's; said once, by rank 0."""
         if self.world.rank == 0:
             ray.get(self.setup.board.note.remote(f"{self.setup.name}: {message}"))
+
+    def _note_own(self, message: str) -> None:
+        """Something of this worker alone: its node's disk is not that of rank 0."""
+        who = f"{self.setup.name}, worker {self.world.rank}"
+        ray.get(self.setup.board.note.remote(f"{who}: {message}"))
 
     def beat(self) -> Literal[True]:
         """A sign that this worker has come on."""

@@ -8,7 +8,8 @@ FLOPs a weight in the forward pass, 2 for the gradients of its inputs, 2 for the
 - a weight that a gradient has to pass on its way to something trained: 2 + 2;
 - a frozen weight with nothing trained before it (a vision tower without an adapter): 2;
 - a trained weight (adapters, modules trained in full): 2 + 2 + 2;
-- attention of the language model as in the paper, over each sample's own length.
+- attention of the language model as in the paper, over each sample's own length;
+- the output layer, which is frozen, for labelled tokens alone: no other has to pass it.
 
 Counted are linear layers. Not counted, all small beside them: convolutions, the attention of vision
 towers (mostly within windows or short sequences).
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 
 from raytune_vlm.models.families import Family
-from raytune_vlm.models.lora import scope_of
+from raytune_vlm.models.lora import output_layer, scope_of
 
 PEAKS = {
     r"A100.*": 312e12,
@@ -72,16 +73,21 @@ class FlopCounter:
         self._rows = dict.fromkeys(("vision", "projector"), 0)
         self._hooks: list[Any] = []
         self._weights = {scope: Weights() for scope in ("text", "projector", "vision")}
-        has_experts = False
+        self._head = 0
+        """Weights of the output layer."""
+        has_experts, head = False, output_layer(model)
         for name, module in model.named_modules():
-            scope = scope_of(name, family) or "text"  # the head goes with the text
+            scope = scope_of(name, family) or "text"
             has_experts |= any(p.dim() == 3 for p in module.parameters(recurse=False)) and (
                 scope == "text"
             )
             if not isinstance(module, torch.nn.Linear) or ".original_module." in f"{name}.":
                 continue
-            weights = self._weights[scope]
             size = module.in_features * module.out_features
+            if module is head:
+                self._head = size
+                continue
+            weights = self._weights[scope]
             if any(p.requires_grad for p in module.parameters(recurse=False)):
                 weights.trained += size
             else:
@@ -103,7 +109,12 @@ class FlopCounter:
         return rows
 
     def flops(
-        self, tokens: float, squares: float, vision_rows: float, projector_rows: float
+        self,
+        tokens: float,
+        squares: float,
+        vision_rows: float,
+        projector_rows: float,
+        labelled: float,
     ) -> float | None:
         """Model FLOPs of a step.
 
@@ -115,11 +126,13 @@ class FlopCounter:
             Sum of the squared lengths of the samples.
         vision_rows, projector_rows
             See `take`.
+        labelled
+            Tokens that carry loss.
         """
         if self._attention is None:
             return None
         rows = {"vision": vision_rows, "projector": projector_rows, "text": tokens}
-        total, behind = self._attention * squares, False
+        total, behind = self._attention * squares + 4 * self._head * labelled, False
         for scope, count in rows.items():
             weights = self._weights[scope]
             behind |= weights.trained > 0

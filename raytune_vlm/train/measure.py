@@ -50,7 +50,7 @@ class Measure:
         tokens, images = int(lengths.sum()), int(self._split.num_images[rows].sum())
         labelled = int(self._split.num_labelled[rows].sum())
         flops = self._counter.flops(
-            tokens, float((lengths**2).sum()), sums.vision_rows, sums.projector_rows
+            tokens, float((lengths**2).sum()), sums.vision_rows, sums.projector_rows, labelled
         )
         mfu = None
         if flops is not None and self._peak is not None:

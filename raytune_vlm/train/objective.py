@@ -1,8 +1,6 @@
 """What a step minimises: the labels' cross-entropy, or that and the distance to a teacher.
 
-A teacher's and a student's logits over a vocabulary of 150,000 tokens are the largest tensors of a
-step, so with a teacher neither is ever whole: output layers see labelled positions only, a chunk at
-a time, and compute a chunk again in the backward pass.
+Output layers see labelled positions only, a chunk at a time: see `train.output_layer`.
 """
 
 from __future__ import annotations
@@ -13,20 +11,18 @@ from typing import Any, Protocol
 
 import torch
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
-from torch.utils.checkpoint import checkpoint
 
 from raytune_vlm.collate.arrays import IGNORED
 from raytune_vlm.collate.features import Features
 from raytune_vlm.config.distillation import DistillationConfig
+from raytune_vlm.config.train import TrainConfig
 from raytune_vlm.errors import ModelError
 from raytune_vlm.models.loading import Base
 from raytune_vlm.prepare.feed import MicroBatch
+from raytune_vlm.train.auditor import Auditor
 from raytune_vlm.train.batches import Batches
-from raytune_vlm.train.losses import summed_cross_entropy
+from raytune_vlm.train.output_layer import Logits, OutputLayer, TokenLosses, Unfollowed, losses
 from raytune_vlm.train.step_metrics import Sums
-
-PROBE = 100.0
-"""Logits between this and its negative show what a model does behind its output layer."""
 
 
 @dataclass(frozen=True)
@@ -70,14 +66,14 @@ class FromLabels:
 
     num_parts = 1
 
-    def __init__(self, model: torch.nn.Module) -> None:
-        self._model = model
+    def __init__(self, model: torch.nn.Module, auditor: Auditor) -> None:
+        self._losses, self._auditor = TokenLosses(model), auditor
 
     def __call__(
         self, batch: dict[str, Any], labels: torch.Tensor, micro_batch: MicroBatch
     ) -> torch.Tensor:
         """See `Objective`."""
-        return summed_cross_entropy(self._model(**batch).logits, labels)[None]
+        return self._losses(batch, labels, self._auditor.notes.append).sum()[None]
 
     def note(self, sums: Sums, parts: Sequence[float]) -> None:
         """See `Objective`."""
@@ -125,18 +121,22 @@ class FromTeacher:
 
 
 def objective(
-    model: torch.nn.Module, config: DistillationConfig, teacher: Teacher | None, batches: Batches
+    model: torch.nn.Module,
+    config: TrainConfig,
+    teacher: Teacher | None,
+    batches: Batches,
+    auditor: Auditor,
 ) -> Objective:
     """What a run minimises; `teacher` is there if `config` wants one."""
-    if not config.is_on:
-        return FromLabels(model)
+    if not config.distillation.is_on:
+        return FromLabels(model, auditor)
     assert teacher is not None, "train.distillation has a teacher, but none was given"
     features = teacher.features
 
     def shown(batch: dict[str, Any], micro_batch: MicroBatch) -> dict[str, Any]:
         return batches.for_teacher(batch, micro_batch, features)
 
-    return FromTeacher(model, teacher.base.model, config, shown)
+    return FromTeacher(model, teacher.base.model, config.distillation, shown)
 
 
 def distilled(
@@ -162,32 +162,41 @@ def distilled(
     Returns
     -------
     Tensor
-        float32 `[3]`, sums over labelled tokens, in nats.
+        float32 `[3]`, sums over labelled tokens, in nats. The first alone has a gradient.
+
+    Raises
+    ------
+    ModelError
+        If one of them does something else behind its output layer than capping logits.
     """
     targets = labels[:, 1:]
     chosen = targets != IGNORED
-    with torch.no_grad():
-        theirs, their_logits = answer_states(teacher, given, chosen)
-    ours, our_logits = answer_states(model, batch, chosen)
+    weights = torch.tensor([1 - config.weight, config.weight * config.temperature**2])
+    weights = weights.to(labels.device)
 
-    def parts(theirs: torch.Tensor, ours: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def parts(ours: torch.Tensor, states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            expected = their_logits(theirs).float()
-        return divergences(expected, our_logits(ours).float(), targets, config.temperature)
+            expected = their_logits(states).float()
+        found = divergences(expected, ours.float(), targets, config.temperature)
+        return torch.cat([(found * weights).sum(1, keepdim=True), found], dim=1)
 
-    total = torch.zeros(2, device=labels.device)
-    tables = (theirs, ours, targets[chosen])
-    for chunk in zip(*(table.split(config.chunk_tokens) for table in tables), strict=True):
-        # No dropout in an output layer: no adapter is ever put there.
-        total = total + checkpoint(parts, *chunk, use_reentrant=False, preserve_rng_state=False)
-    weights = total.new_tensor([1 - config.weight, config.weight * config.temperature**2])
-    return torch.cat([(weights * total).sum()[None], total])
+    def compared(states: torch.Tensor, logits_of: Logits) -> torch.Tensor:
+        return losses(states, logits_of, parts, theirs, targets[chosen])
+
+    try:
+        with torch.no_grad():
+            theirs, their_logits = OutputLayer(teacher)(given, chosen, lambda *found: found)
+        return OutputLayer(model)(batch, chosen, compared).sum(0)
+    except Unfollowed as error:
+        raise ModelError(
+            f"train.distillation.teacher: {model.config.model_type} {error}, which is not followed"
+        ) from error
 
 
 def divergences(
     teacher: torch.Tensor, student: torch.Tensor, targets: torch.Tensor, temperature: float
 ) -> torch.Tensor:
-    """Sums of the cross-entropy and of KL(teacher || student) at a temperature, float32 `[2]`.
+    """Cross-entropy and KL(teacher || student) at a temperature, float32 `[tokens, 2]`.
 
     Parameters
     ----------
@@ -201,68 +210,8 @@ def divergences(
     divergence = kl_div(
         log_softmax(student[:, :common] / temperature, dim=1),
         log_softmax(teacher[:, :common] / temperature, dim=1),
-        reduction="sum",
+        reduction="none",
         log_target=True,
     )
-    return torch.stack([cross_entropy(student, targets, reduction="sum"), divergence])
-
-
-def answer_states(
-    model: Any, batch: dict[str, Any], chosen: torch.Tensor
-) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
-    """What goes into a model's output layer where it predicts the next token, and that layer.
-
-    The layer sees one position in the pass itself, and its answer there is replaced by known
-    numbers, so that what the model makes of them shows whether it does anything behind the layer.
-
-    Parameters
-    ----------
-    chosen
-        bool `[batch, length - 1]`: whether the token that comes next is asked for.
-
-    Returns
-    -------
-    Tensor, callable
-        `[tokens, width]`, and what makes logits `[tokens, vocabulary]` of some of them.
-
-    Raises
-    ------
-    ModelError
-        If the model does something else behind its output layer than capping logits.
-    """
-    layer = model.get_output_embeddings()
-    seen: list[torch.Tensor] = []
-    put_in: list[torch.Tensor] = []
-
-    def before(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        seen.append(args[0])
-        return (args[0][:1, :1], *args[1:])
-
-    def after(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
-        probe = torch.linspace(-PROBE, PROBE, output.shape[-1], dtype=output.dtype)
-        put_in.append(probe.to(output.device).expand(1, 1, -1))
-        return put_in[-1]
-
-    hooks = (layer.register_forward_pre_hook(before), layer.register_forward_hook(after))
-    try:
-        came_out = model(**batch).logits
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if len(seen) != 1:
-        raise ModelError(_unusable(model, f"uses its output layer {len(seen)} times"))
-    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-
-    def capped(logits: torch.Tensor) -> torch.Tensor:
-        return torch.tanh(logits / cap) * cap
-
-    states = seen[0][:, :-1][chosen]
-    if torch.equal(came_out.float(), put_in[0].float()):
-        return states, layer
-    if cap is not None and torch.equal(came_out.float(), capped(put_in[0]).float()):
-        return states, lambda some: capped(layer(some))
-    raise ModelError(_unusable(model, "changes logits behind its output layer"))
-
-
-def _unusable(model: Any, why: str) -> str:
-    return f"train.distillation.teacher: {model.config.model_type} {why}, which is not followed"
+    entropy = cross_entropy(student, targets, reduction="none")
+    return torch.stack([entropy, divergence.sum(1)], dim=1)

@@ -37,8 +37,8 @@ from raytune_vlm.models.shapes import ShapeRun
 from raytune_vlm.models.teacher import teacher_config
 from raytune_vlm.train.backends.fsdp2 import blocks
 from raytune_vlm.train.layers import RecomputedLayers
-from raytune_vlm.train.losses import summed_cross_entropy
 from raytune_vlm.train.objective import distilled
+from raytune_vlm.train.output_layer import TokenLosses
 
 IMAGE_SIDE = 1024
 """Side in pixels of the image of the sample that is made up for a prediction."""
@@ -255,7 +255,7 @@ def _peak_of_passes(
             if teacher is not None and config.is_on:
                 distilled(model, teacher, batch, batch, labels, config)[0].backward()
             else:
-                summed_cross_entropy(model(**batch).logits, labels).backward()
+                TokenLosses(model)(batch, labels, lambda _: None).sum().backward()
     return shapes.peak
 
 

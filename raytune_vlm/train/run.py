@@ -117,10 +117,10 @@ class Run:
         except ModelError:
             base.model = detach(self.model)
             raise
-        self._objective = objective(self.model, self.config.distillation, teacher, self.batches)
         self.measure = Measure(self.model, base.family, split, world)
         self.trainable = trainable_by_scope(self.model, base.family)
         self.auditor = Auditor(self.model, self.trainable, experiment.lora)
+        self._objective = objective(self.model, self.config, teacher, self.batches, self.auditor)
         optimizer = torch.optim.AdamW(
             parameter_groups(self.model, base.family, experiment),
             weight_decay=self.config.weight_decay,

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from made import picture
+from plain_loss import plain_loss
 from reading import sample
 
 from raytune_vlm.collate.arrays import IGNORED
@@ -20,7 +21,6 @@ from raytune_vlm.config.data import ImageLimits
 from raytune_vlm.errors import ModelError
 from raytune_vlm.models.families import FAMILIES
 from raytune_vlm.models.tiny import BUILDERS
-from raytune_vlm.train.losses import summed_cross_entropy
 
 FAMILY = pytest.mark.parametrize("model_type", sorted(BUILDERS))
 CHAT = [name for name in sorted(BUILDERS) if FAMILIES[name].prompt == "chat"]
@@ -64,7 +64,7 @@ def ready(base, rows, **options):
 @torch.no_grad()
 def loss(base, rows, **options):
     batch, labels = ready(base, rows, **options)
-    return float(summed_cross_entropy(base.model(**batch).logits, labels))
+    return float(plain_loss(base.model(**batch).logits, labels))
 
 
 @FAMILY

@@ -77,15 +77,18 @@ def test_trials_that_share_a_base_end_as_by_themselves(write_experiment):
     run_cli("sweep", file, "evaluation.every=4")
     expected = trials(alone)
 
-    file, folder = write_experiment("exact", sweep={**SWEEP, "slots": 3}, **SLOTS)
+    on_disk = {**SLOTS, "train": {**TRAIN, "feature_disk_gb": 0.1}}
+    file, folder = write_experiment("exact", sweep={**SWEEP, "slots": 3}, **on_disk)
     file.write_text(file.read_text().replace("evaluation:", "evaluation:\n  every: 4", 1))
     shown = sweep_that_loses_its_worker(file, folder)
     assert trials(folder) == expected
     retried = shown.count("attempt 2")
     assert retried == 3, "all that were in training go on, each by itself"
+    assert "features of images: up to 0.1 GB of each node's disk" in shown
+    assert list((folder.parent / "prepared" / "features").glob("*/*.features.arrow"))
 
     packed = {**SWEEP, "slots": 4, "packing": "fast"}
-    file, folder = write_experiment("fast", sweep=packed, **SLOTS)
+    file, folder = write_experiment("fast", sweep=packed, **on_disk)
     shown = run_cli("sweep", file, "evaluation.every=4").stdout
     assert shown.count("steps by itself: lora.dora=true") == 2
     for recipe, (_, losses) in trials(folder).items():

@@ -24,7 +24,7 @@ POINTS = {
     "proxy": ("raytune_vlm.sweep.proxy", "Proxy.step"),
     "trial": ("raytune_vlm.sweep.trial_job", "TrialJob.__init__"),
     "step": ("raytune_vlm.sweep.trial_job", "TrialJob._stepped"),
-    "loss": ("raytune_vlm.train.objective", "summed_cross_entropy"),
+    "loss": ("raytune_vlm.train.objective", "FromLabels.__call__"),
     "checkpoint": ("raytune_vlm.train.checkpoint", "save"),
     "answer": ("raytune_vlm.evaluate.answers", "AnswerWriter.add"),
 }
