@@ -195,10 +195,11 @@ def _finished(
     gradients.use([found is True for found in usable], [run.config.max_grad_norm for run in runs])
     outcomes: list[Outcome] = []
     for slot, run, own, norm, found in zip(slots, runs, sums, norms, usable, strict=True):
-        if not isinstance(found, Exception):
+        if isinstance(found, Exception):
+            outcomes.append(found)
+        else:
             conclude = partial(run.conclude, own, norm, began, updated=found)
-            found = _asked(slot, conclude, mounted=run.auditor.awaits_update)
-        outcomes.append(found)
+            outcomes.append(_asked(slot, conclude, mounted=run.auditor.awaits_update))
     return outcomes
 
 

@@ -43,7 +43,9 @@ class _Group:
                     "exp_avg_sq": torch.zeros_like(parameter),
                 }
         tensors = self._tensors()
-        self.weights, self.averages, self.squares, self.steps = flats = [*map(end_to_end, tensors)]
+        with torch.no_grad():
+            flats = [*map(end_to_end, tensors)]
+        self.weights, self.averages, self.squares, self.steps = flats
         """Of all parameters: weights, `exp_avg`, `exp_avg_sq`; `step`, on the CPU as in torch."""
         for flat, parts in zip(flats, tensors, strict=True):
             for part, view in zip(parts, views_of(flat, parts), strict=True):
@@ -99,7 +101,6 @@ class Flat:
 class Gradients:
     """A copy of the gradients of some slots, ready for one update."""
 
-    @torch.no_grad()
     def __init__(self, slots: Sequence[Flat]) -> None:
         self._groups = [flat.groups() for flat in slots]
         groups = [*chain(*self._groups)]
@@ -110,7 +111,6 @@ class Gradients:
         self.norms = [math.hypot(*(next(norms) for _ in own)) for own in self._groups]
         """Of each slot's gradients, all its groups together."""
 
-    @torch.no_grad()
     def use(self, which: Sequence[bool], limits: Sequence[float]) -> None:
         """Update the chosen slots, their gradients' norms clipped to their limits; once only.
 
