@@ -31,8 +31,8 @@ def optimizer(number):
     groups = [{"params": weights, "lr": RATES[number]}]
     if number % 2:
         groups = [
-            {"params": weights[:2], "lr": RATES[number]},
-            {"params": weights[2:], "lr": RATES[number] * 4},
+            {"params": weights[:1], "lr": RATES[number]},
+            {"params": weights[1:], "lr": RATES[number] * 4},
         ]
     return torch.optim.AdamW(groups, weight_decay=DECAYS[number], foreach=True)
 

@@ -43,8 +43,7 @@ class _Group:
                     "exp_avg_sq": torch.zeros_like(parameter),
                 }
         tensors = self._tensors()
-        with torch.no_grad():
-            flats = [*map(end_to_end, tensors)]
+        flats = [end_to_end([part.detach() for part in parts]) for parts in tensors]
         self.weights, self.averages, self.squares, self.steps = flats
         """Of all parameters: weights, `exp_avg`, `exp_avg_sq`; `step`, on the CPU as in torch."""
         for flat, parts in zip(flats, tensors, strict=True):
@@ -128,10 +127,8 @@ class Gradients:
             for _ in own
         ]
         weights = [group.weights for group in groups]
-        averages, squares = (
-            [group.averages for group in groups],
-            [group.squares for group in groups],
-        )
+        averages = [group.averages for group in groups]
+        squares = [group.squares for group in groups]
         rates = [group.options["lr"] for group in groups]
         decays = [group.options["weight_decay"] for group in groups]
         beta, beta_squares = _PLAIN["betas"]
