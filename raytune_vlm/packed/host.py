@@ -9,9 +9,11 @@ are each slot's own either way.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
 from itertools import zip_longest
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 
@@ -23,11 +25,14 @@ from raytune_vlm.models.lora import unmixable
 from raytune_vlm.packed.routing import Share, routed
 from raytune_vlm.packed.slot import Slot
 from raytune_vlm.packed.super_batch import joined, length, num_rows
+from raytune_vlm.packed.update import Gradients
 from raytune_vlm.prepare.feed import MicroBatch
+from raytune_vlm.train.memory import infeasible_without_memory
 from raytune_vlm.train.output_layer import TokenLosses
 from raytune_vlm.train.run import Run
 from raytune_vlm.train.step_metrics import StepMetrics, Sums
 
+_Found = TypeVar("_Found")
 Mode = Literal["exact", "fast"]
 Outcome = StepMetrics | Exception
 """What a step gave: its metrics, or the error that ends this slot's trial and no other."""
@@ -107,13 +112,14 @@ class Host:
         states = [slot.random.state for slot in slots]
         try:
             sums = self._gradients(slots)
+            gradients = Gradients([slot.flat for slot in slots])
         except Exception as error:
             for slot, state in zip(slots, states, strict=True):
                 slot.random.state = state
                 slot.run.forget_gradients()
             self._pack_fewer(len(slots), error)
             return None
-        return [_finished(slot, own, began) for slot, own in zip(slots, sums, strict=True)]
+        return _finished(slots, sums, gradients, began)
 
     def _pack_fewer(self, count: int, error: Exception) -> None:
         """A trial is to blame only for what it does alone."""
@@ -180,9 +186,31 @@ class Host:
         return losses.detach()
 
 
-def _finished(slot: Slot, sums: Sums, began: float) -> Outcome:
-    with slot.mounted() as run:
-        try:
-            return run.finish(sums, began)
-        except Exception as error:
-            return error
+def _finished(
+    slots: Sequence[Slot], sums: Sequence[Sums], gradients: Gradients, began: float
+) -> list[Outcome]:
+    """`Run.finish` of each slot, with one update for all whose gradients can be used."""
+    runs, norms = [slot.run for slot in slots], gradients.norms
+    usable: list[bool | Exception] = []
+    for slot, run, own, norm in zip(slots, runs, sums, norms, strict=True):
+        judge = partial(run.judge, own, norm)
+        usable.append(_asked(slot, judge, mounted=run.auditor.is_due))
+    gradients.use([found is True for found in usable], [run.config.max_grad_norm for run in runs])
+    outcomes: list[Outcome] = []
+    for slot, run, own, norm, found in zip(slots, runs, sums, norms, usable, strict=True):
+        if isinstance(found, Exception):
+            outcomes.append(found)
+        else:
+            conclude = partial(run.conclude, own, norm, began, updated=found)
+            outcomes.append(_asked(slot, conclude, mounted=run.auditor.awaits_update))
+    return outcomes
+
+
+def _asked(slot: Slot, what: Callable[[], _Found], *, mounted: bool) -> _Found | Exception:
+    """What a slot's run answers, or the error that ends it; `mounted` for what asks the model."""
+    step = slot.run.steps_done + 1
+    try:
+        with slot.mounted() if mounted else nullcontext(), infeasible_without_memory(step):
+            return what()
+    except Exception as error:
+        return error

@@ -8,6 +8,7 @@ from typing import Any
 
 from raytune_vlm.models.lora import lora_layers, wrapped
 from raytune_vlm.packed.random import RandomState
+from raytune_vlm.packed.update import Flat
 from raytune_vlm.train.run import Run
 
 
@@ -25,6 +26,7 @@ class Slot:
         self.random = RandomState(device)
         self.layers = lora_layers(run.model)
         """Full name in the base -> PEFT's layer."""
+        self.flat = Flat(run.optimizer)
         self._wrapped = wrapped(run.model)
         self._base = run.model.get_base_model()
         self._park()
