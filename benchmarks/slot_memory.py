@@ -3,9 +3,10 @@
     python benchmarks/slot_memory.py [--slots 1,4,8,16] [--processes 2,4] [--model-size small]
 
 Every process is a real one (Linux) that loads the base from files, makes its trials and does a step
-of each; the processes of a line are alive together. Given is the memory of their own: what would be
-free without them, so that what they share with others, libraries say, is not counted; after the
-step, and at most until then. What else runs on the machine changes nothing of it.
+of each; the processes of a line are alive together. Given is what would be free without all of them
+(libraries, which other processes have too, are left out), after the step and at most until then:
+what each has for itself, and once the file of the base's weights, as far as it is mapped. What else
+runs on the machine changes nothing of it.
 """
 
 from __future__ import annotations
@@ -51,8 +52,10 @@ def hold(folder: Path, slots: int, packing: Packing, rows: int) -> None:
     sys.stdin.read()
 
 
-def owned(folder: Path, processes: int, slots: int, packing: Packing, rows: int) -> list[int]:
-    """Bytes of their own that all processes have after a step, and had at most."""
+def owned(
+    folder: Path, processes: int, slots: int, packing: Packing, rows: int
+) -> tuple[int, int, int]:
+    """Bytes that all processes take after a step, and at most; of them those of mapped files."""
     command = [sys.executable, __file__, "--hold", str(folder), "--rows", str(rows)]
     command += ["--slots", str(slots), "--packing", packing]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
@@ -61,23 +64,29 @@ def owned(folder: Path, processes: int, slots: int, packing: Packing, rows: int)
         for process in started:
             if "ready" not in process.stdout.readline():
                 raise click.ClickException(f"a process with {slots} slots ended before its step")
-        return [sum(part) for part in zip(*(own(p.pid) for p in started), strict=True)]
+        found = [own(process.pid, folder) for process in started]
     finally:
         for process in started:
             process.communicate()
+    after, most, mapped = zip(*found, strict=True)
+    return sum(after) + max(mapped), sum(most) + max(mapped), max(mapped)
 
 
-def own(pid: int) -> tuple[int, int]:
-    """A process's own bytes now, and at most (of what it shares, as much as now)."""
-    memory = psutil.Process(pid).memory_full_info()
+def own(pid: int, folder: Path) -> tuple[int, int, int]:
+    """Bytes of a process alone, now and at most (sharing as much as now), without what it has
+    mapped of files in a folder; those."""
+    process = psutil.Process(pid)
+    memory = process.memory_full_info()
+    files = [entry for entry in process.memory_maps() if entry.path.startswith(str(folder))]
+    after = memory.uss - sum(entry.private_clean + entry.private_dirty for entry in files)
     status = Path(f"/proc/{pid}/status").read_text()
     most = 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])
-    return memory.uss, most - (memory.rss - memory.uss)
+    return after, after + most - memory.rss, sum(entry.rss for entry in files)
 
 
-def told(what: str, found: list[int]) -> None:
+def told(what: str, found: tuple[int, int, int]) -> None:
     """Print a line."""
-    click.echo(f"{what:16} {found[0] / 1e6:7.0f} {found[1] / 1e6:7.0f}")
+    click.echo(f"{what:16} " + " ".join(f"{entry / 1e6:7.0f}" for entry in found))
 
 
 @click.command(context_settings={"show_default": True})
@@ -108,7 +117,7 @@ def main(
         weights = sum(p.nbytes for p in base.model.parameters())
         write_split(base, place / "data", 8, side)
         del base
-        click.echo(f"base of {weights / 1e6:.0f} MB; MB of their own after a step, and at most:")
+        click.echo(f"base of {weights / 1e6:.0f} MB; MB after a step, at most, of a mapped file:")
         for packing in packings:
             for count in slots:
                 told(f"{count} slots, {packing}", owned(place, 1, count, packing, rows))
