@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,6 +16,7 @@ os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="raytune_vlm-test-modul
 import pytest
 import torch
 import yaml
+from clusters import JOINED, SETTINGS, start_head
 from made import picture, turn, write_data
 from remote_code import CLASSES, write_remote_model
 
@@ -155,6 +157,24 @@ def _cached_splits(
         return made[model_type]
 
     return cached
+
+
+@pytest.fixture(scope="module")
+def ray_cluster() -> Iterator[None]:
+    """Two CPUs of Ray that the commands of a module's tests join: each is spared its start.
+
+    A command without it starts a Ray of its own, as it does for a user.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in SETTINGS.items():
+            patch.setenv(name, value)
+        cluster = start_head(num_cpus=2)
+        patch.setenv(JOINED, cluster.address)
+        yield
+        cluster.shutdown()
+        # What it leaves behind is collected while the marks `OF_A_CLUSTER` hold.
+        del cluster
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
