@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import signal
 import subprocess
 import time
@@ -234,7 +235,12 @@ def what_is_trained_is_scored_and_exported(file, folder, overrides):
     assert all(check["passed"] for check in audit.values())
     assert audit.keys() >= {"trainable", "gradients", "adapter_effect", "merge", "reload"}
     exported = run_cli("export", folder, "--output", folder / "adapter")
-    assert "t0000, step 15: adapter in" in exported.stdout and "vLLM" in exported.stdout
+    errors = {
+        entry.step: entry.metrics["cer@micro"].value
+        for entry in SweepFolder(folder).trial("t0000").scores("select")
+    }
+    (step,) = re.findall(r"t0000, step (\d+): adapter in", exported.stdout)
+    assert errors[int(step)] == min(errors.values()) and "vLLM" in exported.stdout
     assert (folder / "adapter" / "README.md").stat().st_size > 0
     place = folder / "trials/t0000/evaluations/report/step_000015/scores.json"
     assert json.loads(place.read_text())["num_samples"] == 8
