@@ -161,7 +161,8 @@ def measure(experiment: ExperimentConfig, work: Path, every: int) -> list[dict[s
         ray.get(board.close.remote())
         ray.get(ended)
         actors = ray._private.state.actors().values()
-        proxies = sum(actor["ActorClassName"] == "Proxy" for actor in actors)
+        # The second is what `tune.with_resources` makes of the first.
+        proxies = sum(actor["ActorClassName"] in ("Proxy", "ResourceTrainable") for actor in actors)
         print(f"{len(states)} trials, {proxies} processes started for proxies")
     return samples.rows
 

@@ -17,7 +17,7 @@ from raytune_vlm.config.loader import load_experiment
 from raytune_vlm.config.search_space import own_recipe, search_space_problems
 from raytune_vlm.errors import ConfigError, LeaseError
 from raytune_vlm.sweep.ledger import Ledger, replay
-from raytune_vlm.sweep.samplers import SAMPLERS
+from raytune_vlm.sweep.samplers import SAMPLERS, sampler, suggest
 from raytune_vlm.sweep.searcher import OptunaSearcher
 from raytune_vlm.train.packages import OF_SEARCHERS, check_searcher
 
@@ -140,6 +140,28 @@ def test_a_sweep_killed_anywhere_proposes_what_the_whole_one_did(kind, tmp_path)
         assert life.said == []
     assert dict(broken) == dict(whole)
     assert Sweep(tmp_path / "broken", config).searcher.is_done
+
+
+def test_tpe_proposes_what_optuna_s_own_search_for_the_keys_would():
+    sweep = experiment(
+        sweep={
+            "searcher": {"type": "tpe", "num_startup_trials": 4},
+            "search_space": {**NUMBERS, "lora.scope": CHOICES["lora.scope"]},
+        }
+    ).sweep
+    ours, theirs = (optuna.create_study(direction="maximize") for _ in range(2))
+    for number in range(20):
+        ours.sampler = sampler(sweep, 7, number)
+        theirs.sampler = optuna.samplers.TPESampler(
+            seed=7 * 100_003 + number, n_startup_trials=4, multivariate=True, constant_liar=True
+        )
+        asked = ours.ask(), theirs.ask()
+        recipe, expected = (suggest(trial, sweep.search_space) for trial in asked)
+        assert recipe == expected
+        if number % 5 != 4:  # every fifth stays open
+            value = recipe["lora.rank"] - abs(math.log10(recipe["train.learning_rate"]) + 2)
+            ours.tell(asked[0], value)
+            theirs.tell(asked[1], value)
 
 
 def test_what_is_learned_changes_what_is_proposed(tmp_path, kind):

@@ -28,8 +28,8 @@ PATIENCE = float(os.environ.get("RAYTUNE_VLM_TEST_PATIENCE", "1"))
 LIFE_S = 300 * PATIENCE
 GONE_S = 30 * PATIENCE
 TMPFS = "48m"
-OF_A_SWEEP = ("BoardState", "Proxy", "TrainController", "TrainWorker")
-"""Actors that end with their driver."""
+OF_A_SWEEP = ("BoardState", "Proxy", "ResourceTrainable", "TrainController", "TrainWorker")
+"""Actors that end with their driver; a proxy has two names, one from `tune.with_resources`."""
 HERE = Path(__file__).parent
 
 
