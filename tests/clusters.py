@@ -16,6 +16,7 @@ SETTINGS = {
     # Idle processes less; and other users of the machine do not starve the workers.
     "RAY_prestart_worker_first_driver": "0",
     "RAY_worker_niceness": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
     "HF_HUB_OFFLINE": "1",
 }
 """Environment of a cluster's processes, which all that run on it inherit."""
