@@ -1,15 +1,23 @@
 """Makespan of equal LoRA trials without early stopping: resident executors against three others.
 
     python benchmarks/makespan.py [--trials 16] [--steps 24] [--repetitions 3] [--at-once 1]
+    python benchmarks/makespan.py --way pixels --way packed --way stopping      # the parts of ours
 
 Every way trains the same recipes for the same steps on the same batches of the demo's data, saves
 the adapter and scores it on the same samples of `select`, `--at-once` trials at a time:
 
-- `resident`: our search with its executors, their start included.
+- `resident`: our search with its executors, their start included; always run.
 - `nested`: a Ray Tune function that launches a `TorchTrainer` per trial.
 - `function`: a Ray Tune function with `reuse_actors=True` that loads model and data per trial.
 - `trainer`: a process per trial with TRL's `SFTTrainer` if TRL is installed, else with
   transformers' `Trainer`; always one after the other.
+
+Of ours, and only where they are named by `--way`, so that the parts can be told apart:
+
+- `pixels`: `resident` without features: what is left against `function` is the start of trials.
+- `packed`: `resident` with four slots, packed.
+- `stopping`: `packed` with early stopping, at a quarter and at half of the steps; the losses of the
+  trials that were stopped are compared with nothing.
 
 The ways are interleaved, in one Ray session. Seconds are of wall clock; Ray's own start and the
 preparation of the data are in none of them.
@@ -43,6 +51,7 @@ from raytune_vlm.sweep.cluster import ray_session
 from raytune_vlm.sweep.search import search
 
 LOWEST, HIGHEST = 1e-3, 8e-3
+PACKED = {"sweep.slots": 4, "sweep.packing": "fast"}
 
 
 def recipes(trials: int) -> list[dict[str, Any]]:
@@ -78,8 +87,8 @@ class Bench:
         return found
 
 
-Result = tuple[float, list[float]]
-"""Seconds, and the last loss of each trial."""
+Result = tuple[float, list[float | None]]
+"""Seconds, and the last loss of each trial that was not stopped early."""
 
 
 def train_whole(inputs: str, recipe: dict[str, Any], folder: str) -> dict[str, float]:
@@ -94,17 +103,23 @@ def train_whole(inputs: str, recipe: dict[str, Any], folder: str) -> dict[str, f
     return result
 
 
-def resident(bench: Bench) -> Result:
+def resident(bench: Bench, changes: dict[str, Any] | None = None) -> Result:
     """Our search; the recipes are given, so that they are those of the other ways."""
     folder = SweepFolder(bench.folder("resident"))
+    experiment = bench.experiment.with_recipe(changes or {})
     began = time.monotonic()
-    with runner.session(bench.experiment, folder, bench.data, bench.monitor) as running:
+    with runner.session(experiment, folder, bench.data, bench.monitor) as running:
         search(running)
         seconds = time.monotonic() - began
-    last = [
-        read_json_lines(folder.trial(name).metrics_file)[-1]["loss"] for name in folder.trial_ids()
-    ]
-    return seconds, last
+    last = [read_json_lines(folder.trial(name).metrics_file)[-1] for name in folder.trial_ids()]
+    whole = experiment.train.max_steps
+    return seconds, [line["loss"] if line["step"] == whole else None for line in last]
+
+
+def stopping(bench: Bench) -> Result:
+    """Packed, with losers stopped."""
+    scheduler = {"type": "asha", "grace_period": bench.experiment.train.max_steps // 4}
+    return resident(bench, {**PACKED, "sweep.scheduler": {**scheduler, "reduction_factor": 2}})
 
 
 def tuned(
@@ -183,6 +198,9 @@ def trainer(bench: Bench) -> Result:
 
 WAYS: dict[str, Callable[[Bench], Result]] = {
     "resident": resident,
+    "pixels": lambda bench: resident(bench, {"train.feature_cache_gb": 0.0}),
+    "packed": lambda bench: resident(bench, PACKED),
+    "stopping": stopping,
     "nested": nested,
     "function": function,
     "trainer": trainer,
@@ -194,8 +212,17 @@ WAYS: dict[str, Callable[[Bench], Result]] = {
 @click.option("--steps", default=24, show_default=True)
 @click.option("--repetitions", default=3, show_default=True)
 @click.option("--at-once", default=1, show_default=True)
-def main(trials: int, steps: int, repetitions: int, at_once: int) -> None:
+@click.option(
+    "--way",
+    "named",
+    multiple=True,
+    type=click.Choice(list(WAYS)),
+    default=["nested", "function", "trainer"],
+    show_default=True,
+)
+def main(trials: int, steps: int, repetitions: int, at_once: int, named: tuple[str, ...]) -> None:
     """Run the ways in turn; print seconds, medians and ratios to ours."""
+    ways = {way: run for way, run in WAYS.items() if way in ("resident", *named)}
     work = Path(tempfile.mkdtemp(prefix="raytune_vlm-benchmark-"))
     points = recipes(trials)
     experiment = demo_experiment(
@@ -213,21 +240,25 @@ def main(trials: int, steps: int, repetitions: int, at_once: int) -> None:
             f"{{type: loguniform, lower: {LOWEST}, upper: {HIGHEST}}}}}",
         ],
     )
-    found: dict[str, list[float]] = {way: [] for way in WAYS}
-    losses: dict[str, list[float]] = {}
+    found: dict[str, list[float]] = {way: [] for way in ways}
+    losses: dict[str, list[float | None]] = {}
     with Monitor() as monitor, ray_session(experiment):
         data = preparing.prepare_data(experiment, preparing.plan_of(experiment), monitor)
         Inputs.of(experiment, data).write(work / "inputs.json")
         bench = Bench(work, experiment, data, monitor, at_once, points)
         for repetition in range(repetitions):
-            for way, run in WAYS.items():
+            for way, run in ways.items():
                 seconds, losses[way] = run(bench)
                 found[way].append(seconds)
                 print(json.dumps({"repetition": repetition, "way": way, "s": seconds}), flush=True)
     medians = {way: statistics.median(values) for way, values in found.items()}
     ratios = {way: median / medians["resident"] for way, median in medians.items()}
     apart = {
-        way: max(abs(a - b) for a, b in zip(values, losses["resident"], strict=True))
+        way: max(
+            abs(a - b)
+            for a, b in zip(values, losses["resident"], strict=True)
+            if a is not None and b is not None
+        )
         for way, values in losses.items()
     }
     figures = {"seconds": found, "medians": medians, "ratio_to_resident": ratios}

@@ -24,6 +24,7 @@ from data_path_lengths import receipt_like_lengths
 from PIL import Image
 
 from raytune_vlm.collate.encode import Encoder
+from raytune_vlm.collate.encoded import Encoded
 from raytune_vlm.collate.pixels import PIXEL_NAMES, PixelMaker
 from raytune_vlm.config import ExperimentConfig
 from raytune_vlm.config.data import ImageLimits
@@ -68,20 +69,28 @@ def write_split(base: Base, folder: Path, count: int, side: int = 56) -> Prepare
             encoded = encoder.training(talk, [image])
             for name in PIXEL_NAMES:
                 encoded.tensors.pop(name, None)
-            name = f"s{number}"
-            index.append(
-                {
-                    **{"split": "train", "shard": "shard", "row": number, "source": 0},
-                    **{"sample_id": name, "group_id": name, "images_id": "", "origin": name},
-                    **{"length": len(encoded.input_ids), "num_labelled": encoded.num_labelled},
-                    **{"num_media": 0, "num_images": 1, "num_bytes": 0, "num_pixel_bytes": 0},
-                    "truncated": False,
-                }
-            )
-            row = {"sample_id": name, "group_id": name, "prompt": "", "reference": ""}
-            writer.add({**row, "images": [encode_png(image)], **encoded_to_row(encoded)})
+            writer.add(stored(number, encoded, [encode_png(image)]))
+            index.append(indexed(number, encoded, num_images=1))
     write_index(folder / "index.arrow", index)
     return open_split(folder, folder / "index.arrow", "train", maker.decode)
+
+
+def stored(number: int, encoded: Encoded, images: list[bytes]) -> dict[str, Any]:
+    """A sample's row in the store."""
+    names = {"sample_id": f"s{number}", "group_id": f"s{number}", "prompt": "", "reference": ""}
+    return {**names, "images": images, **encoded_to_row(encoded)}
+
+
+def indexed(number: int, encoded: Encoded, num_images: int) -> dict[str, Any]:
+    """A sample's row in the index."""
+    name = f"s{number}"
+    return {
+        **{"split": "train", "shard": "shard", "row": number, "source": 0},
+        **{"sample_id": name, "group_id": name, "images_id": "", "origin": name},
+        **{"length": len(encoded.input_ids), "num_labelled": encoded.num_labelled},
+        **{"num_media": 0, "num_images": num_images, "num_bytes": 0, "num_pixel_bytes": 0},
+        "truncated": False,
+    }
 
 
 def measure(base: Base, split: PreparedSplit, way: dict[str, Any], samples: int) -> float:

@@ -5,8 +5,9 @@
 The trials differ in rank, learning rate and seed, and train on the same prepared samples in the
 order that each one's seed gives. Every way does the same steps of all of them, in one process, and
 the ways are interleaved; a repetition begins without any features. `alone` is what the isolated
-executor does: a trial to its end, then the next one. Given for each: seconds, as a multiple of
-`alone` with pixels, and the largest relative difference of a loss from `alone` with pixels.
+executor does: a trial to its end, then the next one. Given for each: seconds (on CPU those of one
+thread, so that what else runs takes none of them), as a multiple of `alone` with pixels, and the
+largest relative difference of a loss from `alone` with pixels.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from __future__ import annotations
 import os
 import statistics
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -23,11 +23,12 @@ import click
 import psutil
 import torch
 from packed_rows import write_split
-from train_step import experiment, write_model
+from packing_table import now
+from train_step import SIZES, experiment, random_base
 
 from raytune_vlm.collate.features import Features
 from raytune_vlm.config import ExperimentConfig
-from raytune_vlm.models.loading import Base, load_base
+from raytune_vlm.models.loading import Base
 from raytune_vlm.packed.host import Host
 from raytune_vlm.packed.slot import Slot
 from raytune_vlm.prepare.store import PreparedSplit
@@ -86,17 +87,16 @@ class Bench:
     def carry_out(self, way: Way) -> tuple[float, list[list[float]]]:
         """Seconds of all steps of all trials, and their losses."""
         features = Features(self.base, self.device, FEATURE_BYTES) if way.features else None
-        began = time.perf_counter()
+        began = now(self.device)
         if way.packing is None:
             losses = [self._alone(trial, features) for trial in self.trials]
         else:
             losses = self._slots(way.packing, features)
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - began, losses
+        return now(self.device) - began, losses
 
     def _run(self, trial: ExperimentConfig, features: Features | None) -> Run:
-        return Run(self.base, self.split, trial, World(), TrainingData("b"), features=features)
+        world = World(device=self.device)
+        return Run(self.base, self.split, trial, world, TrainingData("b"), features=features)
 
     def _alone(self, trial: ExperimentConfig, features: Features | None) -> list[float]:
         run = self._run(trial, features)
@@ -130,16 +130,16 @@ class Bench:
 @click.option("--repetitions", default=3, help="Of every way, interleaved.")
 @click.option("--samples", default=24, help="Prepared samples.")
 @click.option("--side", default=224, help="Pixels of an image's side.")
-@click.option("--model-size", default="small", type=click.Choice(["small", "3b"]))
+@click.option("--model-size", default="small", type=click.Choice(list(SIZES)))
 def main(
     slots: int, rows: int, steps: int, repetitions: int, samples: int, side: int, model_size: str
 ) -> None:
     """Print the table."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_num_threads(1)
+    device = "cuda:0" if torch.cuda.is_available() else "cpu"
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        base = load_base(write_model(folder / "model", model_size), device)
-        split = write_split(base, folder / "data", samples, side)
+        base = random_base(model_size, device)
+        split = write_split(base, Path(temporary) / "data", samples, side)
         bench = Bench(base, split, recipes(slots, rows), steps, device)
         bench.carry_out(WAYS[0])  # warm
         seconds: dict[str, list[float]] = {way.name: [] for way in WAYS}

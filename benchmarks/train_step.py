@@ -40,6 +40,7 @@ from raytune_vlm.train.run import Run, TrainingData
 from raytune_vlm.train.world import World
 
 SIZES: dict[str, dict[str, dict[str, Any]]] = {
+    "tiny": {},
     "small": {
         "text_config": {
             "hidden_size": 512,
@@ -54,6 +55,23 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
             "depth": 4,
             "num_heads": 4,
             "out_hidden_size": 512,
+        },
+    },
+    "2b": {
+        "text_config": {
+            "hidden_size": 1536,
+            "intermediate_size": 8960,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 12,
+            "num_key_value_heads": 2,
+            "vocab_size": 151936,
+        },
+        "vision_config": {
+            "hidden_size": 1280,
+            "intermediate_size": 3420,
+            "depth": 32,
+            "num_heads": 16,
+            "out_hidden_size": 1536,
         },
     },
     "3b": {
@@ -74,13 +92,12 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
 }
-"""What differs from the tiny model; `3b` has the dimensions of Qwen2.5-VL-3B-Instruct."""
+"""What differs from the tiny model: `3b` has the dimensions of Qwen2.5-VL-3B-Instruct, the language
+model of `2b` those of Qwen2-VL-2B-Instruct."""
 
 
-def write_model(folder: Path, size: str) -> ModelConfig:
-    """A random model with the tiny one's processor."""
-    write_tiny_model("qwen2_5_vl", folder)
-    config = json.loads((folder / "config.json").read_text())
+def resize(config: dict[str, Any], size: str) -> None:
+    """Change the tiny model's config to a size."""
     for part, changes in SIZES[size].items():
         config[part].update(changes)
         for derived in ("head_dim", "layer_types"):
@@ -92,6 +109,26 @@ def write_model(folder: Path, size: str) -> ModelConfig:
                 eighth = width // 8
                 section = [eighth, eighth + eighth // 2, width // 2 - 2 * eighth - eighth // 2]
                 holder[name]["mrope_section"] = section
+
+
+def random_base(size: str, device: str) -> Base:
+    """A base of random weights made on its device, with the tiny one's processor: no file of it."""
+    tiny = load_base(ModelConfig(name="tiny:qwen2_5_vl"))
+    kind: Any = type(tiny.model)
+    config = tiny.model.config.to_dict()
+    resize(config, size)
+    dtype = torch.bfloat16 if device != "cpu" else torch.float32
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = kind._from_config(kind.config_class.from_dict(config), dtype=dtype)
+    return Base(model.requires_grad_(False).eval(), tiny.processor, tiny.family, tiny.image_backend)
+
+
+def write_model(folder: Path, size: str) -> ModelConfig:
+    """A random model with the tiny one's processor, in files that several processes load."""
+    write_tiny_model("qwen2_5_vl", folder)
+    config = json.loads((folder / "config.json").read_text())
+    resize(config, size)
     (folder / "config.json").write_text(json.dumps(config))
     dtype = "bfloat16" if torch.cuda.is_available() else "float32"
     settings = ModelConfig(name=str(folder), dtype=dtype)

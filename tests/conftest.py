@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
+import gc
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,6 +18,7 @@ os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="raytune_vlm-test-modul
 import pytest
 import torch
 import yaml
+from clusters import JOINED, SETTINGS, start_head
 from made import picture, turn, write_data
 from remote_code import CLASSES, write_remote_model
 
@@ -38,24 +42,40 @@ from raytune_vlm.records import Split
 
 torch.set_num_threads(1)
 
+Writer = Callable[[Path], object]
+
 
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Family -> the folder of its tiny model, written once a session.
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Writer], Path]:
+    """Name and what writes it -> a folder that all processes of a session share."""
+    base = tmp_path_factory.getbasetemp()
+    root = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def folder(name: str, write: Writer) -> Path:
+        path = root / name
+        path.parent.mkdir(exist_ok=True)
+        with path.with_name(f"{path.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not path.exists():
+                write(path)
+        return path
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(made_once: Callable[[str, Writer], Path]) -> Callable[[str], Path]:
+    """Family -> the folder of its tiny model, to be left as it is.
 
     Skips the test where a package that the family needs is not installed.
     """
-    root = tmp_path_factory.mktemp("tiny")
 
     def folder(model_type: str) -> Path:
-        path = root / model_type
         missing = [name for name in FAMILIES[model_type].needs if find_spec(name) is None]
         if missing:
             pytest.skip(f"{model_type} needs {' and '.join(missing)} (tests/with_torchvision.py)")
-        if not path.exists():
-            write = write_remote_model if model_type in CLASSES else write_tiny_model
-            write(model_type, path)
-        return path
+        write = write_remote_model if model_type in CLASSES else write_tiny_model
+        return made_once(f"tiny/{model_type}", partial(write, model_type))
 
     return folder
 
@@ -157,13 +177,33 @@ def _cached_splits(
     return cached
 
 
+@pytest.fixture(scope="module")
+def ray_cluster() -> Iterator[None]:
+    """Two CPUs of Ray that the commands of a module's tests join: each is spared its start.
+
+    A command without it starts a Ray of its own, as it does for a user.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in SETTINGS.items():
+            patch.setenv(name, value)
+        cluster = start_head(num_cpus=2)
+        patch.setenv(JOINED, cluster.address)
+        yield
+        cluster.shutdown()
+        # What it leaves behind is collected while the marks `OF_A_CLUSTER` hold.
+        del cluster
+        gc.collect()
+
+
 @pytest.fixture(scope="session")
-def shared_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared_data(made_once: Callable[[str, Writer], Path]) -> Path:
     """A folder with `data`, to be left as it is, and `prepared`, what runs on it have prepared."""
-    root = tmp_path_factory.mktemp("shared")
-    write_data(root / "data")
-    (root / "prepared").mkdir()
-    return root
+
+    def write(root: Path) -> None:
+        write_data(root / "data")
+        (root / "prepared").mkdir()
+
+    return made_once("shared", write)
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+from clusters import joined
 from PIL import Image
 
 from raytune_vlm.collate.encode import Encoder
@@ -134,10 +135,10 @@ def cli_command(*arguments: object) -> list[str]:
 
 
 def cli_environment() -> dict[str, str]:
-    """No cluster to join, no network, no warnings turned into errors."""
+    """No cluster to join but that of `ray_cluster`, no network, no warnings turned into errors."""
     dropped = ("RAY_ADDRESS", "PYTHONWARNINGS")
     kept = {key: value for key, value in os.environ.items() if key not in dropped}
-    return {**kept, "HF_HUB_OFFLINE": "1"}
+    return {**kept, **joined(), "HF_HUB_OFFLINE": "1"}
 
 
 @contextmanager

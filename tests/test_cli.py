@@ -7,7 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from clusters import OF_A_CLUSTER
 from made import run_cli
+
+pytestmark = [*OF_A_CLUSTER]
 
 PROBE = """
 import sys
@@ -91,6 +94,7 @@ def test_missing_data_and_models_are_named_with_the_nearest(write_experiment):
     assert "No such command 'swep'" in refused("swep", file)
 
 
+@pytest.mark.usefixtures("ray_cluster")
 def test_bad_rows_are_named_and_leave_no_sweep_folder(write_experiment):
     file, folder = write_experiment(own_data=True)
     train = Path(file).parent / "data" / "train.jsonl"
@@ -110,8 +114,19 @@ def test_bad_rows_are_named_and_leave_no_sweep_folder(write_experiment):
     assert "3 quarantined" in allowed.stdout
 
 
+@pytest.mark.usefixtures("ray_cluster")
 def test_an_empty_data_set_is_refused(write_experiment):
     file, folder = write_experiment(own_data=True)
     train = Path(file).parent / "data" / "train.jsonl"
     train.write_text("")
     assert "no training samples" in refused("sweep", file) and not folder.exists()
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_an_over_long_sample_is_one_line_where_it_is_an_error(write_experiment):
+    file, folder = write_experiment("refused")
+    done = run_cli("prepare", file, "data.max_length=10", "data.over_long=error", check=False)
+    assert done.returncode == 2 and not folder.exists()
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "tokens, more than data.max_length=10" in lines[0]
+    assert "Traceback" not in done.stderr

@@ -41,7 +41,7 @@ RUN_BY = {
     "data label": "tests/test_label.py::test_a_killed_run_pays_for_nothing_twice",
     "data agree": "tests/test_agreement.py::test_what_differs_is_reviewed_on_a_page_and_comes_back",
     "train": "tests/integration/test_sweep.py::"
-    "test_two_workers_that_stream_have_the_losses_of_one_that_does_not",
+    "test_two_workers_that_stream_and_are_killed_do_what_one_undisturbed_does",
     "sweep": "tests/integration/test_sweep.py::"
     "test_a_sweep_killed_then_stopped_and_resumed_equals_the_undisturbed_one",
     "resume": "tests/integration/test_sweep.py::"
@@ -52,7 +52,7 @@ RUN_BY = {
     "control": "tests/integration/test_controlled_sweep.py::"
     "test_a_sweep_does_what_it_is_told_while_it_runs",
     "evaluate": "tests/integration/test_sweep.py::"
-    "test_two_workers_that_stream_have_the_losses_of_one_that_does_not",
+    "test_two_workers_that_stream_and_are_killed_do_what_one_undisturbed_does",
     "evaluate --benchmarks": "tests/integration/test_evaluate_suite.py::"
     "test_a_model_on_every_benchmark_prints_the_card",
     "evaluate --benchmarks --adapter": "tests/test_benchmarks.py::"

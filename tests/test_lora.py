@@ -301,7 +301,7 @@ def test_groups_follow_their_own_peaks_over_the_same_schedule(tiny_base, tiny_sp
         for expected in (0.25, 0.5):
             assert run.step().learning_rate == pytest.approx(1e-3 * expected)
             names = {parameter: name for name, parameter in run.model.named_parameters()}
-            for group in run._optimizer.param_groups:
+            for group in run.optimizer.param_groups:
                 assert group["lr"] == pytest.approx(group["peak"] * expected)
                 for parameter in group["params"]:
                     name = names[parameter]
@@ -315,7 +315,7 @@ def test_groups_follow_their_own_peaks_over_the_same_schedule(tiny_base, tiny_sp
             ("projector", False): 1e-3,
         }
         trained = [p for p in run.model.parameters() if p.requires_grad]
-        assert sum(len(g["params"]) for g in run._optimizer.param_groups) == len(trained)
+        assert sum(len(g["params"]) for g in run.optimizer.param_groups) == len(trained)
     finally:
         run.close()
 

@@ -146,7 +146,7 @@ def test_the_predicted_memory_is_within_a_tenth_of_the_measured(
         )
         predicted = predict(config, [split.encoded(row) for row in part.rows])
         held = [*run.model.parameters(), *run.model.buffers()]
-        held += [t for state in run._optimizer.state.values() for t in state.values()]
+        held += [t for state in run.optimizer.state.values() for t in state.values()]
         static = sum({id(t): t.nbytes for t in held}.values())
         peak = measured_peak(run)
     finally:

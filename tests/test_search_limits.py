@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import shutil
+from types import SimpleNamespace
 
 import optuna
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,6 +15,7 @@ from made import experiment
 from test_searchers import METRIC, NUMBERS, OBJECTIVES, Sweep, sampled
 
 from raytune_vlm.errors import ConfigError
+from raytune_vlm.evaluate.scoring import WEIGHT
 from raytune_vlm.records import SweepFolder, write_json
 from raytune_vlm.report.leaderboard import leaderboard
 from raytune_vlm.report.loading import load_view
@@ -22,9 +26,10 @@ from raytune_vlm.sweep.budget import (
     held_seconds,
     planner_line,
 )
+from raytune_vlm.sweep.closing import Closing
 from raytune_vlm.sweep.constraints import Predictor, check_constraints, infeasible
 from raytune_vlm.sweep.front import besides, front_of, pareto_front
-from raytune_vlm.sweep.ledger import Ledger, TrialState, replay
+from raytune_vlm.sweep.ledger import Ledger, TrialState, events, replay
 from raytune_vlm.sweep.warm_start import WarmTrial, warm_trials
 
 RANKS = {
@@ -195,6 +200,42 @@ def test_a_budget_ends_where_it_is_used_up():
     assert Budget(config, rows).used_up() == "sweep.max_gpu_hours=4 is used up (4)"
     cpus = experiment(sweep={"max_cost": 1, "cost_per_cpu_hour": 2, "max_wall_time_s": 10})
     assert "max_wall_time_s=10" in str(Budget(cpus, rows).used_up())
+
+
+def test_a_search_whose_contenders_stay_the_same_ends_and_stays_ended(tmp_path):
+    config = experiment(
+        evaluation={"metrics": [METRIC], "num_bootstrap": 200},
+        sweep={"num_trials": 9, "stop_when_stable": {"trials": 2}, "search_space": RANKS},
+    )
+    folder, said = SweepFolder(tmp_path), []
+    running = SimpleNamespace(
+        experiment=config,
+        folder=folder,
+        ledger=Ledger(folder.ledger_file),
+        states={},
+        monitor=SimpleNamespace(say=said.append),
+    )
+    closing = Closing(running)
+    # The second and the third are as good as each other; the others are far behind.
+    for number, value in enumerate((0.0, 1.0, 1.0, 0.0, 0.0)):
+        assert closing.kind is None
+        place = folder.trial(f"t{number:04d}").evaluation("select", 90)
+        place.mkdir(parents=True)
+        names = [f"s{sample}" for sample in range(20)]
+        columns = {"sample_id": names, "group_id": names}
+        scores = {METRIC: [value] * 20, METRIC + WEIGHT: [1.0] * 20}
+        pq.write_table(pa.table({**columns, **scores}), place / "predictions.parquet")
+        ended = running.states[f"t{number:04d}"] = state(number, value, 1)
+        closing.ended(ended)
+    assert closing.kind == "stable" and closing.is_closed() and not closing.ends_trials()
+    assert "over the last 2 ended trials the 2 that cannot be told from the best" in said[-1]
+    rows = [(row["event"], row.get("same")) for row in events(folder.ledger_file)]
+    same = ["t0001", "t0002"]
+    assert rows == [
+        *(("compared", entry) for entry in (["t0000"], ["t0001"], same, same, same)),
+        ("closed", None),
+    ]
+    assert Closing(running).kind == "stable"
 
 
 def test_the_planner_tells_steps_with_and_without_stopping():

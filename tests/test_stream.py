@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from raytune_vlm.collate.encode import Encoder
 from raytune_vlm.collate.pixels import PixelMaker
 from raytune_vlm.config.data import ImageLimits
 from raytune_vlm.errors import InfrastructureError
 from raytune_vlm.images import ImageError
 from raytune_vlm.prepare.feed import CachedFeed, Collation
 from raytune_vlm.prepare.plan import Plan, PlanSpec
-from raytune_vlm.prepare.stream import Decoding, DecodingFeed, stored_blocks
+from raytune_vlm.prepare.stream import Decoding, DecodingFeed, StreamSource, stored_blocks
 
 COLLATION = Collation("idefics3", 0, 3)
 
@@ -140,3 +142,14 @@ def test_close_ends_the_threads_though_nobody_takes_what_they_made(stream):
         assert {entry.name.split("_")[0] for entry in running} == {"stream", "decode"}
         feed.close()
         assert_ended(running)
+
+
+def test_a_task_reads_the_same_where_batches_of_text_get_a_blank_image(tiny_base, tiny_split):
+    base, split = tiny_base("idefics3"), tiny_split("idefics3")
+    blank = Encoder(base.processor, base.family, base.image_backend).blank()
+    store, spec = split._store, PlanSpec(batch_size=8, seed=1)
+    tables = [
+        StreamSource(str(store), str(store / "index.arrow"), spec, "d", collation).read([0, 1])
+        for collation in (COLLATION, replace(COLLATION, blank=blank))
+    ]
+    assert len(tables[0]) == 16 and tables[0].equals(tables[1])

@@ -12,11 +12,13 @@ packed step adds up losses and gradients of all its slots in one message each.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 
@@ -34,15 +36,18 @@ from raytune_vlm.models.lora import unmixable
 from raytune_vlm.packed.routing import Share, routed
 from raytune_vlm.packed.slot import Slot
 from raytune_vlm.packed.super_batch import joined, length, num_rows
+from raytune_vlm.packed.update import Gradients
 from raytune_vlm.prepare.feed import MicroBatch
 from raytune_vlm.records import read_json, write_json
 from raytune_vlm.train.backends import BACKENDS
 from raytune_vlm.train.backends.ddp import add_up
+from raytune_vlm.train.memory import infeasible_without_memory
 from raytune_vlm.train.output_layer import TokenLosses
 from raytune_vlm.train.run import Run
 from raytune_vlm.train.step_metrics import StepMetrics, Sums, over_ranks
 from raytune_vlm.train.world import World
 
+_Found = TypeVar("_Found")
 Mode = Literal["exact", "fast"]
 Outcome = StepMetrics | Exception
 """What a step gave: its metrics, or the error that ends this slot's trial and no other."""
@@ -162,9 +167,11 @@ class Host:
                 return [self._own(step_alone(run))]
         began = time.monotonic()
         states = [slot.random.state for slot in slots]
-        failure = None
+        failure = gradients = None
         try:
             sums = self._gradients(slots)
+            if self._world.size == 1:
+                gradients = Gradients([slot.flat for slot in slots])
         except Exception as error:
             self._leave_if_sharded(slots, error)
             sums, failure = [Sums(failed=1.0) for _ in slots], _Failure.of(error, len(slots))
@@ -175,10 +182,10 @@ class Host:
                 slot.run.forget_gradients()
             self._pack_fewer(len(slots), failure)
             return None
-        add_up([parameter for slot in slots for parameter in slot.trained], self._world)
-        return [
-            self._own(_finished(slot, own, began)) for slot, own in zip(slots, sums, strict=True)
-        ]
+        if gradients is None:
+            add_up([parameter for slot in slots for parameter in slot.trained], self._world)
+            gradients = Gradients([slot.flat for slot in slots])
+        return _finished(slots, sums, gradients, began, self._own)
 
     def _own(self, outcome: Outcome) -> Outcome:
         """An outcome, unless the next slot must not be begun after it: see `step`."""
@@ -272,9 +279,38 @@ class Host:
         return losses.detach()
 
 
-def _finished(slot: Slot, sums: Sums, began: float) -> Outcome:
-    with slot.mounted() as run:
-        try:
-            return run.finish(sums, began)
-        except Exception as error:
-            return error
+def _finished(
+    slots: Sequence[Slot],
+    sums: Sequence[Sums],
+    gradients: Gradients,
+    began: float,
+    checked: Callable[[Outcome], Outcome],
+) -> list[Outcome]:
+    """`Run.finish` of each slot, with one update for all whose gradients can be used.
+
+    Each outcome is `checked` before the next slot's model is asked.
+    """
+    runs, norms = [slot.run for slot in slots], gradients.norms
+    usable: list[bool | Exception] = []
+    for slot, run, own, norm in zip(slots, runs, sums, norms, strict=True):
+        judge = partial(run.judge, own, norm)
+        usable.append(_asked(slot, judge, mounted=run.auditor.is_due))
+    gradients.use([found is True for found in usable], [run.config.max_grad_norm for run in runs])
+    outcomes: list[Outcome] = []
+    for slot, run, own, norm, found in zip(slots, runs, sums, norms, usable, strict=True):
+        if isinstance(found, Exception):
+            outcomes.append(checked(found))
+        else:
+            conclude = partial(run.conclude, own, norm, began, updated=found)
+            outcomes.append(checked(_asked(slot, conclude, mounted=run.auditor.awaits_update)))
+    return outcomes
+
+
+def _asked(slot: Slot, what: Callable[[], _Found], *, mounted: bool) -> _Found | Exception:
+    """What a slot's run answers, or the error that ends it; `mounted` for what asks the model."""
+    step = slot.run.steps_done + 1
+    try:
+        with slot.mounted() if mounted else nullcontext(), infeasible_without_memory(step):
+            return what()
+    except Exception as error:
+        return error

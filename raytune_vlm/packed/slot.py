@@ -8,6 +8,7 @@ from typing import Any
 
 from raytune_vlm.models.lora import lora_layers, wrapped
 from raytune_vlm.packed.random import RandomState
+from raytune_vlm.packed.update import Flat
 from raytune_vlm.train.run import Run
 
 
@@ -27,6 +28,7 @@ class Slot:
         """Full name in the base -> PEFT's layer."""
         self.trained = [p for p in run.model.parameters() if p.requires_grad]
         """In the same order on every rank."""
+        self.flat = Flat(run.optimizer)
         self._wrapped = wrapped(run.model)
         self._base = run.model.get_base_model()
         self._park()

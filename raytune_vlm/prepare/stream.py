@@ -63,7 +63,7 @@ class StreamSource:
 
     def read(self, steps: list[int]) -> pa.Table:
         """`read_steps` in a task."""
-        split, plan = _opened(self)
+        split, plan = _opened(self.store, self.index_file, self.spec, self.data_digest)
         # In one piece: Ray would serialise a thousand slices one by one.
         return read_steps(split, plan, self.collation, steps).combine_chunks()
 
@@ -90,12 +90,14 @@ _PLACE_COLUMNS = ("step", "part", "row", "draw", "counts")
 
 
 @functools.lru_cache(maxsize=2)
-def _opened(source: StreamSource) -> tuple[PreparedSplit, Plan]:
+def _opened(
+    store: str, index_file: str, spec: PlanSpec, data_digest: str
+) -> tuple[PreparedSplit, Plan]:
     # Arrow's own allocators give a block's memory back at once, and fetching it anew for the next
     # block costs more than filling it.
     pa.set_memory_pool(pa.system_memory_pool())
-    split = open_split(source.store, source.index_file, "train")
-    plan = Plan(split.lengths, split.sources, source.spec, data_digest=source.data_digest)
+    split = open_split(store, index_file, "train")
+    plan = Plan(split.lengths, split.sources, spec, data_digest=data_digest)
     return split, plan
 
 

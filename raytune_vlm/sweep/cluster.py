@@ -33,6 +33,8 @@ _RAY_SETTINGS = {
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
     # Otherwise a warning about many small processes on a machine with few cores.
     "RAY_worker_maximum_startup_concurrency": "8",
+    # What Ray Data reports of each run would take an actor: the start of another process.
+    "RAY_DATA_USAGE_DISABLED": "1",
 }
 
 

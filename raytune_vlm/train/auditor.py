@@ -27,6 +27,11 @@ class Auditor:
         """Whether this run has not passed the checks of its first step yet."""
         return "gradients" not in self.checks
 
+    @property
+    def awaits_update(self) -> bool:
+        """Whether the gradients passed, and the effects of their update were not looked at yet."""
+        return not self.is_due and "adapter_effect" not in self.checks
+
     def before_update(self) -> None:
         """What is trainable and its gradients, before the optimizer uses them."""
         self.checks["trainable"] = audit.check_trainable(

@@ -21,7 +21,6 @@ from raytune_vlm.errors import (
     InfrastructureError,
     ModelError,
     TrialDiverged,
-    TrialInfeasible,
     first_line,
 )
 from raytune_vlm.models.adapter_file import start_tensors
@@ -37,6 +36,7 @@ from raytune_vlm.train.backends import BACKENDS
 from raytune_vlm.train.batches import Batches, MicroBatchLimit, TrainingData
 from raytune_vlm.train.layers import RecomputedLayers
 from raytune_vlm.train.measure import Measure
+from raytune_vlm.train.memory import infeasible_without_memory
 from raytune_vlm.train.objective import Teacher, objective
 from raytune_vlm.train.optimizer import parameter_groups
 from raytune_vlm.train.schedule import learning_rate
@@ -126,7 +126,8 @@ class Run:
             weight_decay=self.config.weight_decay,
         )
         self._backend = backend(self.model, optimizer, world, self.config)
-        self._optimizer = self._backend.optimizer
+        self.optimizer = self._backend.optimizer
+        """AdamW over all that is trained; `begin` sets the learning rates of its groups."""
         self._trained = [p for p in self.model.parameters() if p.requires_grad]
         if starts := start_tensors(self.model):  # elsewhere singular vectors have other signs
             world.align([*self._trained, *starts])
@@ -158,22 +159,44 @@ class Run:
 
     def begin(self) -> int:
         """Make ready for the plan's next global batch; returns how many labels it has."""
-        for group in self._optimizer.param_groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.steps_done, group["peak"])
         self.model.train()
         return int(self._split.num_labelled[self.plan.rows(self.steps_done)].sum())
 
     def finish(self, sums: Sums, began: float) -> StepMetrics:
         """Use the gradients; `began` is the monotonic time of `begin`. See `step`."""
-        rows = self.plan.rows(self.steps_done)
-        try:
+        with infeasible_without_memory(self.steps_done + 1):
             norm = self._backend.clip()
-            finite = math.isfinite(sums.loss) and math.isfinite(norm)
-            self._update(rows, sums.loss, norm, finite=finite)
-        except torch.OutOfMemoryError as error:
-            raise TrialInfeasible(
-                f"out of memory in the update of step {self.steps_done + 1}: {first_line(error)}"
-            ) from None
+            usable = self.judge(sums, norm)
+            if usable:
+                self._backend.step()
+            return self.conclude(sums, norm, began, updated=usable)
+
+    def judge(self, sums: Sums, norm: float) -> bool:
+        """Whether to use the gradients, of this norm; audits them first where that is due."""
+        rows = self.plan.rows(self.steps_done)
+        if math.isfinite(sums.loss) and math.isfinite(norm):
+            # A step without images says nothing of a vision tower; unless all are so, wait for one.
+            images = self._split.num_images
+            if self.auditor.is_due and (images[rows].any() or not images.any()):
+                self._backend.reveal()
+                self.auditor.before_update()
+            return True
+        if self._backend.skip() and math.isfinite(sums.loss):
+            self._overflowed += 1
+        else:
+            self._count_skip(rows, sums.loss, norm)
+        return False
+
+    def conclude(self, sums: Sums, norm: float, began: float, *, updated: bool) -> StepMetrics:
+        """Go on to the next step, after an update or without; audits the effects of the first."""
+        rows = self.plan.rows(self.steps_done)
+        self._backend.zero_grad()
+        self.steps_done += 1
+        self._samples_seen += len(rows)
+        if self.auditor.awaits_update:
+            self.auditor.after_update(self._probe(rows))
         return self.measure.metrics(
             rows,
             sums,
@@ -182,32 +205,12 @@ class Run:
             loss=sums.loss,
             grad_norm=norm,
             learning_rate=learning_rate(self.config, self.steps_done - 1),
-            skipped=not finite,
+            skipped=not updated,
             skipped_steps=self._skipped,
             overflowed_steps=self._overflowed,
             micro_batch_size=self.batches.limit.size,
             **self._objective.told(sums),
         )
-
-    def _update(self, rows: np.ndarray, loss: float, norm: float, *, finite: bool) -> None:
-        """Use or drop the gradients; audit them where that is due."""
-        # A step without images says nothing of a vision tower; unless all are so, wait for one.
-        images = self._split.num_images
-        due = finite and self.auditor.is_due and (images[rows].any() or not images.any())
-        if finite:
-            if due:
-                self._backend.reveal()
-                self.auditor.before_update()
-            self._backend.step()
-        elif self._backend.skip() and math.isfinite(loss):
-            self._overflowed += 1
-        else:
-            self._count_skip(rows, loss, norm)
-        self._backend.zero_grad()
-        self.steps_done += 1
-        self._samples_seen += len(rows)
-        if due:
-            self.auditor.after_update(self._probe(rows))
 
     def _probe(self, rows: np.ndarray) -> dict[str, torch.Tensor]:
         """A small batch of the rows, of those with images if there are any, without labels."""
@@ -342,7 +345,7 @@ class Run:
                 scaler=self._backend.scaler_state(),
             )
             try:
-                checkpoint.save(folder, self.model, self._optimizer, state, states)
+                checkpoint.save(folder, self.model, self.optimizer, state, states)
             except CheckpointError as error:
                 failure = error
         # Nobody looks for it before it is there.
@@ -361,7 +364,7 @@ class Run:
         state = checkpoint.load(
             folder,
             self.model,
-            self._optimizer,
+            self.optimizer,
             rank=self._world.rank,
             device=self._world.device,
         )

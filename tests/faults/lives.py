@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from clusters import SETTINGS, start_head
 from made import cli_command, cli_environment
 
 from raytune_vlm.records import SweepFolder, read_json_lines
@@ -30,11 +31,6 @@ TMPFS = "48m"
 OF_A_SWEEP = ("BoardState", "Proxy", "ResourceTrainable", "TrainController", "TrainWorker")
 """Actors that end with their driver; a proxy has two names, one from `tune.with_resources`."""
 HERE = Path(__file__).parent
-RAY_SETTINGS = {
-    "RAY_AUTH_MODE": "disabled",
-    "RAY_prestart_worker_first_driver": "0",
-    "RAY_worker_niceness": "0",
-}
 
 
 class Lives:
@@ -58,15 +54,12 @@ class Lives:
         self._plans.mkdir()
 
     def __enter__(self) -> Lives:
-        from ray.cluster_utils import Cluster
-
         os.environ |= {
-            **RAY_SETTINGS,
+            **SETTINGS,
             "PYTHONPATH": f"{HERE / 'strike'}:{HERE.parents[1]}",
             "RAYTUNE_VLM_TEST_FAULTS": str(self._plans),
         }
-        head = {"num_cpus": 3, "include_dashboard": False}
-        self._cluster = Cluster(initialize_head=True, head_node_args=head)
+        self._cluster = start_head(num_cpus=3)
         return self
 
     def __exit__(self, *_: object) -> None:

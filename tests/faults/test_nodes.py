@@ -11,21 +11,17 @@ import sys
 import threading
 import time
 import urllib.request
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 import pytest
+from clusters import LEAN, OF_A_CLUSTER, SETTINGS, start_head
 from made import cli_command, cli_environment
 
 from raytune_vlm.records import SweepFolder, read_json_lines
 
-pytestmark = [
-    pytest.mark.integration,
-    pytest.mark.slow,
-    # Ray's `Cluster` leaves sockets and processes to the garbage collector.
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, *OF_A_CLUSTER]
 
 STEPS = 60
 HANGS_AFTER = 8
@@ -38,14 +34,10 @@ class Nodes:
     """A head that only drives, and nodes with room for one executor each."""
 
     def __init__(self):
-        from ray.cluster_utils import Cluster
-
-        self.cluster = Cluster(
-            initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False}
-        )
+        self.cluster = start_head(num_cpus=1)
 
     def add(self):
-        return self.cluster.add_node(num_cpus=2)
+        return self.cluster.add_node(num_cpus=2, **LEAN)
 
     def find(self, what, nodes):
         """The process of an actor and the node that it runs on."""
@@ -79,10 +71,16 @@ class Nodes:
         from ray._raylet import GcsClient
         from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
+        self.announced = self.worker()[1]
         client = GcsClient(address=self.cluster.gcs_address)
         deadline = int((time.time() + 600) * 1000)
         reason = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
-        client.drain_node(self.worker()[1].node_id, reason, "test", deadline)
+        client.drain_node(self.announced.node_id, reason, "test", deadline)
+
+    def kill_all(self):
+        """The last node with room, and the one whose end was announced."""
+        self.kill_node()
+        self.cluster.remove_node(self.announced, allow_graceful=False)
 
     def scraped(self):
         """What the metrics endpoints of all nodes say."""
@@ -99,11 +97,9 @@ class Nodes:
 @pytest.fixture
 def nodes(tmp_path, monkeypatch):
     """A head alone; what is set here reaches every process of theirs."""
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    for name, value in SETTINGS.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setenv("RAY_metrics_report_interval_ms", "1000")
-    # Ten idle processes less; and other users of the machine do not starve the workers.
-    monkeypatch.setenv("RAY_prestart_worker_first_driver", "0")
-    monkeypatch.setenv("RAY_worker_niceness", "0")
     monkeypatch.setenv("RAYTUNE_VLM_TEST_HANG", str(tmp_path / "hung"))
     monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).parent / 'hang'}:{cli_python_path()}")
     made = Nodes()
@@ -149,7 +145,7 @@ def outcome(folder):
     return digests, [(row["step"], row["loss"], row["grad_norm"]) for row in rows]
 
 
-def train_section(**changes):
+def experiment_sections():
     train = {
         "max_steps": STEPS,
         "warmup_steps": 2,
@@ -159,17 +155,15 @@ def train_section(**changes):
         "checkpoint_every": 5,
         "log_every": 1,
         "grace_s": 10 * PATIENCE,
+        "hang_timeout_s": 5 * PATIENCE,
     }
-    return {**train, **changes}
-
-
-def test_whatever_dies_the_run_goes_on_to_the_same_end(nodes, write_experiment):
-    for _ in range(4):
-        nodes.add()
-    train = train_section(hang_timeout_s=5 * PATIENCE)
     sweep = {"max_failures": 4, "max_wait_s": 60 * PATIENCE, "scheduler": {"type": "fifo"}}
-    file, root = write_experiment("faults", train=train, sweep=sweep)
-    folder, log = SweepFolder(root).trial("t0000"), file.with_suffix(".log")
+    return {"train": train, "sweep": sweep}
+
+
+@contextmanager
+def scraping(nodes):
+    """The gauges that the nodes show meanwhile: name, and whether it is the trial's."""
     seen, over = set(), threading.Event()
 
     def scrape():
@@ -179,7 +173,39 @@ def test_whatever_dies_the_run_goes_on_to_the_same_end(nodes, write_experiment):
 
     watcher = threading.Thread(target=scrape, daemon=True)
     watcher.start()
-    driver = start(nodes, file)
+    try:
+        yield seen
+    finally:
+        over.set()
+        watcher.join()
+
+
+@pytest.mark.timeout(1200)
+def test_whatever_dies_the_run_goes_on_or_is_resumed_to_the_same_end(nodes, write_experiment):
+    for _ in range(4):
+        nodes.add()
+    sections = experiment_sections()
+    file, root = write_experiment("faults", **sections)
+    folder, log = SweepFolder(root).trial("t0000"), file.with_suffix(".log")
+    with scraping(nodes) as seen:
+        driver = start(nodes, file)
+        what_the_driver_outlives(nodes, driver, folder, log)
+        what_ends_it_with_status_3(nodes, driver, file, folder)
+    # What is not known (None), as model FLOPs utilisation on a CPU, is no gauge.
+    last = read_json_lines(folder.metrics_file)[-1]
+    numbers = {name for name, value in last.items() if value is not None}
+    assert {name for name, of_trial in seen if of_trial} >= numbers
+    assert {name for name, _ in seen} >= {"executors_alive", "trials_running", "trials_ended"}
+
+    assert start(nodes, file).wait(240 * PATIENCE) == 0, log.read_text()
+    assert [row["step"] for row in read_json_lines(folder.metrics_file)] == [*range(1, STEPS + 1)]
+
+    quiet, quiet_root = write_experiment("quiet", **sections)
+    assert start(nodes, quiet).wait(240 * PATIENCE) == 0
+    assert outcome(folder) == outcome(SweepFolder(quiet_root).trial("t0000"))
+
+
+def what_the_driver_outlives(nodes, driver, folder, log):
     wait_for_step(folder, HANGS_AFTER, driver, log)
     began = time.monotonic()
     wait_for_step(folder, HANGS_AFTER + 1, driver, log)
@@ -205,30 +231,13 @@ def test_whatever_dies_the_run_goes_on_to_the_same_end(nodes, write_experiment):
     assert "nothing moved for" in said and "a node is about to go" in said
     # The hang and three deaths; who leaves its node in time has not failed.
     assert said.count("its worker died") == 4 and "attempt 5" in said and "attempt 6" not in said
-    assert driver.wait(240 * PATIENCE) == 0, log.read_text()
-    over.set()
-    watcher.join()
-    # What is not known (None), as model FLOPs utilisation on a CPU, is no gauge.
-    last = read_json_lines(folder.metrics_file)[-1]
-    numbers = {name for name, value in last.items() if value is not None}
-    assert {name for name, of_trial in seen if of_trial} >= numbers
-    assert {name for name, _ in seen} >= {"executors_alive", "trials_running", "trials_ended"}
-
-    quiet, quiet_root = write_experiment("quiet", train=train, sweep=sweep)
-    assert start(nodes, quiet).wait(240 * PATIENCE) == 0
-    assert outcome(folder) == outcome(SweepFolder(quiet_root).trial("t0000"))
 
 
-def test_what_ends_the_run_ends_it_with_status_3_and_it_is_resumed(nodes, write_experiment):
-    nodes.add()
-    sweep = {"max_wait_s": 45 * PATIENCE, "scheduler": {"type": "fifo"}}
-    file, root = write_experiment("ends", train=train_section(), sweep=sweep)
-    folder, log = SweepFolder(root).trial("t0000"), file.with_suffix(".log")
-    Path(os.environ["RAYTUNE_VLM_TEST_HANG"]).touch()  # nothing hangs here
+def what_ends_it_with_status_3(nodes, driver, file, folder):
+    log = file.with_suffix(".log")
 
-    def ends(fault, name):
+    def ends(driver, fault, name):
         """The line that the run ends with, after some steps and the fault."""
-        driver = start(nodes, file)
         wait_for_step(folder, last_step(folder) + 7, driver, log)
         began = time.monotonic()
         fault(driver)
@@ -238,17 +247,13 @@ def test_what_ends_the_run_ends_it_with_status_3_and_it_is_resumed(nodes, write_
         assert line.startswith(("error: ", "stopped")), log.read_text()
         return line
 
-    line = ends(lambda driver: nodes.kill_node(), "last node")
+    line = ends(driver, lambda driver: nodes.kill_all(), "last node")
     assert "executor-0 has had no workers for" in line and "it asks for 1 x 2 CPU" in line
     assert "1 CPU and 0 GPU on 1 nodes" in line and "dead: none" not in line and "resume" in line
     nodes.add()
 
-    line = ends(lambda driver: nodes.kill_board(), "board")
+    line = ends(start(nodes, file), lambda driver: nodes.kill_board(), "board")
     assert "the board died" in line and "resume" in line
 
-    ends(lambda driver: driver.send_signal(signal.SIGTERM), "SIGTERM")
-    done = last_step(folder)
-    assert folder.checkpoint(done).exists(), "a step was lost"
-
-    assert start(nodes, file).wait(240 * PATIENCE) == 0, log.read_text()
-    assert [row["step"] for row in read_json_lines(folder.metrics_file)] == [*range(1, STEPS + 1)]
+    ends(start(nodes, file), lambda driver: driver.send_signal(signal.SIGTERM), "SIGTERM")
+    assert folder.checkpoint(last_step(folder)).exists(), "a step was lost"

@@ -6,19 +6,16 @@ import os
 import signal
 import subprocess
 import time
+from contextlib import suppress
 
+import psutil
 import pytest
+from clusters import OF_A_CLUSTER, SETTINGS, start_head, train_workers
 from made import cli_command, cli_environment
 
 from raytune_vlm.records import SweepFolder, read_json_lines
 
-pytestmark = [
-    pytest.mark.integration,
-    pytest.mark.slow,
-    # Ray's `Cluster` leaves sockets and processes to the garbage collector.
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, *OF_A_CLUSTER]
 
 PATIENCE = float(os.environ.get("RAYTUNE_VLM_TEST_PATIENCE", "1"))
 
@@ -26,13 +23,9 @@ PATIENCE = float(os.environ.get("RAYTUNE_VLM_TEST_PATIENCE", "1"))
 @pytest.fixture
 def cluster(monkeypatch):
     """A node of two CPUs, which two executors take whole."""
-    from ray.cluster_utils import Cluster
-
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    monkeypatch.setenv("RAY_prestart_worker_first_driver", "0")
-    monkeypatch.setenv("RAY_worker_niceness", "0")
-    head = {"num_cpus": 2, "include_dashboard": False}
-    made = Cluster(initialize_head=True, head_node_args=head)
+    for name, value in SETTINGS.items():
+        monkeypatch.setenv(name, value)
+    made = start_head(num_cpus=2)
     yield made
     made.shutdown()
 
@@ -84,12 +77,19 @@ def test_sweeps_on_one_cluster_leave_each_other_alone(cluster, write_experiment,
     for name in ("one", "two", "late"):
         files[name], roots[name] = write_experiment(name, **sections)
     drivers = Drivers(cluster, tmp_path)
+    asleep = []  # they hold a CPU without using it, which the others start sooner for
     try:
         one = drivers.start("one", "sweep", files["one"])
         drivers.wait("one", lambda: last_step(roots["one"]))
+        first = put_to_sleep(asleep)
         two = drivers.start("two", "sweep", files["two"])
-        # The executors then hold every CPU, and both sweeps go on.
         drivers.wait("two", lambda: last_step(roots["two"]))
+        second = put_to_sleep(asleep)
+        # The executors hold every CPU, and both sweeps go on.
+        done = last_step(roots["one"])
+        first.resume()
+        drivers.wait("one", lambda: last_step(roots["one"]) > done)
+        first.suspend()
 
         assert drivers.start("again", "resume", roots["one"]).wait(60 * PATIENCE) == 2
         assert f"is driven by process {one.pid} on" in drivers.says("again")
@@ -97,11 +97,13 @@ def test_sweeps_on_one_cluster_leave_each_other_alone(cluster, write_experiment,
         drivers.start("late", "sweep", files["late"])
         line = "executors: waiting for 1 CPU: CPU 2 of 2 in use"
         drivers.wait("late", lambda: line in drivers.says("late"))
+        first.resume()
         one.kill()
         drivers.wait("late", lambda: last_step(roots["late"]))
         assert "what was waited for is there" in drivers.says("late")
 
         done = last_step(roots["two"])
+        second.resume()
         drivers.wait("two", lambda: last_step(roots["two"]) > done + 2)
         two.send_signal(signal.SIGTERM)
         assert two.wait(120 * PATIENCE) == 3, drivers.says("two")
@@ -109,3 +111,14 @@ def test_sweeps_on_one_cluster_leave_each_other_alone(cluster, write_experiment,
         for driver in drivers.started:
             driver.kill()
             driver.wait()
+        for worker in asleep:
+            with suppress(psutil.NoSuchProcess):
+                worker.resume()
+
+
+def put_to_sleep(asleep):
+    """Stop the one training process that is not among those asleep, where it stands."""
+    (worker,) = (each for each in train_workers() if each not in asleep)
+    worker.suspend()
+    asleep.append(worker)
+    return worker

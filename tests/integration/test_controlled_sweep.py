@@ -8,6 +8,7 @@ import time
 import optuna
 import pytest
 from click.testing import CliRunner
+from clusters import OF_A_CLUSTER
 from made import cli_command, cli_environment
 
 from raytune_vlm.cli import cli
@@ -15,7 +16,12 @@ from raytune_vlm.errors import ConfigError
 from raytune_vlm.records import SweepFolder, read_json_lines
 from raytune_vlm.sweep.ledger import replay
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow]
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.slow,
+    pytest.mark.usefixtures("ray_cluster"),
+    *OF_A_CLUSTER,
+]
 
 SWEEP = {
     "num_trials": 40,

@@ -106,7 +106,8 @@ def check_stop_and_resume(cluster, write_experiment):
     work = file.parent
     address = ("--address", cluster)
     # Long enough that it still searches when it is stopped.
-    said = run_cli("submit", file, "train.max_steps=30", *address, "--working-dir", work).stdout
+    longer = ("train.max_steps=30", "sweep.num_replicates=0")
+    said = run_cli("submit", file, *longer, *address, "--working-dir", work).stdout
     assert f"job from-a-job: its sweep folder is {folder}" in said
 
     assert re.search("from-a-job: (PENDING|RUNNING)", run_cli("status", folder, *address).stdout)

@@ -5,13 +5,18 @@ from __future__ import annotations
 import subprocess
 import time
 
-import psutil
 import pytest
+from clusters import OF_A_CLUSTER, train_workers
 from made import cli_command, cli_environment, run_cli
 
 from raytune_vlm.records import SweepFolder, read_json_lines
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow]
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.slow,
+    pytest.mark.usefixtures("ray_cluster"),
+    *OF_A_CLUSTER,
+]
 
 TRAIN = {"max_steps": 8, "warmup_steps": 2, "batch_size": 6, "micro_batch_size": 4, "log_every": 1}
 SWEEP = {
@@ -61,11 +66,7 @@ def sweep_that_loses_its_worker(file, folder):
     while not (folder / "ledger.jsonl").exists() or not events(folder, "scored"):
         assert driver.poll() is None and time.monotonic() < end
         time.sleep(0.02)
-    (worker,) = (
-        process
-        for process in psutil.Process(driver.pid).children(recursive=True)
-        if "TrainWorker" in " ".join(process.cmdline())
-    )
+    (worker,) = train_workers()
     worker.kill()
     shown, _ = driver.communicate(timeout=300)
     assert driver.returncode == 0, shown

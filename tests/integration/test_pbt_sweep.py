@@ -7,6 +7,7 @@ import subprocess
 import time
 
 import pytest
+from clusters import OF_A_CLUSTER
 from made import cli_command, cli_environment, run_cli
 
 from raytune_vlm.config.loader import load_experiment
@@ -14,7 +15,12 @@ from raytune_vlm.records import SweepFolder, read_json_lines
 from raytune_vlm.sweep.ledger import apply_event, replay
 from raytune_vlm.sweep.population import Population
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow]
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.slow,
+    pytest.mark.usefixtures("ray_cluster"),
+    *OF_A_CLUSTER,
+]
 
 RATE = "train.learning_rate"
 SWEEP = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 
 import pytest
+from clusters import OF_A_CLUSTER
 from made import run_cli
 
 from raytune_vlm.errors import ConfigError
@@ -12,7 +13,12 @@ from raytune_vlm.models.trust import OPTION, code_digest
 from raytune_vlm.records import SweepFolder, read_json
 from raytune_vlm.sweep.runner import recorded_experiment
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow]
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.slow,
+    pytest.mark.usefixtures("ray_cluster"),
+    *OF_A_CLUSTER,
+]
 
 
 def test_train_with_the_option_and_nothing_after_it_without(tiny_model, tmp_path, write_experiment):
