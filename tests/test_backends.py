@@ -18,25 +18,22 @@ import pytest
 import torch
 import torch.distributed as dist
 from backend_worker import carry_out
-from made import cli_environment, experiment, picture, turn
+from made import cli_environment, experiment, turn, write_split
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
 from raytune_vlm.collate.batch import PixelTable, collate
 from raytune_vlm.collate.encode import Encoder
 from raytune_vlm.collate.encoded import SampleRefused
-from raytune_vlm.collate.pixels import PIXEL_NAMES
 from raytune_vlm.config import ExperimentConfig
 from raytune_vlm.config.evaluation import EvaluationConfig
 from raytune_vlm.config.model import ModelConfig
 from raytune_vlm.config.train import DeepSpeedConfig, Fsdp2Config
 from raytune_vlm.errors import ConfigError
 from raytune_vlm.evaluate.generate import generate
-from raytune_vlm.images import encode_png
 from raytune_vlm.models.loading import load_base
 from raytune_vlm.models.lora import scope_of
 from raytune_vlm.models.tiny import BUILDERS
-from raytune_vlm.prepare.store import RowWriter, encoded_to_row, write_index
 from raytune_vlm.train.backends import BACKENDS
 from raytune_vlm.train.packages import check_packages
 from raytune_vlm.train.run import Run, TrainingData
@@ -97,39 +94,6 @@ def recipes(setting):
 def skip_if_absent(setting):
     if setting not in PRESENT:
         pytest.skip("deepspeed is not installed")
-
-
-def write_split(base, folder, name):
-    """Samples of which three in four have no image."""
-    encoder = Encoder(base.processor, base.family)
-    (folder / "shard").mkdir(parents=True, exist_ok=True)
-    index = []
-    with RowWriter(folder / "shard" / f"{name}.arrow") as writer:
-        for number in range(12 if name == "train" else 7):
-            images = [picture(number)] if number % 4 == 0 else []
-            question = turn("user", "q" * (number % 5 + 1), images=len(images))
-            answer = turn("assistant", "answer"[: number % 6 + 1])
-            if name == "train":
-                encoded = encoder.training([question, answer], images)
-            else:
-                encoded = encoder.prompt([question], images)
-            for pixels in PIXEL_NAMES:
-                encoded.tensors.pop(pixels, None)
-            counts = {"num_media": 0, "num_bytes": 100, "num_pixel_bytes": 0}
-            index.append(
-                {
-                    **{"split": name, "shard": "shard", "row": number, "source": 0},
-                    **{"images_id": "", "truncated": False, "origin": "", **counts},
-                    **{"sample_id": f"s{number}", "group_id": f"g{number}"},
-                    "length": len(encoded.input_ids),
-                    "num_labelled": encoded.num_labelled,
-                    "num_images": len(images),
-                }
-            )
-            texts = {"sample_id": f"s{number}", "group_id": "", "prompt": "", "reference": ""}
-            pictures = [encode_png(image) for image in images]
-            writer.add({**texts, "images": pictures, **encoded_to_row(encoded)})
-    return index
 
 
 class Runs:
@@ -193,10 +157,7 @@ class Runs:
 @pytest.fixture(scope="module")
 def runs(tiny_model, tiny_base, tmp_path_factory):
     base, folder = tiny_base("idefics3"), tmp_path_factory.mktemp("backends")
-    index = [
-        row for name in ("train", "report") for row in write_split(base, folder / "store", name)
-    ]
-    write_index(folder / "store" / "index.arrow", index)
+    write_split(base, folder / "store", "train", "report")
     return Runs(tiny_model("idefics3"), folder)
 
 

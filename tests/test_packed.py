@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from made import experiment
+from made import experiment, write_split
 
+from raytune_vlm.errors import InfrastructureError
 from raytune_vlm.packed.host import Host
 from raytune_vlm.packed.planner import Probe, chosen, measure, why_no_more
 from raytune_vlm.packed.routing import _Adding
 from raytune_vlm.packed.slot import Slot
+from raytune_vlm.prepare.store import open_split
+from raytune_vlm.records import read_json
 from raytune_vlm.train.batches import TrainingData
 from raytune_vlm.train.run import Run
 from raytune_vlm.train.world import World
@@ -160,6 +163,36 @@ def test_out_of_memory_packs_fewer_slots_and_the_results_stay(make, tiny_base):
         assert distance(weights(slot), adapter) <= 1e-4
 
 
+def test_out_of_memory_on_a_sharded_base_ends_this_life_and_the_next_packs_fewer(
+    make, tiny_base, tmp_path
+):
+    base, file = tiny_base("idefics3"), tmp_path / "packing.json"
+    # One rank of two, by itself; the base is not really cut up.
+    sharded = {"train.backend": "fsdp2", "train.num_workers": 2}
+    slots = [make.slot("idefics3", RECIPES[number] | sharded) for number in (0, 1, 3)]
+    error = torch.OutOfMemoryError("too many rows")
+
+    def fail(*_):
+        raise error
+
+    embedding = base.model.get_input_embeddings()
+    host = Host(base, "fast", limit_file=file)
+    hook = embedding.register_forward_pre_hook(fail)
+    with pytest.raises(InfrastructureError, match="3 slots at once on rank 0"):
+        host.step(slots)
+    assert read_json(file) == {"together": 2}
+    error = RuntimeError("the connection to rank 1 is closed")
+    with pytest.raises(RuntimeError, match="rank 1 is closed"):
+        host.step(slots)
+    hook.remove()
+    assert read_json(file) == {"together": 2}, "it says nothing of the slots"
+    rows = []
+    hook = embedding.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    Host(base, "fast", limit_file=file).step(slots)
+    hook.remove()
+    assert max(rows) == 16
+
+
 def test_recomputed_activations_draw_the_same_dropout(make, tiny_base):
     expected = [alone(make, "qwen2_5_vl", RECIPES[number])[1] for number in (1, 5)]
     base = tiny_base("qwen2_5_vl")
@@ -192,6 +225,18 @@ def test_a_slot_goes_on_alone_from_its_checkpoint(make, tiny_base, tmp_path):
     run.close()
 
 
+def test_text_is_not_packed_with_images_that_change_its_answer(tiny_base, tiny_split, tmp_path):
+    base = tiny_base("mllama")
+    write_split(base, tmp_path / "store", "train")
+    mixed = open_split(tmp_path / "store", tmp_path / "store" / "index.arrow", "train")
+    found = []
+    for split in (mixed, tiny_split("mllama")):
+        run = Run(base, split, experiment(lora={"rank": 2}), World(), TrainingData("d"))
+        found.append(Host(base, "fast").obstacle(run))
+        run.close()
+    assert found == ["mllama answers text otherwise beside others' images", None]
+
+
 def test_slots_are_added_while_they_pay():
     def probes(*speeds):
         return [Probe(2**power, speed) for power, speed in enumerate(speeds)]
@@ -203,6 +248,8 @@ def test_slots_are_added_while_they_pay():
     assert why_no_more(probes(10.0, 18.0), 8, None) is None
     assert why_no_more(probes(10.0, 18.0, 18.5), 8, None) == "4 gained +3% over 2"
     assert "more than the 7 trials" in (why_no_more(probes(10.0, 18.0, 25.0), 7, None) or "")
+    assert why_no_more(probes(10.0), 8, None, together=1) == "more than 1 did not fit before"
+    assert why_no_more(probes(10.0), 8, None, together=2) is None
     near = [Probe(1, 10.0, 40), Probe(2, 18.0, 50)]
     assert why_no_more(near, 8, 78) is None  # four would take 70
     assert "would take" in (why_no_more(near, 8, 77) or "")
@@ -212,8 +259,9 @@ def test_the_planner_measures_runs_and_takes_them_off(make, tiny_base):
     base = tiny_base("idefics3")
     before = {name: id(module) for name, module in base.model.named_modules()}
     beats = []
+    host = Host(base, "fast")
     probes, reason = measure(
-        base, lambda number: make("idefics3", {"seed": number}), "cpu", 2, lambda: beats.append(1)
+        host, lambda number: make("idefics3", {"seed": number}), World(), 2, lambda: beats.append(1)
     )
     assert [probe.slots for probe in probes] == [1, 2] and len(beats) == 8
     assert all(probe.tokens_per_second > 0 for probe in probes) and reason

@@ -246,10 +246,10 @@ class ExperimentConfig(Section):
     @model_validator(mode="after")
     def _slots_fit(self) -> "ExperimentConfig":
         train, slots = self.train, self.sweep.slots
-        if slots != 1 and (train.num_workers > 1 or train.backend != "ddp"):
+        if slots != 1 and train.backend == "deepspeed":
             raise ValueError(
-                f"sweep.slots={slots} needs train.num_workers=1 and train.backend=ddp, got "
-                f"{train.num_workers} and {train.backend}: slots share the base of one process"
+                f"sweep.slots={slots} and train.backend=deepspeed exclude each other: its engine "
+                "is one trial's; use train.backend=fsdp2 or ddp"
             )
         return self
 

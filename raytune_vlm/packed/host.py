@@ -4,6 +4,9 @@
 their micro-batches into one, the base works on all rows at once and every row goes through its own
 slot's adapter (`routing`): equal to rounding. Loss, clipping, update, learning rate and data cursor
 are each slot's own either way.
+
+Several workers do the same slots in the same order, each its part of every slot's global batch. A
+packed step adds up losses and gradients of all its slots in one message each.
 """
 
 from __future__ import annotations
@@ -11,15 +14,23 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
+from pathlib import Path
 from typing import Literal, TypeVar
 
 import torch
 
 from raytune_vlm.collate.arrays import IGNORED
 from raytune_vlm.collate.features import drops
-from raytune_vlm.errors import first_line
+from raytune_vlm.errors import (
+    AuditFailed,
+    InfrastructureError,
+    ModelError,
+    TrialDiverged,
+    first_line,
+)
 from raytune_vlm.models.loading import Base
 from raytune_vlm.models.lora import unmixable
 from raytune_vlm.packed.routing import Share, routed
@@ -27,15 +38,42 @@ from raytune_vlm.packed.slot import Slot
 from raytune_vlm.packed.super_batch import joined, length, num_rows
 from raytune_vlm.packed.update import Gradients
 from raytune_vlm.prepare.feed import MicroBatch
+from raytune_vlm.records import read_json, write_json
+from raytune_vlm.train.backends import BACKENDS
+from raytune_vlm.train.backends.ddp import add_up
 from raytune_vlm.train.memory import infeasible_without_memory
 from raytune_vlm.train.output_layer import TokenLosses
 from raytune_vlm.train.run import Run
-from raytune_vlm.train.step_metrics import StepMetrics, Sums
+from raytune_vlm.train.step_metrics import StepMetrics, Sums, over_ranks
+from raytune_vlm.train.world import World
 
 _Found = TypeVar("_Found")
 Mode = Literal["exact", "fast"]
 Outcome = StepMetrics | Exception
 """What a step gave: its metrics, or the error that ends this slot's trial and no other."""
+
+ONE_WORKER = World()
+
+MET_BY_ALL = (TrialDiverged, AuditFailed)
+"""What ends a trial on every worker in the same step; any other error may be of one alone."""
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """Why a packed step failed on a rank."""
+
+    what: str
+    fewer: int
+    """How many slots to pack from here on."""
+    quoted: str
+
+    @classmethod
+    def of(cls, error: Exception, count: int) -> _Failure:
+        """What an error with so many slots says."""
+        if isinstance(error, torch.OutOfMemoryError):
+            fewer = (count + 1) // 2 if count > 2 else 1
+            return cls("out of memory", fewer, first_line(error))
+        return cls(type(error).__name__, 1, first_line(error))
 
 
 def step_alone(run: Run) -> Outcome:
@@ -53,11 +91,19 @@ class Host:
     ----------
     base
         The resident base; every slot's run was made on it.
+    world
+        This worker's place; every rank calls the same methods with the same slots.
+    limit_file
+        Where `together` is kept for workers that start again; None: nowhere.
     """
 
-    def __init__(self, base: Base, mode: Mode) -> None:
-        self._base, self._mode = base, mode
-        self._together: int | None = None
+    def __init__(
+        self, base: Base, mode: Mode, world: World = ONE_WORKER, *, limit_file: Path | None = None
+    ) -> None:
+        self._base, self._mode, self._world = base, mode, world
+        self._limit_file = limit_file
+        self.together: int | None = world.broadcast(self._kept())
+        """The most slots of a packed step, once more were too many; the same on all ranks."""
         self._drops = any(map(drops, base.model.modules()))
         self._losses = TokenLosses(base.model)
         self.notes: list[str] = []
@@ -68,16 +114,27 @@ class Host:
         experiment = run.experiment
         if experiment.model.dtype == "float16":
             return "model.dtype=float16: every trial scales its loss itself"
+        if experiment.train.fsdp2.compute_dtype == "float16":
+            return "train.fsdp2.compute_dtype=float16: every trial scales its loss itself"
         if experiment.train.pack_tokens is not None:
             return "train.pack_tokens: a row holds several samples"
         if experiment.train.distillation.is_on:
             return "train.distillation: its output layer is used in chunks of its own tokens"
+        if not self._base.family.text_beside_images and run.batches.may_lack_images:
+            return f"{self._base.family.model_type} answers text otherwise beside others' images"
         if self._drops:
             return f"{self._base.family.model_type} has dropout of its own, the same for all rows"
         return unmixable(experiment.lora)
 
     def step(self, slots: Sequence[Slot]) -> list[Outcome]:
-        """One optimizer step of each slot, in their order."""
+        """One optimizer step of each slot, in their order.
+
+        Raises
+        ------
+        Exception
+            With several workers, or on a sharded base: what may have struck one rank alone. The
+            others wait for it or are about to, so all have to start again.
+        """
         outcomes: dict[int, Outcome] = {}
         waiting = list(range(len(slots)))
         while waiting:
@@ -101,38 +158,74 @@ class Host:
             if slot.run.config.activation_checkpointing == recomputed
             and self.obstacle(slot.run) is None
         ]
-        return alike[: self._together]
+        return alike[: self.together]
 
     def _step(self, slots: Sequence[Slot]) -> list[Outcome] | None:
         """One step of slots that fit together; None if it has to be tried again with fewer."""
         if len(slots) == 1:
             with slots[0].mounted() as run:
-                return [step_alone(run)]
+                return [self._own(step_alone(run))]
         began = time.monotonic()
         states = [slot.random.state for slot in slots]
+        failure, gradients = None, None
         try:
             sums = self._gradients(slots)
-            gradients = Gradients([slot.flat for slot in slots])
+            if self._world.size == 1:  # else they are not whole yet
+                gradients = Gradients([slot.flat for slot in slots])
         except Exception as error:
+            self._leave_if_sharded(slots, error)
+            sums, failure = [Sums(failed=1.0) for _ in slots], _Failure.of(error, len(slots))
+        sums = over_ranks(sums, self._world)
+        if sums[0].failed:
             for slot, state in zip(slots, states, strict=True):
                 slot.random.state = state
                 slot.run.forget_gradients()
-            self._pack_fewer(len(slots), error)
+            self._pack_fewer(len(slots), failure)
             return None
-        return _finished(slots, sums, gradients, began)
+        if gradients is None:
+            add_up([parameter for slot in slots for parameter in slot.trained], self._world)
+            gradients = Gradients([slot.flat for slot in slots])
+        return [self._own(outcome) for outcome in _finished(slots, sums, gradients, began)]
 
-    def _pack_fewer(self, count: int, error: Exception) -> None:
-        """A trial is to blame only for what it does alone."""
-        if isinstance(error, torch.OutOfMemoryError):
-            self._together, what = (count + 1) // 2 if count > 2 else 1, "out of memory"
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-        else:
-            self._together, what = 1, type(error).__name__
+    def _own(self, outcome: Outcome) -> Outcome:
+        """An outcome, unless the next slot must not be begun after it: see `step`."""
+        harmless = isinstance(outcome, MET_BY_ALL) or self._world.size == 1
+        if isinstance(outcome, Exception) and not harmless:
+            raise outcome
+        return outcome
+
+    def _pack_fewer(self, count: int, failure: _Failure | None) -> None:
+        """A trial is to blame only for what it does alone. `failure`: this rank's, if any."""
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        met = [found for found in self._world.gather(failure) if found is not None]
+        worst = min(met, key=lambda found: found.fewer)
+        self.together = worst.fewer
         self.notes.append(
-            f"{what} with {count} slots at once: {self._together} from here on "
-            f"({first_line(error)})"
+            f"{worst.what} with {count} slots at once: {worst.fewer} from here on ({worst.quoted})"
         )
+
+    def _leave_if_sharded(self, slots: Sequence[Slot], error: Exception) -> None:
+        """End this life of the trials where the other ranks wait inside the model; see `step`."""
+        config = slots[0].run.config
+        if not BACKENDS[config.backend].is_sharded(config):
+            return
+        if not isinstance(error, torch.OutOfMemoryError | ModelError):
+            raise error  # perhaps that another rank has gone: it says nothing of the slots
+        failure = _Failure.of(error, len(slots))
+        if self._limit_file is not None:
+            known = [n for n in (self._kept(), failure.fewer) if n is not None]
+            write_json(self._limit_file, {"together": min(known)})
+        raise InfrastructureError(
+            f"{failure.what} with {len(slots)} slots at once on rank {self._world.rank} with "
+            f"backend={config.backend}: the trials start again with {failure.fewer} at once "
+            f"({failure.quoted})"
+        )
+
+    def _kept(self) -> int | None:
+        if self._limit_file is None or not self._limit_file.exists():
+            return None
+        return max(1, int(read_json(self._limit_file)["together"]))
 
     def _gradients(self, slots: Sequence[Slot]) -> list[Sums]:
         """Gradients of each slot's global batch, and what it summed up."""

@@ -1,6 +1,7 @@
 """How many slots pay, measured on the base itself before a sweep starts.
 
-Twice as many at a time, until the last doubling gained too little or the next would not fit.
+Twice as many at a time, until the last doubling gained too little or the next would not fit. With
+several workers the time is rank 0's, the memory that of the fullest GPU.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ from itertools import pairwise
 
 import torch
 
-from raytune_vlm.models.loading import Base
 from raytune_vlm.packed.host import Host
 from raytune_vlm.packed.slot import Slot
 from raytune_vlm.train.run import Run
 from raytune_vlm.train.step_metrics import StepMetrics
+from raytune_vlm.train.world import World
 
 LEAST_GAIN = 0.05
 """More tokens a second that a doubling has to bring, as a share."""
@@ -36,13 +37,13 @@ class Probe:
     tokens_per_second: float
     """Tokens of all slots, padding not counted."""
     peak_bytes: int | None = None
-    """The most that torch had allocated on the GPU; None on CPU."""
+    """The most that torch had allocated on a GPU; None on CPU."""
 
 
 def measure(
-    base: Base,
+    host: Host,
     make: Callable[[int], Run],
-    device: str,
+    world: World,
     most: int,
     go_on: Callable[[], object] = lambda: None,
 ) -> tuple[list[Probe], str]:
@@ -50,6 +51,8 @@ def measure(
 
     Parameters
     ----------
+    host
+        Of mode `fast`.
     make
         Makes the run of the n-th slot.
     most
@@ -62,33 +65,42 @@ def measure(
     RaytuneVlmError
         What ends a trial by itself: the audit of its first step fails, say.
     """
-    host = Host(base, "fast")
     slots: list[Slot] = []
     probes: list[Probe] = []
-    total = torch.cuda.get_device_properties(device).total_memory if _is_gpu(device) else None
+    device, is_gpu = world.device, world.device.startswith("cuda")
+    total = torch.cuda.get_device_properties(device).total_memory if is_gpu else None
+    total = world.broadcast(total)
     try:
-        while (reason := why_no_more(probes, most, total)) is None:
+        while (reason := why_no_more(probes, most, total, host.together)) is None:
             for number in range(len(slots), 2 * probes[-1].slots if probes else 1):
                 slots.append(Slot(make(number), device))
-            if _is_gpu(device):
+            if is_gpu:
                 torch.cuda.reset_peak_memory_stats(device)
             _steps(host, slots, 1, go_on)
             seconds, tokens = _steps(host, slots, STEPS, go_on)
             if host.notes:
-                return probes, host.notes[0]
-            peak = torch.cuda.max_memory_allocated(device) if _is_gpu(device) else None
-            probes.append(Probe(len(slots), tokens / seconds, peak))
+                reason, host.notes = host.notes[0], []
+                return probes, reason
+            peak = max(world.gather(torch.cuda.max_memory_allocated(device))) if is_gpu else None
+            probes.append(Probe(len(slots), tokens / world.broadcast(seconds), peak))
     finally:
         for slot in slots:
             slot.close()
     return probes, reason
 
 
-def why_no_more(probes: Sequence[Probe], most: int, total_bytes: int | None) -> str | None:
-    """Why twice as many slots as in the last probe are not tried; None if they are."""
+def why_no_more(
+    probes: Sequence[Probe], most: int, total_bytes: int | None, together: int | None = None
+) -> str | None:
+    """Why twice as many slots as in the last probe are not tried; None if they are.
+
+    `together`: so many fit at once, as was found before.
+    """
     if not probes:
         return None
     last = probes[-1]
+    if together is not None and 2 * last.slots > together:
+        return f"more than {together} did not fit before"
     if 2 * last.slots > most:
         return f"{2 * last.slots} would be more than the {most} trials of each executor"
     if len(probes) > 1:
@@ -128,7 +140,3 @@ def _steps(
                 raise outcome
             tokens += outcome.tokens
     return time.monotonic() - began, tokens
-
-
-def _is_gpu(device: str) -> bool:
-    return device.startswith("cuda")

@@ -27,6 +27,8 @@ class Slot:
         self.layers = lora_layers(run.model)
         """Full name in the base -> PEFT's layer."""
         self.flat = Flat(run.optimizer)
+        self.trained = [p for p in run.model.parameters() if p.requires_grad]
+        """In the same order on every rank."""
         self._wrapped = wrapped(run.model)
         self._base = run.model.get_base_model()
         self._park()

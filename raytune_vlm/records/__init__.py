@@ -9,6 +9,7 @@ a copied folder can be read without Ray and without torch:
       lease.json             who drives this sweep
       control/               requests to the driver that it has not taken yet
       study.db               Optuna storage
+      packing.json           how many slots fit at once, where a sharded base found too many
       result.json            the decision (`SweepResult`), written last
       data/                  manifest.json, plan.json, quarantine.jsonl, overlap.jsonl,
                              gallery/<sample_id>.jpg
@@ -319,6 +320,8 @@ class SweepFolder:
         self.control = self.root / "control"
         """Requests to the driver, until it has taken them: `raytune-vlm control`."""
         self.study_file = self.root / "study.db"
+        self.packing_file = self.root / "packing.json"
+        """`together`: see `packed.host.Host`."""
         self.result_file = self.root / "result.json"
         self.data = self.root / "data"
         self.manifest_file = self.data / "manifest.json"

@@ -77,6 +77,7 @@ def run_plan(worker: Worker, job: Job) -> None:
         )
 
     most = math.ceil(experiment.sweep.num_trials / experiment.sweep.num_executors)
-    probes, reason = measure(worker.base, make, worker.world.device, most, worker.beat)
+    assert worker.host is not None, "slots=auto has a host"
+    probes, reason = measure(worker.host, make, worker.world, most, worker.beat)
     found = {"slots": chosen(probes), "probes": [asdict(probe) for probe in probes]}
     worker.report(job, {**found, "reason": reason, "done": True})

@@ -140,7 +140,12 @@ class Worker:
         self._lives: dict[str, Life] = {}
         """The trials in training, by their jobs' ids."""
         sweep = self.experiment.sweep
-        self._host = Host(self.base, sweep.packing) if sweep.slots != 1 else None
+        self.host: Host | None = None
+        if sweep.slots != 1:
+            kept = self.folder.packing_file
+            self.host = Host(self.base, sweep.packing, self.world, limit_file=kept)
+            if self.host.together is not None:
+                self._note(f"{self.host.together} slots at once: more did not fit before")
         # Where it is to be found out, the board sees to it.
         self._most = MOST_SLOTS if sweep.slots == "auto" else sweep.slots
         self._asked = self._looked = 0.0
@@ -207,18 +212,16 @@ class Worker:
 
     def _take(self) -> Job | str | None:
         """The next job for all ranks, if there is a slot for it; waits only where all are free."""
-        now = time.monotonic()
         if self._leaves or len(self._lives) >= self._most:
             return IDLE
-        if self._lives and now - self._asked < PUSH_EVERY_S:
-            return IDLE
-        job = None
-        if self.world.rank == 0:
+        now, job = time.monotonic(), IDLE
+        # Rank 0 alone looks at its clock: two clocks could say different things.
+        if self.world.rank == 0 and not (self._lives and now - self._asked < PUSH_EVERY_S):
             limit = self.experiment.train.hang_timeout_s
             wait_s = 0.0 if self._lives else min(TAKE_WAIT_S, limit)
             take = self.setup.board.take
             job = ray.get(take.remote(self.setup.name, wait_s, list(self._lives)))
-        self._asked = now if job == IDLE else 0.0
+            self._asked = now if job == IDLE else 0.0
         found: Job | str | None = self.world.broadcast(job)
         return found
 
@@ -246,11 +249,11 @@ class Worker:
         run = next(turns, None)
         if run is None:
             return None
-        if self._host and self.experiment.sweep.packing == "fast":
-            obstacle = self._host.obstacle(run)
+        if self.host and self.experiment.sweep.packing == "fast":
+            obstacle = self.host.obstacle(run)
             if obstacle is not None:
                 self._note(f"{job.job_id} steps by itself: {obstacle}")
-        return Life(job, turns, run, self.world.device, parked=self._host is not None)
+        return Life(job, turns, run, self.world.device, parked=self.host is not None)
 
     def _turn(self) -> None:
         """One step of every trial, and what follows from it."""
@@ -260,13 +263,18 @@ class Worker:
         if not lives:
             return
         began = time.monotonic()
-        if self._host is None:
+        if self.host is None:
             outcomes = [step_alone(life.run) for life in lives]
         else:
-            outcomes = self._host.step([life.slot for life in lives if life.slot is not None])
-            for note in self._host.notes:
+            try:
+                outcomes = self.host.step([life.slot for life in lives if life.slot is not None])
+            except Exception as error:  # perhaps of this rank alone; see `_part`
+                if failure := storage_failure(error, self.folder):
+                    ray.get(self.setup.board.halt.remote(failure))
+                raise
+            for note in self.host.notes:
                 self._note(note)
-            self._host.notes = []
+            self.host.notes = []
         seconds = (time.monotonic() - began) / len(lives)
         for life, outcome in zip(lives, outcomes, strict=True):
             turn = Turn(outcome, seconds)

@@ -82,6 +82,8 @@ class Sums:
     kl_divergence: float = 0.0
     out_of_memory: float = 0.0
     """Ranks that ran out of memory."""
+    failed: float = 0.0
+    """Ranks on which a packed pass failed, for want of memory or otherwise."""
     fed_tokens: float = 0.0
     waited: float = 0.0
     """Seconds that ranks waited for micro-batches."""
@@ -90,12 +92,17 @@ class Sums:
 
     def over_ranks(self, world: World) -> Sums:
         """The sums of all ranks, on every rank."""
-        if world.size == 1:
-            return self
-        message = torch.tensor(list(asdict(self).values()), dtype=torch.float64)
-        message = message.to(world.device)
-        torch.distributed.all_reduce(message)
-        return Sums(*message.tolist())
+        return over_ranks([self], world)[0]
+
+
+def over_ranks(mine: Sequence[Sums], world: World) -> list[Sums]:
+    """Each over all ranks, on every rank, in one message; as many on every rank."""
+    if world.size == 1:
+        return list(mine)
+    rows = [list(asdict(sums).values()) for sums in mine]
+    message = torch.tensor(rows, dtype=torch.float64).to(world.device)
+    torch.distributed.all_reduce(message)
+    return [Sums(*row) for row in message.tolist()]
 
 
 def merged(steps: Sequence[StepMetrics]) -> StepMetrics:

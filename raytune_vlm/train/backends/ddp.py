@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -53,24 +54,8 @@ class Ddp:
         self._scaler.scale(loss).backward()
 
     def add_up(self) -> None:
-        """See `Backend`. What has a gradient on no rank keeps none, as on a single worker."""
-        if self._world.size == 1:
-            return
-        parameters = self._parameters
-        present = torch.tensor([float(p.grad is not None) for p in parameters])
-        flat = torch.cat(
-            [
-                (torch.zeros_like(p) if p.grad is None else p.grad).flatten().float()
-                for p in parameters
-            ]
-        )
-        present = present.to(flat.device)
-        torch.distributed.all_reduce(present)
-        torch.distributed.all_reduce(flat)
-        pieces = flat.split([p.numel() for p in parameters])
-        for parameter, piece, count in zip(parameters, pieces, present.tolist(), strict=True):
-            if count:
-                parameter.grad = piece.view_as(parameter).to(parameter.dtype)
+        """See `Backend`."""
+        add_up(self._parameters, self._world)
 
     def clip(self) -> float:
         """See `Backend`."""
@@ -123,3 +108,22 @@ class Ddp:
         for parameter in self._parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
+
+
+def add_up(parameters: Sequence[torch.Tensor], world: World) -> None:
+    """Let every rank have the sum of the ranks' gradients, in one message.
+
+    What has a gradient on no rank keeps none, as on a single worker.
+    """
+    if world.size == 1:
+        return
+    present = torch.tensor([float(p.grad is not None) for p in parameters])
+    parts = [
+        (torch.zeros_like(p) if p.grad is None else p.grad).flatten().float() for p in parameters
+    ]
+    message = torch.cat([present.to(world.device), *parts])
+    torch.distributed.all_reduce(message)
+    present, *parts = message.split([len(parameters), *(p.numel() for p in parameters)])
+    for parameter, part, count in zip(parameters, parts, present.tolist(), strict=True):
+        if count:
+            parameter.grad = part.view_as(parameter).to(parameter.dtype)

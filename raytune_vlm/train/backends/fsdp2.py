@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -34,6 +35,25 @@ from raytune_vlm.train.world import World
 
 class Fsdp2(Ddp):
     """See `Backend`."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        world: World,
+        config: TrainConfig,
+    ) -> None:
+        super().__init__(model, optimizer, world, config)
+        self._sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+    def collect(self) -> None:
+        """See `Backend`. Cuts up again what a forward pass, as of the audit, has left whole.
+
+        torch does so where a state is read, which rank 0 alone does for a checkpoint: it would then
+        gather by itself what the others still have.
+        """
+        for module in self._sharded:
+            module.reshard()
 
     @staticmethod
     def is_sharded(config: TrainConfig) -> bool:
@@ -60,6 +80,11 @@ class Fsdp2(Ddp):
         # PEFT calls `forward` past the hooks of the module, `generate` encodes images before it.
         for method in ("forward", "generate"):
             register_fsdp_forward_method(model, method)
+        # Whoever calls the model itself (`generate` for every token, packed slots) would gather
+        # what is left of it twice, and free it although the backward pass needs it.
+        state: Any = model._get_fsdp_state()  # type: ignore[operator]
+        state._pre_forward_hook_handle.remove()
+        state._post_forward_hook_handle.remove()
 
     @staticmethod
     @contextmanager
