@@ -167,10 +167,10 @@ class Host:
                 return [self._own(step_alone(run))]
         began = time.monotonic()
         states = [slot.random.state for slot in slots]
-        failure = gradients = None
+        failure, gradients = None, None
         try:
             sums = self._gradients(slots)
-            if self._world.size == 1:
+            if self._world.size == 1:  # else they are not whole yet
                 gradients = Gradients([slot.flat for slot in slots])
         except Exception as error:
             self._leave_if_sharded(slots, error)
@@ -185,7 +185,7 @@ class Host:
         if gradients is None:
             add_up([parameter for slot in slots for parameter in slot.trained], self._world)
             gradients = Gradients([slot.flat for slot in slots])
-        return _finished(slots, sums, gradients, began, self._own)
+        return [self._own(outcome) for outcome in _finished(slots, sums, gradients, began)]
 
     def _own(self, outcome: Outcome) -> Outcome:
         """An outcome, unless the next slot must not be begun after it: see `step`."""

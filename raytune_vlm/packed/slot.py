@@ -26,9 +26,9 @@ class Slot:
         self.random = RandomState(device)
         self.layers = lora_layers(run.model)
         """Full name in the base -> PEFT's layer."""
+        self.flat = Flat(run.optimizer)
         self.trained = [p for p in run.model.parameters() if p.requires_grad]
         """In the same order on every rank."""
-        self.flat = Flat(run.optimizer)
         self._wrapped = wrapped(run.model)
         self._base = run.model.get_base_model()
         self._park()
