@@ -185,7 +185,7 @@ class Host:
         if gradients is None:
             add_up([parameter for slot in slots for parameter in slot.trained], self._world)
             gradients = Gradients([slot.flat for slot in slots])
-        return [self._own(outcome) for outcome in _finished(slots, sums, gradients, began)]
+        return _finished(slots, sums, gradients, began, self._own)
 
     def _own(self, outcome: Outcome) -> Outcome:
         """An outcome, unless the next slot must not be begun after it: see `step`."""
