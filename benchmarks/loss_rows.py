@@ -93,7 +93,7 @@ def main(rows: int, tokens: int, share: float, repetitions: int) -> None:
         loss.backward()  # type: ignore[no-untyped-call]
         for parameter in trained:
             parameter.grad = None
-        return float(loss)
+        return float(loss.detach())
 
     losses = {name: stepped(way) for name, way in ways.items()}
     peaks = {name: peak_bytes(lambda way=way: stepped(way)) for name, way in ways.items()}

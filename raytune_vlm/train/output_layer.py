@@ -96,7 +96,7 @@ class OutputLayer:
                 return None
             probe = torch.linspace(-PROBE, PROBE, output.shape[-1], dtype=output.dtype)
             put_in.append(probe.to(output.device).expand(1, 1, -1))
-            return put_in[0]
+            return _After.apply(put_in[0], made[0]) if _has_gradient(made[0]) else put_in[0]  # type: ignore[no-untyped-call,no-any-return]
 
         hooks = (layer.register_forward_pre_hook(before), layer.register_forward_hook(after))
         try:
@@ -117,7 +117,25 @@ class OutputLayer:
             if not torch.equal(came_out.float(), capped(put_in[0]).float()):
                 raise Unfollowed("changes logits behind its output layer")
             self.is_followed = True
-        return made[0]
+        # `fully_shard` makes its weights whole again when a gradient comes to the model's output.
+        return _After.apply(made[0], came_out) if _has_gradient(made[0]) else made[0]  # type: ignore[no-untyped-call,no-any-return]
+
+
+def _has_gradient(made: object) -> bool:
+    return isinstance(made, torch.Tensor) and made.requires_grad
+
+
+class _After(torch.autograd.Function):
+    """A tensor whose backward pass goes through another one first, with a gradient of zero."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        ctx.shape, ctx.options = other.shape, {"dtype": other.dtype, "device": other.device}
+        return tensor.clone()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+        return upstream, torch.zeros(ctx.shape, **ctx.options)
 
 
 def _frozen(model: Any) -> torch.nn.Linear:
