@@ -55,6 +55,11 @@ class Fsdp2(Ddp):
         for module in self._sharded:
             module.reshard()
 
+    def close(self) -> None:
+        """See `Backend`. The base is cut up again, as the trial found it."""
+        self.collect()
+        super().close()
+
     @staticmethod
     def is_sharded(config: TrainConfig) -> bool:
         """See `Backend`."""
