@@ -189,7 +189,8 @@ class Group:
             counter = FlopCounter(run.model, self._base.family)
             counter.close()
             trained = sum(run.trainable.values())
-        flops = counter.flops(tokens, tokens * self._length, 0, 0)
+        labelled = int(self._split.num_labelled[: self._rows].sum())
+        flops = counter.flops(tokens, tokens * self._length, 0, 0, labelled)
         assert flops is not None
         frozen = text_bytes(self._base)
         return Work(flops, PASSES * frozen, UPDATE_BYTES * trained)
