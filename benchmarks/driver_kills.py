@@ -140,15 +140,21 @@ class Ours(Way):
         }
 
     def _run_again(self) -> list[str]:
-        """Trials that were started, or made a step, after they had ended."""
-        ended: dict[str, float] = {}
+        """Trials that were started after they had ended, or made a step in a later life.
+
+        In the same life a stopped trial may be in a step when the scheduler stops it.
+        """
+        ended: set[str] = set()
+        next_life: dict[str, float] = {}
         again = []
         for row in self.events():
             if row["event"] in ("finished", "stopped", "failed"):
-                ended[row["trial_id"]] = row["time"]
+                ended.add(row["trial_id"])
             elif row["event"] == "started" and row["trial_id"] in ended:
                 again.append(row["trial_id"])
-        return again + [name for name, _, at in self.rows() if at > ended.get(name, at)]
+            elif row["event"] == "resumed":
+                next_life |= dict.fromkeys(ended - next_life.keys(), row["time"])
+        return again + [name for name, _, at in self.rows() if at > next_life.get(name, at)]
 
 
 class PlainTune(Way):
@@ -219,17 +225,22 @@ class Disturbed:
         return cls(way, seen["kills"], done, seen["lingered"])
 
     def repeated(self) -> list[int]:
-        """Steps done again, or forgotten with their trial, kill by kill."""
+        """Steps done again, or forgotten with their trial, kill by kill.
+
+        An executor lives a few seconds longer than its driver: what it does then and is done again
+        counts too.
+        """
         known, found = set(self.way.outcome()["ended"]), []
         rows = sorted(self.done, key=lambda row: row[2])
-        for number, at in enumerate(self.kills):
-            since = self.kills[number - 1] if number else 0.0
-            lost = 0
-            for name in {row[0] for row in rows if since < row[2] <= at}:
-                before = [row[1] for row in rows if row[0] == name and row[2] <= at]
-                after = [row[1] for row in rows if row[0] == name and row[2] > at]
-                goes_on = after[0] if after else before[-1] + 1 if name in known else 1
-                lost += max(0, before[-1] + 1 - goes_on)
+        for before, at, until in zip(
+            [0.0, *self.kills], self.kills, [*self.kills[1:], math.inf], strict=False
+        ):
+            seen = {row[:2] for row in rows if row[2] <= at}
+            lost = len({row[:2] for row in rows if before < row[2] <= at and row[0] not in known})
+            for row in rows:
+                if at < row[2] <= until:
+                    lost += row[:2] in seen
+                    seen.add(row[:2])
             found.append(lost)
         return found
 
@@ -249,10 +260,20 @@ def end(process: subprocess.Popen[bytes]) -> float:
     process.send_signal(signal.SIGKILL)
     process.wait()
     began = time.monotonic()
-    _, alive = psutil.wait_procs(left, timeout=LINGER_S)
-    for other in alive:
+    while any(map(_lives, left)) and time.monotonic() < began + LINGER_S:
+        time.sleep(0.1)
+    seconds = time.monotonic() - began
+    for other in filter(_lives, left):
         other.kill()
-    return time.monotonic() - began
+    return seconds
+
+
+def _lives(process: psutil.Process) -> bool:
+    """Whether it is more than an entry that nobody has taken notice of."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def undisturbed(way: Way) -> tuple[int, dict[str, Any]]:
