@@ -39,6 +39,8 @@ from raytune_vlm.prepare.store import PreparedSplit, open_split
 from raytune_vlm.train.run import Run, TrainingData
 from raytune_vlm.train.world import World
 
+_TOWER = {"hidden_size": 1280, "intermediate_size": 3420, "depth": 32, "num_heads": 16}
+"""The vision tower of Qwen2.5-VL-3B-Instruct."""
 SIZES: dict[str, dict[str, dict[str, Any]]] = {
     "tiny": {},
     "small": {
@@ -66,13 +68,7 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
             "num_key_value_heads": 2,
             "vocab_size": 151936,
         },
-        "vision_config": {
-            "hidden_size": 1280,
-            "intermediate_size": 3420,
-            "depth": 32,
-            "num_heads": 16,
-            "out_hidden_size": 1536,
-        },
+        "vision_config": {**_TOWER, "out_hidden_size": 1536},
     },
     "3b": {
         "text_config": {
@@ -83,13 +79,7 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
             "num_key_value_heads": 2,
             "vocab_size": 151936,
         },
-        "vision_config": {
-            "hidden_size": 1280,
-            "intermediate_size": 3420,
-            "depth": 32,
-            "num_heads": 16,
-            "out_hidden_size": 2048,
-        },
+        "vision_config": {**_TOWER, "out_hidden_size": 2048},
     },
 }
 """What differs from the tiny model: `3b` has the dimensions of Qwen2.5-VL-3B-Instruct, the language

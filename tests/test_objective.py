@@ -22,7 +22,6 @@ from raytune_vlm.models.lora import attach, detach
 from raytune_vlm.models.teacher import check_teacher, load_teacher
 from raytune_vlm.packed.host import Host
 from raytune_vlm.sweep.export import own_experiment
-from raytune_vlm.train import output_layer
 from raytune_vlm.train.objective import Teacher, distilled
 from raytune_vlm.train.prediction import predict
 from raytune_vlm.train.run import Run, TrainingData
@@ -89,7 +88,7 @@ def batch_of(run):
 
 
 @pytest.mark.parametrize("cap", [None, 2.0])
-def test_chunks_give_what_whole_tables_give(with_teacher, opened, cap, monkeypatch):
+def test_chunks_give_what_whole_tables_give(with_teacher, opened, cap):
     config = with_teacher("gemma4", weight=0.3, temperature=2.0)
     teacher = load_teacher(config, "cpu").model
     with opened(config, Teacher(load_teacher(config, "cpu")), "gemma4") as run:
@@ -109,8 +108,8 @@ def test_chunks_give_what_whole_tables_give(with_teacher, opened, cap, monkeypat
         whole = 0.7 * entropy + 0.3 * 4 * divergence
         expected = torch.autograd.grad(whole, trained)
         for size in (1, 7, 10_000):
-            monkeypatch.setattr(output_layer, "CHUNK_TOKENS", size)
-            found = distilled(run.model, teacher, batch, batch, labels, config.train.distillation)
+            sized = config.train.distillation.model_copy(update={"chunk_tokens": size})
+            found = distilled(run.model, teacher, batch, batch, labels, sized)
             torch.testing.assert_close(
                 found, torch.stack([whole, entropy, divergence]), rtol=1e-5, atol=1e-5
             )

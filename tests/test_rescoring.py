@@ -81,6 +81,18 @@ def test_what_would_mix_variants_is_refused_before_anything_is_written(folder: S
     assert after == before
 
 
+@pytest.mark.parametrize("command", ["rescore", "resume", "export"])
+def test_a_folder_of_another_version_is_one_line(folder: SweepFolder, command: str) -> None:
+    head = read_json(folder.experiment_file)
+    head["experiment"]["train"]["of_another_version"] = 1
+    write_json(folder.experiment_file, head)
+    output = ["--output", str(folder.root / "out")] if command == "export" else []
+    done = CliRunner().invoke(cli, [command, str(folder.root), *output])
+    assert isinstance(done.exception, ConfigError), done.output
+    line = f"{folder.experiment_file}: train.of_another_version: unknown key"
+    assert str(done.exception).startswith(line)
+
+
 def test_no_gpu_no_torch_no_ray(folder: SweepFolder) -> None:
     code = (
         "import sys; from raytune_vlm.cli import cli\n"

@@ -25,6 +25,9 @@ class DistillationConfig(Section):
     temperature: float = Field(default=1.0, gt=0, le=100)
     """Both logits are divided by it before they are compared; above 1, what the teacher thinks of
     unlikely tokens counts for more."""
+    chunk_tokens: int = Field(default=256, ge=1)
+    """Labelled tokens whose logits over the vocabulary are in memory at one time, the teacher's and
+    the student's; results do not depend on it."""
 
     @model_validator(mode="after")
     def _has_a_teacher(self) -> "DistillationConfig":

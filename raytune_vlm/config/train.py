@@ -11,6 +11,7 @@ from raytune_vlm.config.section import Section
 WITHOUT_EFFECT: dict[str, Any] = {
     "deepspeed": True,
     "fsdp2": {"shard_size": True},
+    "distillation": {"chunk_tokens": True},
     "backend": True,
     "num_workers": True,
     "cpus_per_worker": True,

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from raytune_vlm.config.evaluation import EvaluationConfig
 from raytune_vlm.config.experiment import ExperimentConfig
+from raytune_vlm.config.loader import validated
 from raytune_vlm.errors import ConfigError, did_you_mean
 from raytune_vlm.evaluate.metrics import METRICS
 from raytune_vlm.evaluate.scoring import PREDICTIONS_FILE, SCORES_FILE, rescore, stored_metrics
@@ -37,7 +38,8 @@ def rescore_folder(root: Path, metrics: Sequence[str] | None) -> Iterator[str]:
     folder = SweepFolder(root)
     if not folder.experiment_file.exists():
         raise ConfigError(f"{root} is not a sweep folder: it has no experiment.json")
-    experiment = ExperimentConfig.model_validate(read_json(folder.experiment_file)["experiment"])
+    plain = read_json(folder.experiment_file)["experiment"]
+    experiment = validated(ExperimentConfig, plain, {"": str(folder.experiment_file)})
     places = sorted(file.parent for file in root.glob(f"trials/**/{PREDICTIONS_FILE}"))
     best = folder.best / "evaluation"
     places += [best] if (best / PREDICTIONS_FILE).exists() else []

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from raytune_vlm.config.experiment import ExperimentConfig
+from raytune_vlm.config.loader import validated
 from raytune_vlm.config.server import ServedModel
 from raytune_vlm.errors import ConfigError, DataError, EvaluationError, SweepInterrupted
 from raytune_vlm.models.trust import with_trust
@@ -137,7 +138,8 @@ def resume_sweep(root: Path, *, monitor: Monitor, trust: str | None = None) -> S
     if folder.result_file.exists() and (folder.best / "README.md").exists():
         monitor.say(f"{root} has ended already; writing its report again")
         build_report(folder.root)
-        recorded = ExperimentConfig.model_validate(read_json(folder.experiment_file)["experiment"])
+        plain = read_json(folder.experiment_file)["experiment"]
+        recorded = validated(ExperimentConfig, plain, {"": str(folder.experiment_file)})
         with Follower(folder, recorded, monitor.say):
             return folder
     experiment = recorded_experiment(folder, trust)
@@ -164,7 +166,8 @@ def recorded_experiment(folder: SweepFolder, trust: str | None) -> ExperimentCon
     Raises
     ------
     ConfigError
-        If `trust` (MODEL@REVISION) does not fit, or is not the code that the sweep ran.
+        If `trust` (MODEL@REVISION) does not fit, or is not the code that the sweep ran; if the
+        experiment is not one of this version, as where another one has written it.
     DataError
         If a link leads out of the folder.
     """
@@ -172,7 +175,7 @@ def recorded_experiment(folder: SweepFolder, trust: str | None) -> ExperimentCon
     head = read_json(folder.experiment_file)
     # Where the folder is now, which may not be where it was made.
     here = {**head["experiment"], "storage_path": str(folder.root.parent)}
-    plain = ExperimentConfig.model_validate(here)
+    plain = validated(ExperimentConfig, here, {"": str(folder.experiment_file)})
     experiment = with_trust(plain, trust)
     before, now = head.get("trusted_code"), experiment.model.trusted_revision
     if before and now and before != now:

@@ -181,7 +181,8 @@ def distilled(
         return torch.cat([(found * weights).sum(1, keepdim=True), found], dim=1)
 
     def compared(states: torch.Tensor, logits_of: Logits) -> torch.Tensor:
-        return losses(states, logits_of, parts, theirs, targets[chosen])
+        size = config.chunk_tokens
+        return losses(states, logits_of, parts, theirs, targets[chosen], chunk_tokens=size)
 
     try:
         with torch.no_grad():

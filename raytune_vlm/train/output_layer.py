@@ -9,7 +9,7 @@ their chunk, none are computed twice, and ranks with more chunks than others wai
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -21,7 +21,8 @@ from raytune_vlm.models.lora import output_layer
 from raytune_vlm.train import random_state
 
 CHUNK_TOKENS = 512
-"""Labelled tokens whose logits are in memory at one time; results do not depend on it."""
+"""Labelled tokens whose logits are in memory at one time, without a teacher; results do not depend
+on it."""
 
 PROBE = 100.0
 """Logits between this and its negative show what a model does behind its output layer."""
@@ -181,7 +182,11 @@ class TokenLosses:
                 drawn = random_state.capture(device)
             try:
                 return self._layer(
-                    batch, chosen, lambda states, logits: losses(states, logits, _entropy, wanted)
+                    batch,
+                    chosen,
+                    lambda states, logits: losses(
+                        states, logits, _entropy, wanted, chunk_tokens=CHUNK_TOKENS
+                    ),
                 )[:, 0]
             except Unfollowed as error:
                 self._layer = None
@@ -202,6 +207,7 @@ def losses(
     logits_of: Logits,
     loss_of: Callable[..., torch.Tensor],
     *tables: torch.Tensor,
+    chunk_tokens: int,
 ) -> torch.Tensor:
     """Losses of tokens, each by its own row of everything.
 
@@ -211,6 +217,8 @@ def losses(
         `[tokens, width]`.
     loss_of
         Takes logits of some tokens and their rows of `tables`, and gives `[tokens, parts]`.
+    chunk_tokens
+        How many tokens at a time.
 
     Returns
     -------
@@ -219,7 +227,8 @@ def losses(
     """
     wanted = torch.is_grad_enabled() and states.requires_grad
     values, gradients = [], []
-    for part, *rest in zip(*_chunks(states.detach(), *tables), strict=True):
+    chunks = (table.split(chunk_tokens) for table in (states.detach(), *tables))
+    for part, *rest in zip(*chunks, strict=True):
         with torch.set_grad_enabled(wanted):
             leaf = part.requires_grad_(wanted)
             found = loss_of(logits_of(leaf), *rest)
@@ -229,10 +238,6 @@ def losses(
         del found  # before the next chunk has logits of its own
     told = torch.cat(values)
     return _Known.apply(states, told, torch.cat(gradients)) if wanted else told
-
-
-def _chunks(*tables: torch.Tensor) -> Sequence[Sequence[torch.Tensor]]:
-    return [table.split(CHUNK_TOKENS) for table in tables]
 
 
 class _Known(torch.autograd.Function):
