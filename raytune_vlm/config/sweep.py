@@ -257,6 +257,14 @@ class SweepConfig(Budget):
                 f"searcher.type={kind} learns from finished trials only: those that "
                 f"{self.scheduler.type} stops teach it nothing"
             )
+        halving = self.scheduler if isinstance(self.scheduler, HalvingScheduler) else None
+        if self.stop_when_stable and halving and self.num_trials - self.at_once < (
+            halving.min_results or self.num_trials
+        ):
+            found.append(
+                "stop_when_stable saves nothing: with scheduler.type=halving no trial ends before "
+                f"all num_trials={self.num_trials} have begun; lower scheduler.min_results"
+            )
         return found
 
     @model_validator(mode="after")
