@@ -30,7 +30,7 @@ from raytune_vlm.sweep.closing import Closing
 from raytune_vlm.sweep.constraints import Predictor, check_constraints, infeasible
 from raytune_vlm.sweep.front import besides, front_of, pareto_front
 from raytune_vlm.sweep.ledger import Ledger, TrialState, events, replay
-from raytune_vlm.sweep.warm_start import WarmTrial, warm_trials
+from raytune_vlm.sweep.warm_start import WarmTrial, check_warm_start, warm_trials
 
 RANKS = {
     "lora.rank": {"type": "choice", "values": [1, 4, 64]},
@@ -418,3 +418,34 @@ def test_what_cannot_be_compared_is_refused(earlier, tmp_path):
     nothing = sampled("tpe", warm_start=[str(tmp_path)])
     with pytest.raises(ConfigError, match="is not a sweep folder"):
         warm(nothing, tmp_path / "none")
+
+
+def test_a_warm_start_that_teaches_nothing_is_refused_before_anything_starts(earlier, tmp_path):
+    config = sampled("tpe", warm_start=[str(earlier)])
+    check_warm_start(config)
+    check_warm_start(config, "digest")
+    with pytest.raises(ConfigError, match="another data"):
+        check_warm_start(config, "new")
+    other = {"lora.alpha_ratio": {"type": "uniform", "lower": 3, "upper": 4}}
+    strange = sampled("tpe", warm_start=[str(earlier)], search_space=other)
+    with pytest.raises(
+        ConfigError, match=r"no trial of .+ fits this sweep: 1 with another lora.alpha_ratio than this"
+    ):
+        check_warm_start(strange)
+
+    folder = SweepFolder(shutil.copytree(earlier, tmp_path / "altered"))
+    rows = [
+        {key: value for key, value in row.items() if key not in ("seq", "time", "event")}
+        | {"event": row["event"], **({"recipe": {"lora.rnk": 3}} if "recipe" in row else {})}
+        for row in events(folder.ledger_file)
+    ]
+    folder.ledger_file.unlink()
+    ledger = Ledger(folder.ledger_file)
+    for row in rows:
+        ledger.append(row.pop("event"), **row)
+    altered = sampled("tpe", warm_start=[str(folder.root)])
+    with pytest.raises(ConfigError, match="7 with a recipe that its own experiment does not"):
+        check_warm_start(altered)
+    folder.ledger_file.write_bytes(b"x\n" + folder.ledger_file.read_bytes())
+    with pytest.raises(ConfigError, match=r"^sweep.warm_start: .+:1: the ledger is damaged"):
+        check_warm_start(altered)

@@ -258,8 +258,10 @@ class SweepConfig(Budget):
                 f"{self.scheduler.type} stops teach it nothing"
             )
         halving = self.scheduler if isinstance(self.scheduler, HalvingScheduler) else None
-        if self.stop_when_stable and halving and self.num_trials - self.at_once < (
-            halving.min_results or self.num_trials
+        if (
+            self.stop_when_stable
+            and halving
+            and self.num_trials - self.at_once < (halving.min_results or self.num_trials)
         ):
             found.append(
                 "stop_when_stable saves nothing: with scheduler.type=halving no trial ends before "
