@@ -429,7 +429,8 @@ def test_a_warm_start_that_teaches_nothing_is_refused_before_anything_starts(ear
     other = {"lora.alpha_ratio": {"type": "uniform", "lower": 3, "upper": 4}}
     strange = sampled("tpe", warm_start=[str(earlier)], search_space=other)
     with pytest.raises(
-        ConfigError, match=r"no trial of .+ fits this sweep: 1 with another lora.alpha_ratio than this"
+        ConfigError,
+        match=r"no trial of .+ fits this sweep: 1 with another lora.alpha_ratio than this",
     ):
         check_warm_start(strange)
 

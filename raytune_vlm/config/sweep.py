@@ -12,7 +12,7 @@ from raytune_vlm.config.distributions import (
     LogUniform,
     Scalar,
     Uniform,
-    combinations,
+    num_combinations,
     ordered,
 )
 from raytune_vlm.config.objectives import Budget, ConstraintsConfig, Objective, StableConfig
@@ -106,7 +106,7 @@ class SweepConfig(Budget):
                     f"search_space.{key}: searcher.type=grid needs a search_space of grid and "
                     f"choice only, got {entry.type}"
                 )
-        count = len(combinations(self.search_space))
+        count = num_combinations(self.search_space)
         sizes = [len(entry.corners()) for entry in self.search_space.values()]
         shape = f" ({' x '.join(map(str, sizes))})" if count == math.prod(sizes) else ""
         own = " and the experiment's own recipe (include_default)" if self.include_default else ""

@@ -106,7 +106,7 @@ STABLE = {
     },
 }  # fmt: skip
 ENDED = (
-    "over the last 2 ended trials the 1 that cannot be told from the best stayed the same: t0000"
+    "over the last 3 ended trials the 1 that cannot be told from the best stayed the same: t0000"
 )
 
 
