@@ -6,6 +6,7 @@ import fcntl
 import gc
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -56,8 +57,11 @@ def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Writer
         path.parent.mkdir(exist_ok=True)
         with path.with_name(f"{path.name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if not path.exists():
-                write(path)
+            if not path.exists():  # then it is whole: also where a writer failed or was killed
+                half = path.with_name(f"{path.name}.half")
+                shutil.rmtree(half, ignore_errors=True)
+                write(half)
+                half.rename(path)
         return path
 
     return folder

@@ -45,3 +45,16 @@ def test_it_imports_without_the_heavy_libraries(module: str) -> None:
 def test_no_two_test_files_have_one_name():
     names = [file.name for file in Path(__file__).parent.rglob("test_*.py")]
     assert len(names) == len(set(names)), "pytest takes one of them for the other"
+
+
+def test_a_shared_folder_whose_writer_fails_is_not_there_for_the_next(made_once):
+    def fails(folder):
+        folder.mkdir()
+        (folder / "half").write_text("")
+        raise OSError("no space")
+
+    with pytest.raises(OSError, match="no space"):
+        made_once("written-twice", fails)
+    whole = made_once("written-twice", lambda folder: folder.mkdir())
+    assert not list(whole.iterdir())
+    assert made_once("written-twice", fails) == whole

@@ -200,6 +200,10 @@ def test_a_budget_ends_where_it_is_used_up():
     assert Budget(config, rows).used_up() == "sweep.max_gpu_hours=4 is used up (4)"
     cpus = experiment(sweep={"max_cost": 1, "cost_per_cpu_hour": 2, "max_wall_time_s": 10})
     assert "max_wall_time_s=10" in str(Budget(cpus, rows).used_up())
+    long = experiment(sweep={"max_wall_time_s": 1234567})
+    rows.append({"event": "scored", "time": 1234600.4})
+    said = Budget(long, rows).used_up()
+    assert said == "sweep.max_wall_time_s=1234567 is used up (1,234,600)"
 
 
 def watched_search(folder, config):
@@ -433,6 +437,8 @@ def test_a_warm_start_that_teaches_nothing_is_refused_before_anything_starts(ear
         match=r"no trial of .+ fits this sweep: 1 with another lora.alpha_ratio than this",
     ):
         check_warm_start(strange)
+    train = strange.train.model_copy(update={"epochs": 2.0})  # how many steps is not known yet
+    check_warm_start(strange.model_copy(update={"train": train}))
 
     folder = SweepFolder(shutil.copytree(earlier, tmp_path / "altered"))
     rows = [

@@ -52,7 +52,8 @@ class Budget:
         ):
             limit = getattr(sweep, name)
             if limit is not None and used >= limit:
-                return f"sweep.{name}={limit:g} is used up ({used:.3g})"
+                shown = f"{used:.3g}" if used < 1000 else f"{used:,.0f}"
+                return f"sweep.{name}={limit:.12g} is used up ({shown})"
         return None
 
     def left(self, seconds_per_step: float, steps: float) -> str:
@@ -111,7 +112,7 @@ def planner_line(experiment: ExperimentConfig) -> str:
             f"1/{factor:g} of each rung go on)"
         )
     limits = [
-        f"sweep.{name}={value:g}"
+        f"sweep.{name}={value:.12g}"
         for name in ("max_gpu_hours", "max_wall_time_s", "max_cost")
         if (value := getattr(sweep, name)) is not None
     ]

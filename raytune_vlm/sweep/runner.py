@@ -91,9 +91,9 @@ def run_sweep(experiment: ExperimentConfig, *, command: str, monitor: Monitor) -
     check_warm_start(experiment)
     with ray_session(experiment):
         data = prepare_data(experiment, jobs, monitor)
-        check_warm_start(experiment, data.manifest.digest)
         require_splits(data, "select", "report")
         resolved = with_steps(experiment, data, monitor)
+        check_warm_start(resolved, data.manifest.digest)
         check_rungs(resolved, data.split("select"))
         say_detectable(resolved, data, monitor, pilot_scores(resolved, folder))
         prepare_guard(experiment, monitor)

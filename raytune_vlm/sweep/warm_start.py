@@ -103,11 +103,11 @@ def warm_trials(
 def check_warm_start(experiment: ExperimentConfig, data_digest: str | None = None) -> None:
     """Raise ConfigError for a sweep that this one cannot start from, or that teaches it nothing.
 
-    Asked before anything starts, and again when the digest of the data is known.
+    Asked before anything starts, and again when the digest of the data and the steps are known.
     """
     for place in experiment.sweep.warm_start:
         taken, left_out = read_sweep(experiment, data_digest, Path(place))
-        if not taken:
+        if not taken and experiment.train.epochs is None:
             reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
             raise ConfigError(
                 f"sweep.warm_start: no trial of {place} fits this sweep: {reasons or 'it has none'}"
