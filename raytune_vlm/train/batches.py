@@ -126,6 +126,10 @@ class Batches:
         """
         return self._inputs(arrays, rows, self._features)
 
+    def with_pixels(self, arrays: Arrays, rows: Sequence[int]) -> dict[str, Any]:
+        """What the model takes, with pixels also where features stand in for them."""
+        return self._inputs(arrays, rows, None)[0]
+
     def for_teacher(
         self, batch: dict[str, Any], micro_batch: MicroBatch, features: Features | None
     ) -> dict[str, Any]:
