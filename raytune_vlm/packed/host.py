@@ -120,10 +120,13 @@ class Host:
             return "train.pack_tokens: a row holds several samples"
         if experiment.train.distillation.is_on:
             return "train.distillation: its output layer is used in chunks of its own tokens"
-        if not self._base.family.text_beside_images and run.batches.may_lack_images:
-            return f"{self._base.family.model_type} answers text otherwise beside others' images"
+        family = self._base.family
+        if not family.text_beside_images:
+            return f"rows in the cross-attention of {family.model_type} are tiles, not samples"
+        if experiment.lora.dropout and family.prompt in ("encoder-decoder", "image-encoder"):
+            return f"lora.dropout: {family.model_type} has an encoder with rows of other lengths"
         if self._drops:
-            return f"{self._base.family.model_type} has dropout of its own, the same for all rows"
+            return f"{family.model_type} has dropout of its own, the same for all rows"
         return unmixable(experiment.lora)
 
     def step(self, slots: Sequence[Slot]) -> list[Outcome]:

@@ -164,11 +164,6 @@ class Batches:
         self._feed.close()
 
     @property
-    def may_lack_images(self) -> bool:
-        """Whether a micro-batch may be text alone."""
-        return not self._split.num_images.all()
-
-    @property
     def limit(self) -> MicroBatchLimit:
         """The one in force."""
         return MicroBatchLimit(self.collation.micro_batch_size, self.collation.micro_batch_tokens)
