@@ -127,6 +127,17 @@ def test_a_dropout_gradient_without_its_mask_is_found(make, tiny_base, monkeypat
     assert distance(weights(slots[0]), expected) > 1e-2
 
 
+def test_a_packed_step_is_divided_by_tokens_and_one_alone_has_its_own_time(make, tiny_base):
+    slots = [make.slot("idefics3", RECIPES[number]) for number in (0, 7)]
+    host = Host(tiny_base("idefics3"), "fast")
+    first, second = (outcome.fed_tokens for outcome in host.step(slots))
+    assert first > 2 * second
+    assert host.seconds[0] / host.seconds[1] == pytest.approx(first / second)
+    turns = Host(tiny_base("idefics3"), "exact")
+    measured = [outcome.seconds for outcome in turns.step(slots)]
+    assert all(own >= part > 0 for own, part in zip(turns.seconds, measured, strict=True))
+
+
 def test_a_slot_that_is_not_finite_does_not_touch_its_neighbours(make, tiny_base):
     expected = [alone(make, "idefics3", RECIPES[number])[1] for number in (0, 2)]
     slots = [make.slot("idefics3", RECIPES[number]) for number in (0, 3, 2)]

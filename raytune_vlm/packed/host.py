@@ -108,6 +108,8 @@ class Host:
         self._losses = TokenLosses(base.model)
         self.notes: list[str] = []
         """What is to be said of memory and errors; who reads it empties it."""
+        self.seconds: list[float] = []
+        """What each slot took of the last `step`; of a packed one its part by the tokens fed."""
 
     def obstacle(self, run: Run) -> str | None:
         """Why a run steps by itself in mode `fast`; None if it is packed."""
@@ -139,7 +141,8 @@ class Host:
             others wait for it or are about to, so all have to start again.
         """
         outcomes: dict[int, Outcome] = {}
-        waiting = list(range(len(slots)))
+        taken: dict[int, float] = {}
+        waiting, began = list(range(len(slots))), time.monotonic()
         while waiting:
             numbers = self._next([slots[number] for number in waiting])
             group = [waiting[number] for number in numbers]
@@ -147,6 +150,9 @@ class Host:
             if found is not None:
                 outcomes |= dict(zip(group, found, strict=True))
                 waiting = [number for number in waiting if number not in outcomes]
+                began, before = time.monotonic(), began
+                taken |= dict(zip(group, _shares(found, began - before), strict=True))
+        self.seconds = [taken[number] for number in range(len(slots))]
         return [outcomes[number] for number in range(len(slots))]
 
     def _next(self, slots: Sequence[Slot]) -> list[int]:
@@ -280,6 +286,14 @@ class Host:
             )
             losses.sum().backward()
         return losses.detach()
+
+
+def _shares(outcomes: Sequence[Outcome], seconds: float) -> list[float]:
+    """What each slot took of the time of a step."""
+    if len(outcomes) == 1:
+        return [seconds]
+    fed = [entry.fed_tokens if isinstance(entry, StepMetrics) else 0 for entry in outcomes]
+    return [seconds * own / max(1, sum(fed)) for own in fed]
 
 
 def _finished(
