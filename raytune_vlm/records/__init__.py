@@ -36,7 +36,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from raytune_vlm.errors import DataError
+from raytune_vlm.errors import DataError, first_line
 from raytune_vlm.json_files import read_json, read_json_lines, write_json, write_text
 from raytune_vlm.records.estimate import MetricEstimate
 from raytune_vlm.records.overlap import CleanScores, Overlap
@@ -383,10 +383,15 @@ class SweepFolder:
         return [row for row in rows if row.get("event") == "touched"]
 
     def result(self) -> SweepResult | None:
-        """The decision, or None while the sweep has not ended; raises DataError as `trial` does."""
+        """The decision, or None while the sweep has not ended; raises DataError where it is another
+        thing, and as `trial` does."""
         if not self.result_file.exists():
             return None
-        found = SweepResult.from_json(read_json(self.result_file))
+        try:
+            found = SweepResult.from_json(read_json(self.result_file))
+        except ValueError as error:
+            why = f"is not as a sweep writes it: {first_line(error)}"
+            raise DataError(f"{self.result_file}: {why}") from None
         for trial_id in (found.winner, *found.report.values()):
             self.trial(trial_id)
         return found
