@@ -99,7 +99,6 @@ def check_effects(model: PeftModel, batch: dict[str, torch.Tensor]) -> dict[str,
     Run after the first optimizer step (before it LoRA's B is zero and has no effect). `batch` has
     normalised pixels and no labels; a value is the largest difference of a logit.
     """
-    import torch
 
     adapted = last_logits(model, batch)
     with model.disable_adapter():
