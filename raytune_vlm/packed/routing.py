@@ -67,14 +67,10 @@ class _Adding:
         Raises
         ------
         ModelError
-            If the layer is not given the rows of the batch: whose they are cannot be told.
+            As `check_rows`.
         """
         (inputs,) = args
-        if inputs.shape[0] != self._rows or inputs.dim() < 3:
-            raise ModelError(
-                f"{self._name} is given {tuple(inputs.shape)} for a batch of {self._rows} rows: "
-                "its adapters cannot be packed"
-            )
+        check_rows(self._name, inputs, self._rows)
         layers = [share.layers[self._name] for share in self._shares]
         given = [self._given(number, layer, inputs) for number, layer in enumerate(layers)]
         if self._covers and len({len(part) for part in given}) == 1:
@@ -116,6 +112,21 @@ class _Adding:
         return pad(dropped, (0, 0) * (given.dim() - 2) + (0, excess))
 
 
+def check_rows(name: str, inputs: torch.Tensor, rows: int) -> None:
+    """Make sure that a layer is given the rows of the batch.
+
+    Raises
+    ------
+    ModelError
+        If it is not: whose they are cannot be told.
+    """
+    if inputs.shape[0] != rows or inputs.dim() < 3:
+        raise ModelError(
+            f"{name} is given {tuple(inputs.shape)} for a batch of {rows} rows: its adapters "
+            "cannot be packed"
+        )
+
+
 def _drops(layer: Any) -> bool:
     dropout = layer.lora_dropout[ADAPTER]
     return not isinstance(dropout, torch.nn.Identity) and bool(dropout.training)
@@ -132,7 +143,7 @@ def _stacked(layers: Sequence[Any], inputs: torch.Tensor) -> torch.Tensor:
     inputs
         `[slots * rows, ..., in]`.
     """
-    down, up = zip(*map(_matrices, layers), strict=True)
+    down, up = zip(*map(matrices, layers), strict=True)
     most = max(map(len, down))
     downs = torch.stack([pad(weight, (0, 0, 0, most - len(weight))) for weight in down])
     ups = torch.stack([pad(weight, (0, most - weight.shape[1])) for weight in up])
@@ -141,7 +152,7 @@ def _stacked(layers: Sequence[Any], inputs: torch.Tensor) -> torch.Tensor:
     return torch.bmm(low, ups.transpose(1, 2)).view(*inputs.shape[:-1], -1)
 
 
-def _matrices(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def matrices(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """A `[rank, in]` and scaled B `[out, rank]` of all that is active in a layer."""
     names = layer.active_adapters
     down = torch.cat([layer.lora_A[name].weight for name in names])
