@@ -21,7 +21,7 @@ from raytune_vlm.evaluate.adapters import Asking
 from raytune_vlm.evaluate.generate import Prompts
 from raytune_vlm.evaluate.scoring import Prediction
 from raytune_vlm.models.loading import Base
-from raytune_vlm.packed.routing import check_rows, matrices
+from raytune_vlm.packed.routing import check_rows
 
 Layers = Mapping[str, Any]
 """Full name in the base -> a slot's LoRA layer (PEFT's); see `Slot.layers`."""
@@ -92,7 +92,7 @@ class _Adding:
     @torch.no_grad()
     def __init__(self, name: str, slots: Mapping[str, Layers]) -> None:
         self._name = name
-        found = {slot: matrices(own[name]) for slot, own in slots.items() if name in own}
+        found = {slot: _matrices(own[name]) for slot, own in slots.items() if name in own}
         self._down = torch.cat([down for down, _ in found.values()]).T
         self._up = torch.cat([up for _, up in found.values()], dim=1).T
         self._ranks: dict[str, slice] = {}
@@ -135,3 +135,11 @@ class _Adding:
             added = given[rows] @ self._down[:, ranks] @ self._up[ranks]
             output[rows] = (output[rows] + added).to(output.dtype)
         return output
+
+
+def _matrices(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """A `[rank, in]` and scaled B `[out, rank]` of all that is active in a layer."""
+    names = layer.active_adapters
+    down = torch.cat([layer.lora_A[name].weight for name in names])
+    up = [layer.lora_B[name].weight * layer.scaling[name] for name in names]
+    return down, torch.cat(up, dim=1)
