@@ -89,22 +89,34 @@ def alone(worker, trial_id, step):
 
 
 def test_trials_at_a_rung_are_scored_as_each_alone(tiny_model, tmp_path):
+    def say(job, progress):
+        if progress["stage"] == "scoring select" and progress["step"] == 4 and not failed:
+            failed.append(job.trial_id)
+            raise RuntimeError("once")
+        return ""
+
+    failed = []
     controls = {"controls": ["blank_image"], "controls_on": ["select"], "controls_samples": 3}
     prepared(tmp_path, tiny_model("idefics3"), batch_size=8, **controls)
-    worker = Packed(tmp_path, jobs(*RECIPES))
-    apart, together = worker.notes
+    ledger = SweepFolder(tmp_path / "runs" / "small").ledger_file
+    ledger.parent.mkdir(parents=True)
+    ledger.touch()
+    worker = Packed(tmp_path, jobs(*RECIPES), say)
+    apart, together, over = worker.notes
     assert apart.startswith("t0003 steps and is scored by itself: lora.dora=true")
     assert together == "trials at a rung share their batches, the first t0000, t0001, t0002"
+    assert over == "slots are scored one by one from here on: RuntimeError with 3 at once: once"
     reports = {(row["trial"], row["step"], row["done"]) for row in worker.reports}
     assert reports == {(name, step, step == 4) for name in RECIPES for step in (2, 4)}
     # 30 answers in batches of 8, then those of a control; nothing is left for each alone.
     assert worker.asked("t0000")[:5] == [*((2, n, 10) for n in (0, 3, 6, 8)), (2, 0, 3)]
     texts = set()
     for trial_id in ("t0000", "t0001", "t0002"):
-        found = scored(worker, trial_id, 4)
-        assert found == alone(worker, trial_id, 4)
+        found = scored(worker, trial_id, 2)
+        assert found == alone(worker, trial_id, 2)
         texts.add(tuple(entry.text for entry in found[1]))
     assert len(texts) == 3
+    assert scored(worker, "t0001", 4) == alone(worker, "t0001", 4)
 
 
 class Killed(BaseException):

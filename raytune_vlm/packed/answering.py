@@ -89,7 +89,6 @@ class _SideBySide:
 class _Adding:
     """The forward hook of one linear layer."""
 
-    @torch.no_grad()
     def __init__(self, name: str, slots: Mapping[str, Layers]) -> None:
         self._name = name
         found = {slot: _matrices(own[name]) for slot, own in slots.items() if name in own}
@@ -140,6 +139,6 @@ class _Adding:
 def _matrices(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """A `[rank, in]` and scaled B `[out, rank]` of all that is active in a layer."""
     names = layer.active_adapters
-    down = torch.cat([layer.lora_A[name].weight for name in names])
-    up = [layer.lora_B[name].weight * layer.scaling[name] for name in names]
+    down = torch.cat([layer.lora_A[name].weight.detach() for name in names])
+    up = [layer.lora_B[name].weight.detach() * layer.scaling[name] for name in names]
     return down, torch.cat(up, dim=1)

@@ -25,16 +25,21 @@ if TYPE_CHECKING:
 
 
 def sharing_of(worker: Worker, note: Callable[[str], None]) -> Sharing | None:
-    """What lets a worker's slots share batches; None, with a note, where they are packed but
-    cannot."""
-    sweep, train = worker.experiment.sweep, worker.experiment.train
-    if sweep.packing == "exact":
+    """What lets a worker's slots share batches; None, and a note, where they are packed but cannot.
+
+    `exact` promises each trial what it does alone.
+    """
+    if worker.experiment.sweep.packing == "exact":
         return None
+    obstacle, train, family = None, worker.experiment.train, worker.base.family
     if worker.world.size > 1 or worker.backend.is_sharded(train):
-        what = f"train.num_workers={worker.world.size}, train.backend={train.backend}"
-        note(f"slots are scored one by one: {what}")
-        return None
-    return Sharing(worker, note)
+        obstacle = f"train.backend={train.backend} with train.num_workers={train.num_workers}"
+    elif not family.text_beside_images:
+        obstacle = f"{family.model_type} answers text otherwise beside others' images"
+    if obstacle is None:
+        return Sharing(worker, note)
+    note(f"slots are scored one by one: {obstacle}")
+    return None
 
 
 class Sharing:
