@@ -29,9 +29,10 @@ OVERRIDES = ["sweep.slots=4", "sweep.packing=fast", "evaluation.every=2"] + [
 class Packed(Alone):
     """A worker of a packed executor that gets its jobs from a list and is told what a test says."""
 
-    def __init__(self, folder, jobs, say=lambda job, progress: ""):
+    def __init__(self, folder, jobs, say=lambda job, progress: "", score_s=0.0):
         self.notes, self.jobs, self.say = [], list(jobs), say
         super().__init__(folder, load_experiment(folder / "experiment.yaml", OVERRIDES))
+        self._sharing.score_s = score_s
         try:
             self.work()
         finally:
@@ -101,21 +102,22 @@ def test_trials_at_a_rung_are_scored_as_each_alone(tiny_model, tmp_path):
     ledger = SweepFolder(tmp_path / "runs" / "small").ledger_file
     ledger.parent.mkdir(parents=True)
     ledger.touch()
-    worker = Packed(tmp_path, jobs(*RECIPES), say)
+    names = ("t0001", "t0002", "t0003")
+    worker = Packed(tmp_path, jobs(*names), say)
     apart, together, over = worker.notes
     assert apart.startswith("t0003 steps and is scored by itself: lora.dora=true")
-    assert together == "trials at a rung share their batches, the first t0000, t0001, t0002"
-    assert over == "slots are scored one by one from here on: RuntimeError with 3 at once: once"
+    assert together == "trials at a rung share their batches, the first t0001, t0002"
+    assert over == "slots are scored one by one from here on: RuntimeError with 2 at once: once"
     reports = {(row["trial"], row["step"], row["done"]) for row in worker.reports}
-    assert reports == {(name, step, step == 4) for name in RECIPES for step in (2, 4)}
-    # 30 answers in batches of 8, then those of a control; nothing is left for each alone.
-    assert worker.asked("t0000")[:5] == [*((2, n, 10) for n in (0, 3, 6, 8)), (2, 0, 3)]
+    assert reports == {(name, step, step == 4) for name in names for step in (2, 4)}
+    # 20 answers in batches of 8, then those of a control; nothing is left for each alone.
+    assert worker.asked("t0001")[:4] == [(2, 0, 10), (2, 4, 10), (2, 8, 10), (2, 0, 3)]
     texts = set()
-    for trial_id in ("t0000", "t0001", "t0002"):
+    for trial_id in ("t0001", "t0002"):
         found = scored(worker, trial_id, 2)
         assert found == alone(worker, trial_id, 2)
         texts.add(tuple(entry.text for entry in found[1]))
-    assert len(texts) == 3
+    assert len(texts) == 2
     assert scored(worker, "t0001", 4) == alone(worker, "t0001", 4)
 
 
@@ -124,7 +126,11 @@ class Killed(BaseException):
 
 
 def test_a_stop_loses_no_other_and_a_kill_no_answer(tiny_model, tmp_path):
+    waited = []
+
     def say(job, progress):
+        if progress["stage"] == "waits to be scored":
+            waited.append(job.trial_id)
         where = progress["stage"], progress["step"]
         if where == ("scoring select", 4) and progress["answered"] > 4:
             raise Killed
@@ -133,8 +139,10 @@ def test_a_stop_loses_no_other_and_a_kill_no_answer(tiny_model, tmp_path):
 
     prepared(tmp_path, tiny_model("idefics3"), batch_size=8, controls=[])
     names = ("t0000", "t0001", "t0002")
+    first, *others = jobs(*names)
     with pytest.raises(Killed):
-        Packed(tmp_path, jobs(*names), say)
+        Packed(tmp_path, [first, IDLE, *others], say, score_s=1e6)
+    assert waited == ["t0000"], "it began a step before the others"
     runs = SweepFolder(tmp_path / "runs" / "small")
     kept = {}
     for name, step in zip(names, (4, 2, 4), strict=True):

@@ -60,17 +60,33 @@ class Sharing:
         """A trial's share of what the last scoring took."""
 
     def ready(self, due: Sequence[Life], training: Sequence[Life]) -> list[Life]:
-        """Those at a rung that do not wait for others, as these come to theirs sooner than one
-        trial was scored last."""
+        """Those at a rung that do not wait for others to come to theirs.
+
+        One that waits is one slot that idles, and scoring it alone would let all of them: so it is
+        worth as long as all would take to be scored one by one.
+        """
         share = self._worker.experiment.select_share
+        worth_s = self.score_s * (len(due) + len(training))
         near = {
             share(rung)
             for life in training
             if self._shares(life)
             for rung in life.run.experiment.rungs
-            if 0 < (rung - life.run.steps_done) * self.step_s < self.score_s
+            if 0 < (rung - life.run.steps_done) * self.step_s < worth_s
         }
-        return [life for life in due if not (self._shares(life) and share(life.rung or 0) in near)]
+
+        def waits(life: Life) -> bool:
+            if not self._shares(life) or share(life.rung or 0) not in near:
+                return False
+            return not self._worker.told(
+                life.job,
+                trial_id=life.job.trial_id,
+                stage="waits to be scored",
+                step=life.rung,
+                max_steps=life.run.config.max_steps,
+            )
+
+        return [life for life in due if not waits(life)]
 
     def answer(self, lives: Sequence[Life]) -> dict[str, Answered]:
         """Ask for what trials at a rung lack; job's id -> what it took, of those that shared."""
