@@ -108,7 +108,7 @@ def _score(worker: Worker, job: Job, seconds: float) -> Scores | None:
 
 
 def _answer_together(worker: Worker, jobs: list[Job]) -> tuple[list[tuple[str, str]], float]:
-    """Ask for several checkpoints in shared batches.
+    """Ask for several checkpoints in shared batches; what is left to each then, says `lacking`.
 
     Returns
     -------
