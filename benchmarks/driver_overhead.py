@@ -124,8 +124,8 @@ SHARES: dict[str, list[tuple[type, tuple[str, ...]]]] = {
     "proposing": [(SweepStudy, ("_ask",))],
     "dashboard_file": [(Mirror, ("add",))],
 }
-"""Whose the time of the driver's main thread is: Ray Tune's loop, our part of it, Optuna's sampler,
-the study as a file for optuna-dashboard (also Optuna's). What is called inside goes to the callee."""
+"""Whose the time of the driver's main thread is: Ray Tune's loop, our part in it, Optuna's sampler,
+the study as a file for optuna-dashboard (Optuna's too). What one calls is counted there only."""
 
 
 class Shares:

@@ -205,9 +205,7 @@ class Turns(TrialScheduler):
     def next_action(self) -> Action:
         """What the ledger's trials ask for now; those that were never trained are none of them."""
         if self._end.ends_trials():
-            is_running = any(
-                not state.held and not self.is_paused(state) for state in self._open()
-            )
+            is_running = any(not state.held and not self.is_paused(state) for state in self._open())
             return Action("wait" if is_running else "end")
         action = self.next_by_rule()
         if action.kind in ("start", "promote") and self._is_leaving():
