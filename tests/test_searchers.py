@@ -143,6 +143,35 @@ def test_a_sweep_killed_anywhere_proposes_what_the_whole_one_did(kind, tmp_path)
     assert Sweep(tmp_path / "broken", config).searcher.is_done
 
 
+def test_paused_trials_teach_as_much_as_after_a_resume(tmp_path):
+    """Trials wait at two rungs, some end: what a sampler was shown of them before is not kept."""
+    halving = {"type": "halving", "grace_period": 10, "reduction_factor": 3}
+    config = sampled("tpe", scheduler=halving)
+    assert config.rungs == (10, 30, 90)
+    assert played(tmp_path / "whole", config, 1) == played(tmp_path / "resumed", config, 9)
+
+
+def played(folder, config, num_lives):
+    """The proposals of nine trials in so many lives of a sweep."""
+    for number in range(9):
+        if number < num_lives:
+            life = Sweep(folder, config)
+            while life.searcher.has_waiting:
+                life.start()
+        life.start()
+        for back, step in ((0, 10), (2, 30)):
+            state = life.states.get(f"t{number - back:04d}")
+            if state is not None and state.ended is None:
+                scores = {METRIC: math.log10(state.recipe["train.learning_rate"]) * (3 - back)}
+                state.scored[step] = scores
+                life.ledger.append("scored", trial_id=state.trial_id, step=step, scores=scores)
+        if number % 4 == 3:
+            life.states[f"t{number - 2:04d}"].ended = "stopped"
+            life.ledger.append("stopped", trial_id=f"t{number - 2:04d}", step=10)
+            life.searcher.tell(life.states[f"t{number - 2:04d}"])
+    return [state.recipe for state in life.states.values()]
+
+
 @pytest.mark.parametrize("direction", ["maximize", "minimize"])
 def test_tpe_proposes_what_optuna_s_own_would(direction):
     sweep = experiment(
