@@ -189,12 +189,13 @@ class Samples(threading.Thread):
                 self.rows.append(self._row(ended))
 
     def close(self) -> None:
-        """The last row, and no more."""
+        """The last trials, if they are no whole part; then what came after them; and no more."""
         self._over.set()
         self.join()
         ended = num_ended(self._states)
         if ended > self.rows[-1]["trials"]:
             self.rows.append(self._row(ended))
+        self.rows.append(self._row(ended))
 
 
 def measure(experiment: ExperimentConfig, work: Path, every: int) -> list[dict[str, float]]:
@@ -247,6 +248,7 @@ def main(trials: int, every: int, scheduler: str, searcher: str, profile_file: P
             profiler.dump_stats(profile_file)
             pstats.Stats(profiler).sort_stats("cumulative").print_stats(60)
     parts = []
+    *rows, over = rows
     for before, after in itertools.pairwise(rows):
         count = after["trials"] - before["trials"]
         each = {
@@ -258,6 +260,9 @@ def main(trials: int, every: int, scheduler: str, searcher: str, profile_file: P
     # The first part holds the start of Ray Tune and of the proxies.
     ratio = parts[-1]["cpu"] / parts[min(1, len(parts) - 1)]["cpu"]
     grown = parts[-1]["memory_mb"] - parts[0]["memory_mb"]
+    # After the last trial Ray Tune writes its snapshot of all of them.
+    end = {"trials": over["trials"], "end_s": round(over["cpu"] - rows[-1]["cpu"], 2)}
+    print(json.dumps({**end, "memory_mb": round(over["memory_mb"], 1)}))
     figures = {"scheduler": scheduler, "searcher": searcher, "load": os.getloadavg()[0]}
     print(json.dumps({**figures, "ratio_last_to_second": round(ratio, 2), "grown_mb": grown}))
 
