@@ -29,7 +29,9 @@ from raytune_vlm.sweep.budget import (
 from raytune_vlm.sweep.closing import Closing
 from raytune_vlm.sweep.constraints import Predictor, check_constraints, infeasible
 from raytune_vlm.sweep.front import besides, front_of, pareto_front
+from raytune_vlm.sweep.jobs import Job
 from raytune_vlm.sweep.ledger import Ledger, TrialState, events, replay
+from raytune_vlm.sweep.trial_job import TrialJob
 from raytune_vlm.sweep.warm_start import WarmTrial, check_warm_start, warm_trials
 
 RANKS = {
@@ -102,6 +104,17 @@ def test_memory_is_predicted_where_it_is_limited():
     costs = Predictor(config)({"lora.rank": 1})
     assert 0.01 < costs["peak_memory_gb"] < 100
     assert Predictor(experiment())({"lora.rank": 1}) == {}
+
+
+def test_memory_of_a_trial_among_others_is_not_taken_for_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr("raytune_vlm.sweep.trial_job._peak_memory_gb", lambda: 70.0)
+    run = SimpleNamespace(trainable={"text": 8})
+    costs = []
+    for host in (None, object()):
+        worker = SimpleNamespace(experiment=experiment(), folder=SweepFolder(tmp_path), host=host)
+        costs.append(TrialJob(worker, Job("t0", "trial", "t0", {}))._costs(run))
+    assert costs[0]["peak_memory_gb"] == 70
+    assert costs[1].keys() == {"trainable_parameters", "train_seconds"}
 
 
 def test_a_search_without_feasible_proposals_ends(tmp_path, per_rank, monkeypatch):

@@ -265,7 +265,8 @@ class TrialRecord:
     trainable_parameters: int = 0
     trainable_by_scope: dict[str, int] = field(default_factory=dict)
     peak_memory_gb: float = 0.0
-    """Most memory of the GPU that this trial took, in 10^9 bytes; 0 without one."""
+    """Most memory of the GPU that this trial took, in 10^9 bytes; 0 without one, and with several
+    slots."""
     audit: dict[str, Any] = field(default_factory=dict)
     micro_batch: dict[str, Any] | None = None
     """`size` and `tokens` that stand in for the recipe's `train.micro_batch_size` and
