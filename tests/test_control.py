@@ -271,7 +271,7 @@ def test_a_model_starts_as_its_parent_was_whatever_rank_and_alpha(tiny_base, tmp
 def driven(tmp_path):
     """A folder with a lease of a living process (this one's parent) and two trials."""
     folder = SweepFolder(tmp_path / "sweep")
-    write_json(folder.experiment_file, {})
+    write_json(folder.experiment_file, {"experiment": {}})
     ledger = Ledger(folder.ledger_file)
     for number in range(2):
         ledger.append("proposed", trial_id=f"t000{number}", number=number, recipe={})
