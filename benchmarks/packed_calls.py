@@ -1,6 +1,6 @@
 """Calls of torch in an optimizer step of packed slots, at the depth of a 3B model.
 
-    python benchmarks/packed_calls.py [--tokens 64] [--slots 1,2,4,8,16,32]
+    python benchmarks/packed_calls.py [--slots 1,2,4,8,16,32] [--dropout 0.05]
 
 Steps on the CPU of a random Qwen2.5-VL with as many layers as that of 3B, and little in them: what
 is called does not depend on their width. `packing_table.py` has the slots: rows of random tokens
@@ -38,6 +38,10 @@ SIZES["thin"] = {
 class Counted(Group):
     """Slots whose steps are counted."""
 
+    def drop(self, dropout: float) -> None:
+        """Give the slots to come a dropout."""
+        self._recipe = self._recipe.with_recipe({"lora.dropout": dropout})
+
     def calls(self) -> tuple[int, int, int]:
         """Of a step of a slot alone, of AdamW's update in it, and of a packed step of all."""
         slot, host, begun = self._slots[0], Host(self._base, "fast"), []
@@ -55,14 +59,15 @@ class Counted(Group):
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--tokens", default=64, help="Of a slot.")
 @click.option("--slots", default="1,2,4,8,16,32", callback=numbers)
-def main(tokens: int, slots: list[int]) -> None:
+@click.option("--dropout", default=0.0, help="Of LoRA.")
+def main(slots: list[int], dropout: float) -> None:
     """Print a line for each number of slots."""
     torch.set_num_threads(1)
     machine = Machine("cpu", "one CPU thread", flops=1.0, bandwidth=1.0)
     with tempfile.TemporaryDirectory() as folder:
-        group = Counted(Cell("thin", "cpu", False, 8, 1, tokens, 1), machine, Path(folder))
+        group = Counted(Cell("thin", "cpu", False, 8, 1, 64, 1), machine, Path(folder))
+        group.drop(dropout)
         for count in slots:
             group.measure(count, repetitions=1)
             alone, update, packed = group.calls()

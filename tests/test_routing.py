@@ -89,6 +89,19 @@ def test_each_row_goes_through_its_own_adapter(ranks, rows, seconds):
         torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
 
 
+def test_rows_of_a_slot_without_an_adapter_here_are_the_bases():
+    base = torch.nn.Sequential(torch.nn.Linear(IN, OUT)).requires_grad_(False)
+    layers = [adapted(base, 4, number) for number in range(2)]
+    first, last = shares(layers, (2, 1))
+    own = [first, Share({}, slice(2, 4), TOKENS, RandomState("cpu")), last]
+    own[2] = Share(last.layers, slice(4, 5), TOKENS, last.random)
+    inputs = torch.randn(5, TOKENS, IN)
+    with routed(base, own):
+        found = base(inputs)
+    expected = torch.cat([layers[0](inputs[:2]), base(inputs[2:4]), layers[1](inputs[4:])])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_what_is_not_a_number_stays_with_its_rows():
     base = torch.nn.Sequential(torch.nn.Linear(IN, OUT)).requires_grad_(False)
     layers = [adapted(base, rank, number) for number, rank in enumerate((4, 2, 8))]

@@ -55,12 +55,15 @@ class _Adding:
 
     def __init__(self, name: str, shares: Sequence[Share], layouts: _Layouts) -> None:
         self._name, self._layouts = name, layouts
-        self._rows, self._longest = shares[-1].rows.stop, max(share.length for share in shares)
-        self._shares = [share for share in shares if name in share.layers]
-        sizes = {share.rows.stop - share.rows.start for share in self._shares}
-        self._are_alike = len(self._shares) == len(shares) > 1 == len(sizes)
-        """Whether these are the shares of all rows, and each has as many."""
-        self._before: list[dict[str, torch.Tensor] | None] = [None] * len(self._shares)
+        self._shares, self._longest = shares, max(share.length for share in shares)
+        self._sizes = [share.rows.stop - share.rows.start for share in shares]
+        self._layers = {
+            number: share.layers[name]
+            for number, share in enumerate(shares)
+            if name in share.layers
+        }
+        """PEFT's layer of each share that has one here."""
+        self._before: list[dict[str, torch.Tensor] | None] = [None] * len(shares)
         """The random state that each share's dropout began with, once it has."""
 
     def __call__(
@@ -74,34 +77,35 @@ class _Adding:
             As `check_rows`.
         """
         (inputs,) = args
-        check_rows(self._name, inputs, self._rows)
-        layers = [share.layers[self._name] for share in self._shares]
-        if self._are_alike and not any(map(_drops, layers)):
+        check_rows(self._name, inputs, sum(self._sizes))
+        layers = [*self._layers.values()]
+        are_alike = len(layers) == len(self._shares) > 1 == len(set(self._sizes))
+        if are_alike and not any(map(_drops, layers)):
             together = inputs.to(layers[0].lora_A[ADAPTER].weight.dtype)
             return output + _stacked(layers, together, self._layouts).to(output.dtype)
-        given = [self._given(number, layer, inputs) for number, layer in enumerate(layers)]
-        if self._are_alike and all(len(layer.active_adapters) == 1 for layer in layers):
+        parts = inputs.split(self._sizes)  # slices would each have a gradient of all rows
+        given = [
+            self._given(number, layer, parts[number]) for number, layer in self._layers.items()
+        ]
+        if are_alike and all(len(layer.active_adapters) == 1 for layer in layers):
             together = torch.cat(given)
             return output + _stacked(layers, together, self._layouts).to(output.dtype)
-        pieces, done = [], 0
-        for layer, share, part in zip(layers, self._shares, given, strict=True):
-            added = output[share.rows]
+        pieces = [*output.split(self._sizes)]
+        for (number, layer), into in zip(self._layers.items(), given, strict=True):
             for name in layer.active_adapters:
                 # What takes the start of `pissa` and `olora` off again has no dropout.
-                into = part if name == ADAPTER else inputs[share.rows].to(part.dtype)
-                low = layer.lora_B[name](layer.lora_A[name](into)) * layer.scaling[name]
-                added = added + low.to(output.dtype)
-            pieces += [output[done : share.rows.start], added]
-            done = share.rows.stop
-        return torch.cat([*pieces, output[done:]])
+                own = into if name == ADAPTER else parts[number].to(into.dtype)
+                low = layer.lora_B[name](layer.lora_A[name](own)) * layer.scaling[name]
+                pieces[number] = pieces[number] + low.to(output.dtype)
+        return torch.cat(pieces)
 
-    def _given(self, number: int, layer: Any, inputs: torch.Tensor) -> torch.Tensor:
+    def _given(self, number: int, layer: Any, part: torch.Tensor) -> torch.Tensor:
         """What goes into a share's A, `[its rows, ...]`: cast as PEFT does, dropped out apart.
 
         Alone, the rows would be padded to their own length only: the padding beyond draws nothing.
         """
         share, before = self._shares[number], self._before[number]
-        given = inputs[share.rows].to(layer.lora_A[ADAPTER].weight.dtype)
+        given = part.to(layer.lora_A[ADAPTER].weight.dtype)
         if not _drops(layer):
             return given
         excess = self._longest - share.length if given.shape[1] == self._longest else 0

@@ -18,9 +18,10 @@ from optuna.artifacts import FileSystemArtifactStore, upload_artifact
 from optuna.exceptions import ExperimentalWarning
 
 from raytune_vlm.config.experiment import ExperimentConfig
-from raytune_vlm.records import Scores, SweepFolder, read_json
+from raytune_vlm.records import Scores, SweepFolder
 from raytune_vlm.references import read_reference
 from raytune_vlm.report.formatting import recipe_value
+from raytune_vlm.sweep.head import experiment_in
 
 NUM_PICTURES = 4
 """Samples whose image and answer a trial's note shows: the same for all trials."""
@@ -63,26 +64,23 @@ class Notes:
 
     def write_head(self) -> None:
         """Name the objectives and write the note of the study."""
-        file = self._folder.experiment_file
-        if self._is_on and file.exists():
+        if self._is_on and self._folder.experiment_file.exists():
             from optuna_dashboard import save_note
 
-            experiment = ExperimentConfig.model_validate(read_json(file)["experiment"])
+            experiment = experiment_in(self._folder)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", ExperimentalWarning)
                 self._study.set_metric_names(list(experiment.objectives))
             save_note(self._study, _study_note(experiment))
 
-    def write(self, number: int) -> None:
-        """Write the note of a trial of the study that has ended."""
-        trial = self._study.get_trials(deepcopy=False)[number]
+    def write(self, own: int, trial: optuna.trial.FrozenTrial) -> None:
+        """Write the note of a trial that has ended; `own` is its id in the study's storage."""
         trial_id = trial.user_attrs.get("trial")
         if not self._is_on or not (self._folder.root / "trials" / str(trial_id)).is_dir():
             return  # also the trials of other sweeps that this one learned from
         from optuna_dashboard._note import note_ver_key, split_body
 
         # `save_note` reads the notes of all trials for each, in case there is an older one.
-        own = trial._trial_id
         parts = {note_ver_key(own): 1, **split_body(self._text(trial), own)}
         for key, value in parts.items():
             self._study._storage.set_study_system_attr(self._study._study_id, key, value)

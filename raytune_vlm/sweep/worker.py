@@ -272,6 +272,7 @@ class Worker:
         began = time.monotonic()
         if self.host is None:
             outcomes = [step_alone(life.run) for life in lives]
+            seconds = [time.monotonic() - began]
         else:
             try:
                 outcomes = self.host.step([life.slot for life in lives if life.slot is not None])
@@ -281,12 +282,11 @@ class Worker:
                 raise
             for note in self.host.notes:
                 self._note(note)
-            self.host.notes = []
-        took = time.monotonic() - began
+            self.host.notes, seconds = [], self.host.seconds
         if self._sharing:
-            self._sharing.step_s = took
-        for life, outcome in zip(lives, outcomes, strict=True):
-            self._go_on(life, Turn(outcome, took / len(lives)))
+            self._sharing.step_s = time.monotonic() - began
+        for life, outcome, own in zip(lives, outcomes, seconds, strict=True):
+            self._go_on(life, Turn(outcome, own))
 
     def _score(self) -> None:
         """Score the trials at a rung, their prompts in shared batches where that can be."""
