@@ -35,7 +35,7 @@ def sharing_of(worker: Worker, note: Callable[[str], None]) -> Sharing | None:
     if worker.world.size > 1 or worker.backend.is_sharded(train):
         obstacle = f"train.backend={train.backend} with train.num_workers={train.num_workers}"
     elif not family.text_beside_images:
-        obstacle = f"{family.model_type} answers text otherwise beside others' images"
+        obstacle = f"rows in the cross-attention of {family.model_type} are tiles, not samples"
     if obstacle is None:
         return Sharing(worker, note)
     note(f"slots are scored one by one: {obstacle}")

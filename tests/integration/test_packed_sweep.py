@@ -25,8 +25,9 @@ SWEEP = {
     "searcher": {"type": "grid"},
     "scheduler": {"type": "fifo"},
     "search_space": {
-        "lora.rank": {"type": "grid", "values": [2, 4]},
+        # The first two can share batches: they begin one after the other.
         "lora.dora": {"type": "grid", "values": [False, True]},
+        "lora.rank": {"type": "grid", "values": [2, 4]},
     },
 }
 SLOTS = {"train": TRAIN, "lora": {"dropout": 0.1}}
