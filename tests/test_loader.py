@@ -301,6 +301,8 @@ def test_harmless_names_are_no_secrets() -> None:
         ("train.num_workers: {type: choice, values: [1]}", "the executor is resident"),
         ("data.max_length: {type: choice, values: [64]}", "only single keys under lora. and train"),
         ("seed: {type: choice, values: [1]}", "only single keys under lora. and train"),
+        ("train.feature_cache_gb: {type: choice, values: [0, 1]}", "a trial cannot vary this"),
+        ("train.hang_timeout_s: {type: choice, values: [60]}", "a trial cannot vary this"),
         ("lora: {type: choice, values: [1]}", "only single keys under lora. and train"),
         ("sweep.metric: {type: choice, values: [a]}", "only single keys under lora. and train"),
         ("lora.rank: {type: choice, values: [4, 0]}",

@@ -106,6 +106,13 @@ def test_memory_is_predicted_where_it_is_limited():
     assert Predictor(experiment())({"lora.rank": 1}) == {}
 
 
+def test_recomputed_activations_are_predicted_apart():
+    predicted = Predictor(experiment(sweep={"constraints": {"max_memory_gb": 1}}))
+    key = "train.activation_checkpointing.text"
+    kept, recomputed = (predicted({key: on})["peak_memory_gb"] for on in (False, True))
+    assert recomputed < kept
+
+
 def test_memory_of_a_trial_among_others_is_not_taken_for_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr("raytune_vlm.sweep.trial_job._peak_memory_gb", lambda: 70.0)
     run = SimpleNamespace(trainable={"text": 8})

@@ -24,7 +24,8 @@ class ConstraintsConfig(Section):
     """Limits that the winner has to keep. What can be predicted is asked before a trial starts."""
 
     max_memory_gb: float | None = Field(default=None, gt=0)
-    """Memory of one worker at its peak, in 10^9 bytes: predicted, and on a GPU also measured."""
+    """Memory of one worker at its peak, in 10^9 bytes: predicted, and on a GPU also measured where
+    trials do not share it (`sweep.slots`)."""
     max_trainable_parameters: int | None = Field(default=None, ge=1)
     """Trained parameters: predicted exactly."""
     max_train_seconds: float | None = Field(default=None, gt=0)

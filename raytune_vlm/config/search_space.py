@@ -30,6 +30,11 @@ SHARED_TRAIN_KEYS = (
     "train.num_workers",
     "train.cpus_per_worker",
     "train.gpus_per_worker",
+    "train.feature_cache_gb",
+    "train.feature_disk_gb",
+    "train.feature_disk_folder",
+    "train.hang_timeout_s",
+    "train.grace_s",
 )
 """What all trials of a sweep share, because one resident executor trains them one after another."""
 

@@ -85,7 +85,8 @@ class Predictor:
         changed = self._experiment.with_recipe(recipe)
         train = changed.train
         shape = (train.batch_size, train.micro_batch_size, train.micro_batch_tokens, train.backend)
-        key = f"{changed.lora.model_dump_json()} {shape}"
+        passes = (train.activation_checkpointing, train.distillation.is_on)
+        key = f"{changed.lora.model_dump_json()} {shape} {passes}"
         if key not in self._known:
             self._known[key] = self._predict(changed)
         return self._known[key]
