@@ -78,7 +78,7 @@ def test_only_who_was_scored_on_all_of_select_can_win(running: Any) -> None:
     found = decide._selection(running, candidates, winner)
     assert found["corrected"].value == pytest.approx(winner.value, abs=0.01)
     assert found["indistinguishable"] == ["t0001"]
-    tops = decide._tops(candidates, winner, "max", running.folder)
+    tops = decide._tops(decide._teams(running, candidates), "max", running.folder)
     assert [entry.trial.trial_id for entry in tops] == ["t0001", "t0000"]
     for state in running.states.values():
         state.scored.pop(40, None)
@@ -99,12 +99,12 @@ def test_every_trial_on_all_of_select_meets_the_base_and_pays_for_the_others(run
 
 def test_report_is_touched_once_a_role_and_told_without_overlap(running: Any) -> None:
     candidates, winner = winner_of(running)
-    roles, paired, guard = decide._report(running, candidates, winner)
+    roles, paired, guard = decide._report(running, decide._teams(running, candidates), winner)
     assert guard == []
     assert roles == {"base": "base", "default": "t0000", "winner": "t0001"}
     assert len(running.folder.report_touches()) == 3
     assert [test.num_tests for test in paired] == [2, 2]
-    decide._report(running, candidates, winner)
+    decide._report(running, decide._teams(running, candidates), winner)
     assert len(running.folder.report_touches()) == 3
     clean, number = comparisons.clean_scores(running, roles, winner)
     assert number == 75 and clean.keys() == roles.keys()

@@ -13,6 +13,7 @@ from raytune_vlm.monitor import Say
 from raytune_vlm.records import SweepFolder, TrialRecord, write_json
 from raytune_vlm.sweep.constraints import Predictor, broken
 from raytune_vlm.sweep.ledger import Ledger, TrialState, trial_name
+from raytune_vlm.sweep.replicates import has_ended, recipe_id, to_replicate, together
 from raytune_vlm.sweep.study import SweepStudy
 from raytune_vlm.sweep.warm_start import WarmTrial
 
@@ -108,9 +109,12 @@ class OptunaSearcher(Searcher):
     def _num_left(self) -> int:
         """How many more trials may be trained."""
         proposed = [state for state in self._states.values() if state.origin is None]
-        left = self._experiment.sweep.num_trials - sum(not state.untrained for state in proposed)
-        given = self._study.num_given
-        return left if given is None else min(left, given - len(proposed))
+        trained = sum(not state.untrained for state in proposed)
+        left, given = self._experiment.sweep.num_trials - trained, self._study.num_given
+        if given is None:
+            return left
+        recipes = given - (len(proposed) - trained)
+        return min(left, recipes * self._experiment.sweep.seeds - trained)
 
     def _next_feasible(self) -> TrialState | None:
         for _ in range(MOST_INFEASIBLE):
@@ -126,12 +130,21 @@ class OptunaSearcher(Searcher):
         return None
 
     def _propose(self) -> TrialState:
-        number = self._next
-        recipe = self._study.propose(number, self._states)
+        number, seed = self._next, self._experiment.seed
+        found = to_replicate(self._states.values(), self._experiment.sweep.seeds)
+        if found is None:
+            recipe = self._study.propose(number, self._states)
+            besides: dict[str, Any] = {}
+        else:
+            first, place = found
+            recipe = {**first.recipe, "seed": seed + place}
+            besides = {"replicates": first.trial_id}
         state = TrialState(trial_name(number), number, recipe, predicted=self.predict(recipe))
-        predicted = {"predicted": state.predicted} if state.predicted else {}
+        state.replicates = besides.get("replicates")
+        if state.predicted:
+            besides["predicted"] = state.predicted
         self._ledger.append(
-            "proposed", trial_id=state.trial_id, number=number, recipe=recipe, **predicted
+            "proposed", trial_id=state.trial_id, number=number, recipe=recipe, **besides
         )
         self._states[state.trial_id] = state
         self._next += 1
@@ -159,8 +172,13 @@ class OptunaSearcher(Searcher):
         return False
 
     def tell(self, state: TrialState) -> None:
-        """Tell Optuna how a trial ended; called after the ledger has it."""
-        self._study.tell(state)
+        """Tell Optuna how a trial ended; called after the ledger has it.
+
+        Of a recipe with several trials it is told once, when the last of them has ended.
+        """
+        own = [s for s in self._states.values() if recipe_id(s) == recipe_id(state)]
+        if has_ended(own, self._experiment.sweep.seeds):
+            self._study.tell(together(own))
 
     def drop_interrupted(
         self, is_dropped: Callable[[TrialState], bool] = lambda state: True

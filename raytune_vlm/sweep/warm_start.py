@@ -28,6 +28,7 @@ from raytune_vlm.monitor import Say
 from raytune_vlm.records import SweepFolder, read_json
 from raytune_vlm.sweep.constraints import excess
 from raytune_vlm.sweep.ledger import Ledger, TrialState, events, replay
+from raytune_vlm.sweep.replicates import by_recipe, together
 
 
 @dataclass(frozen=True)
@@ -126,8 +127,8 @@ def read_sweep(
     _check_fits(experiment, other, root, head["data"], data_digest)
     taken: list[WarmTrial] = []
     left_out: Counter[str] = Counter()
-    for state in replay(folder.ledger_file).values():
-        fitted = _fitted(experiment, other, state)
+    for trials in by_recipe(replay(folder.ledger_file).values()):
+        fitted = _fitted(experiment, other, together(trials))
         if isinstance(fitted, str):
             left_out[fitted] += 1
         else:
