@@ -398,6 +398,7 @@ def test_what_the_statistics_found_is_told(examples: Copy) -> None:
     assert "With other seeds 0.861 ± 0.011" in text
     assert "NOT the best by the mean: trial_007 has 0.881" in text
     assert "Without overlap 0.851 winner on the 34 report samples" in text
+
     assert "Detectable difference 0.104" in text and "on select 0.071" in text
     assert "p = 0.001 after Holm for 3 tests" in text
     assert "McNemar p = 0.146" in text and "9 : 3" in text
@@ -572,6 +573,19 @@ def test_numbers_as_people_read_them() -> None:
     ]
     spoken = [duration(s).replace("\u00a0", " ") for s in (0, 0.5, 9.4, 59.7, 119.8, 7512, 86400)]
     assert spoken == ["0 s", "500 ms", "9.4 s", "59.7 s", "2 min 00 s", "2 h 05 min", "24 h 00 min"]
+
+
+def test_the_seeds_by_which_a_recipe_was_picked_are_told(examples: Copy, tmp_path: Path) -> None:
+    folder = SweepFolder(shutil.copytree(examples().root, tmp_path / "copy"))
+    assert "Over its seeds" not in {label for label, _, _ in headline(load_view(folder.root)).facts}
+    result = folder.result()
+    assert result is not None
+    scores = {result.winner: 0.9, "trial_001": 0.7, "trial_002": 0.8}
+    write_json(folder.result_file, replace(result, seeds_of_winner=scores, replicates=[]))
+    facts = {label: (value, why) for label, value, why in headline(load_view(folder.root)).facts}
+    value, why = facts["Over its seeds"]
+    assert value == "0.800 ± 0.100" and "with its 3 seeds" in why and result.winner in why
+    assert "picked by the mean over 3 seeds, 0.800 ± 0.100" in model_card(folder)
 
 
 def test_report_imports_neither_torch_nor_ray() -> None:

@@ -138,6 +138,11 @@ class SweepResult:
                 found.append(SeedSpread(trial_id, picked, values, failed))
         return found
 
+    def own_seeds(self) -> SeedSpread | None:
+        """The trials of the winner's recipe, by whose mean it was picked; None with one seed."""
+        values = [*self.seeds_of_winner.values()]
+        return SeedSpread(self.winner, self.naive, values, 0) if values else None
+
     def best_by_seeds(self) -> str | None:
         """The trial with the best mean over other seeds; None where there are not two of them."""
         sign = 1.0 if self.mode == "max" else -1.0

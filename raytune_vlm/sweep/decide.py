@@ -1,9 +1,9 @@
 """The decision: the winner, what it is worth, and what it beats.
 
 Everything that the search scored on `select` is a configuration: each trial at each rung. The
-winner is the best of them, of recipes with several seeds the best trial of the recipe with the best
-mean; the bias of having been picked is estimated over all of them; `report`
-is then scored once for the base model, the default recipe and the winner.
+winner is the best of them, and with several seeds the best trial of the recipe with the best mean.
+The bias of having been picked is estimated over all of them; `report` is then scored once for the
+base model, the default recipe and the winner.
 """
 
 from __future__ import annotations
@@ -156,10 +156,9 @@ def _best(candidates: list[Candidate], mode: str, folder: SweepFolder) -> Candid
 
 def _rank(team: list[Candidate], mode: str, folder: SweepFolder) -> tuple[float, int, int, int]:
     """What candidates that are judged together are sorted by, the best first: their mean score."""
-    mean = sum(entry.value for entry in team) / len(team)
-    first = team[0]
-    cost = _cost(folder, first.trial.trial_id)
-    return -_sign(mode) * mean, cost, first.step, first.trial.number
+    first, mean = team[0], sum(entry.value for entry in team) / len(team)
+    value = math.inf if math.isnan(mean) else -_sign(mode) * mean
+    return value, _cost(folder, first.trial.trial_id), first.step, first.trial.number
 
 
 def _teams(running: Session, candidates: list[Candidate]) -> list[list[Candidate]]:
