@@ -121,10 +121,8 @@ class Run:
         self.trainable = trainable_by_scope(self.model, base.family)
         self.auditor = Auditor(self.model, self.trainable, experiment.lora)
         self._objective = objective(self.model, self.config, teacher, self.batches, self.auditor)
-        optimizer = torch.optim.AdamW(
-            parameter_groups(self.model, base.family, experiment),
-            weight_decay=self.config.weight_decay,
-        )
+        groups = parameter_groups(self.model, base.family, experiment)
+        optimizer = torch.optim.AdamW(groups, weight_decay=self.config.weight_decay)
         self._backend = backend(self.model, optimizer, world, self.config)
         self.optimizer = self._backend.optimizer
         """AdamW over all that is trained; `begin` sets the learning rates of its groups."""
