@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
@@ -16,6 +17,7 @@ from raytune_vlm.sweep.ledger import BY_HAND, Ledger, TrialState, replay
 from raytune_vlm.sweep.replicates import by_recipe, together, value_at
 from raytune_vlm.sweep.scheduler import Rule, decide
 from raytune_vlm.sweep.searcher import OptunaSearcher
+from raytune_vlm.sweep.warm_start import read_sweep
 
 METRIC = "exact_match@strip"
 SPACE = {
@@ -169,6 +171,12 @@ def test_each_proposal_is_so_many_trials_and_the_sampler_is_told_their_mean_once
         mean = np.mean([state.scored[30][METRIC] for state in own])
         assert trial.intermediate_values[30] == pytest.approx(mean)
         assert trial.value == pytest.approx(mean)  # of a pruned one the last of its rungs
+    # Nor does a later sweep take them for different recipes.
+    head = {"experiment": config().model_dump(mode="json"), "data": "digest"}
+    (tmp_path / "whole" / "experiment.json").write_text(json.dumps(head))
+    taken, left_out = read_sweep(config(seeds=1), "digest", tmp_path / "whole")
+    assert [entry.trial_id for entry in taken] == [own[0].trial_id for own in recipes]
+    assert not left_out and taken[1].scored[90] == pytest.approx(sweep.told[1].value)
 
 
 def test_a_killed_sweep_proposes_the_same_replicates(tmp_path: Any) -> None:

@@ -398,7 +398,6 @@ def test_what_the_statistics_found_is_told(examples: Copy) -> None:
     assert "With other seeds 0.861 ± 0.011" in text
     assert "NOT the best by the mean: trial_007 has 0.881" in text
     assert "Without overlap 0.851 winner on the 34 report samples" in text
-
     assert "Detectable difference 0.104" in text and "on select 0.071" in text
     assert "p = 0.001 after Holm for 3 tests" in text
     assert "McNemar p = 0.146" in text and "9 : 3" in text

@@ -27,8 +27,8 @@ def by_recipe(states: Iterable[TrialState]) -> list[list[TrialState]]:
 
 
 def to_replicate(states: Collection[TrialState], seeds: int) -> tuple[TrialState, int] | None:
-    """The recipe whose next replicate is to be proposed, and the how manieth trial of it that is;
-    None if a new recipe is."""
+    """The first trial of the recipe that still lacks some, and how many it has; None if the next
+    proposal is a new recipe. `states` are in the order of the ledger."""
     own = [state for state in states if state.origin is None and not state.untrained]
     number = len(own) % seeds
     return (own[-number], number) if number else None
