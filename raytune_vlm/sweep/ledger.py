@@ -164,7 +164,8 @@ def apply_event(trials: dict[str, TrialState], row: Mapping[str, Any]) -> None:
     if event == "proposed":
         trial = TrialState(trial_id, row["number"], row["recipe"], proposed_at=row["seq"])
         trial.predicted = row.get("predicted", {})
-        trial.replicates = row.get("replicates")
+        if row.get("replicates") is not None:
+            trial.replicates = trials[row["replicates"]].trial_id
         trials[trial_id] = trial
     elif event == "scored":
         trials[trial_id].scored[row["step"]] = row["scores"]

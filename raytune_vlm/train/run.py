@@ -216,7 +216,7 @@ class Run:
         few = tuple(int(row) for row in (with_images if len(with_images) else rows)[:2])
         part = Part(few, tuple(range(len(few))))
         batch = self.batches.collation.collate(part, [self._split.encoded(row) for row in few])
-        return self.batches.on_device(batch.arrays, few)[0]
+        return self.batches.with_pixels(batch.arrays, few)
 
     def audit_end(self, folder: Path) -> None:
         """The checks of a trial's end, on its last checkpoint; every rank calls it.
