@@ -17,10 +17,10 @@ a rung when all of them have, is worth their mean there, and is promoted as a wh
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 
 from raytune_vlm.config.experiment import ExperimentConfig
 from raytune_vlm.config.schedulers import HalvingScheduler
@@ -76,7 +76,9 @@ def decide(states: Collection[TrialState], rule: Rule) -> Action:
     By hand: a pinned trial goes on before all others, whatever its score, and alone. One that is
     paused keeps its place among the best of its rung, but is not promoted.
     """
-    running = [state for state in states if rule.is_running(state)]
+    # No more than matter, and the newest first: where executors are busy, it is mostly they.
+    newest = (state for state in reversed([*states]) if rule.is_running(state))
+    running = list(itertools.islice(newest, rule.at_once))
     if len(running) >= rule.at_once:
         return Action("wait")
     for state in states:
@@ -86,7 +88,7 @@ def decide(states: Collection[TrialState], rule: Rule) -> Action:
     several = [trials for trials in recipes if len(trials) > 1]
     whole = [trials for trials in recipes if is_complete or is_whole(trials, rule.seeds)]
     promotable: list[Action] = []
-    for place, (rung, above) in enumerate(pairwise(rule.rungs)):
+    for place, (rung, above) in enumerate(itertools.pairwise(rule.rungs)):
         is_complete = is_complete and all(rule.target(state) != rung for state in running)
         begun = [trials for trials in several if _has_begun(trials, rule, rung)]
         chosen = [*begun, *_chosen(whole, rule, place, is_complete)]
@@ -130,6 +132,8 @@ def _chosen(
     count = math.floor(len(there) / rule.reduction_factor) if len(there) >= least else 0
     if is_complete:
         count = max(1, math.floor(len(there) / rule.reduction_factor))
+    if count == 0:
+        return []
     numbers = [(value, trials) for value, trials in there if not math.isnan(value)]
     ranked = sorted(numbers, key=lambda entry: (-entry[0], entry[1][0].number))
     return [trials for _, trials in ranked[:count]]
@@ -142,8 +146,9 @@ class Halving(Pausing[Rule]):
         """`sweep.num_trials` was changed by hand."""
         self.rule = Rule.of(experiment)
 
-    def next_by_rule(self, states: Collection[TrialState]) -> Action:
+    def next_by_rule(self) -> Action:
         """What `decide` says; without new trials as if all there are had been planned."""
+        states = self.trained()
         num_clones = sum(state.origin is not None for state in states)
         number = self.rule.num_trials + num_clones
         if self._end.is_exhausted():

@@ -67,6 +67,10 @@ class OptunaSearcher(Searcher):
         self.predict = Predictor(experiment)
         self._states = trials
         self._next = len(trials)
+        own = [state for state in trials.values() if state.origin is None]
+        self._num_own = len(own)
+        """Proposals; clones are none."""
+        self._num_untrained = sum(state.untrained for state in own)
         self._ids: dict[str, str] = {}
         self._study = SweepStudy(experiment, study_file, trials.values(), warm, say)
         self._interrupted = [state for state in trials.values() if state.ended is None]
@@ -108,12 +112,11 @@ class OptunaSearcher(Searcher):
 
     def _num_left(self) -> int:
         """How many more trials may be trained."""
-        proposed = [state for state in self._states.values() if state.origin is None]
-        trained = sum(not state.untrained for state in proposed)
+        trained = self._num_own - self._num_untrained
         left, given = self._experiment.sweep.num_trials - trained, self._study.num_given
         if given is None:
             return left
-        recipes = given - (len(proposed) - trained)
+        recipes = given - self._num_untrained
         return min(left, recipes * self._experiment.sweep.seeds - trained)
 
     def _next_feasible(self) -> TrialState | None:
@@ -130,14 +133,14 @@ class OptunaSearcher(Searcher):
         return None
 
     def _propose(self) -> TrialState:
-        number, seed = self._next, self._experiment.seed
-        found = to_replicate(self._states.values(), self._experiment.sweep.seeds)
+        number, seeds = self._next, self._experiment.sweep.seeds
+        found = to_replicate(self._states.values(), seeds) if seeds > 1 else None
         if found is None:
             recipe = self._study.propose(number, self._states)
             besides: dict[str, Any] = {}
         else:
             first, place = found
-            recipe = {**first.recipe, "seed": seed + place}
+            recipe = {**first.recipe, "seed": self._experiment.seed + place}
             besides = {"replicates": first.trial_id}
         state = TrialState(trial_name(number), number, recipe, predicted=self.predict(recipe))
         state.replicates = besides.get("replicates")
@@ -148,6 +151,7 @@ class OptunaSearcher(Searcher):
         )
         self._states[state.trial_id] = state
         self._next += 1
+        self._num_own += 1
         return state
 
     def _may_train(self, state: TrialState) -> bool:
@@ -156,6 +160,7 @@ class OptunaSearcher(Searcher):
         if reason is None or state.scored:
             return True
         state.ended, state.untrained, state.message = "failed", True, f"infeasible: {reason}"
+        self._num_untrained += state.origin is None
         self._ledger.append("infeasible", trial_id=state.trial_id, step=0, message=state.message)
         record = TrialRecord(
             trial_id=state.trial_id,
@@ -176,8 +181,10 @@ class OptunaSearcher(Searcher):
 
         Of a recipe with several trials it is told once, when the last of them has ended.
         """
-        own = [s for s in self._states.values() if recipe_id(s) == recipe_id(state)]
-        if has_ended(own, self._experiment.sweep.seeds):
+        own, seeds = [state], self._experiment.sweep.seeds
+        if seeds > 1:
+            own = [s for s in self._states.values() if recipe_id(s) == recipe_id(state)]
+        if has_ended(own, seeds):
             self._study.tell(together(own))
 
     def drop_interrupted(
