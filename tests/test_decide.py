@@ -78,7 +78,7 @@ def test_only_who_was_scored_on_all_of_select_can_win(running: Any) -> None:
     found = decide._selection(running, candidates, winner)
     assert found["corrected"].value == pytest.approx(winner.value, abs=0.01)
     assert found["indistinguishable"] == ["t0001"]
-    tops = decide._tops(candidates, winner, "max", running.folder)
+    tops = decide._tops(decide._teams(running, candidates), "max", running.folder)
     assert [entry.trial.trial_id for entry in tops] == ["t0001", "t0000"]
     for state in running.states.values():
         state.scored.pop(40, None)
@@ -99,14 +99,46 @@ def test_every_trial_on_all_of_select_meets_the_base_and_pays_for_the_others(run
 
 def test_report_is_touched_once_a_role_and_told_without_overlap(running: Any) -> None:
     candidates, winner = winner_of(running)
-    roles, paired, guard = decide._report(running, candidates, winner)
+    roles, paired, guard = decide._report(running, decide._teams(running, candidates), winner)
     assert guard == []
     assert roles == {"base": "base", "default": "t0000", "winner": "t0001"}
     assert len(running.folder.report_touches()) == 3
     assert [test.num_tests for test in paired] == [2, 2]
-    decide._report(running, candidates, winner)
+    decide._report(running, decide._teams(running, candidates), winner)
     assert len(running.folder.report_touches()) == 3
     clean, number = comparisons.clean_scores(running, roles, winner)
     assert number == 75 and clean.keys() == roles.keys()
     found = comparisons.detectable_by_split(running)
     assert found.keys() == {"select", "report"} and 0.1 < found["report"] < 0.3
+
+
+def test_with_several_seeds_the_recipe_with_the_best_mean_wins_by_its_best_trial(
+    running: Any,
+) -> None:
+    """t0001 is the luckiest trial, but the other seed of its recipe is the worst."""
+    metric = running.experiment.metric
+    values = {"t0000": 0.7, "t0001": 0.9, "t0002": 0.1, "t0003": 0.6}
+    firsts = {"t0002": "t0001", "t0003": "t0000"}
+    for number, (trial_id, value) in enumerate(values.items()):
+        state = TrialState(trial_id, number, {}, {40: {metric: value}}, "finished")
+        state.replicates = firsts.get(trial_id)
+        running.states[trial_id] = state
+        record = TrialRecord(trial_id, number, {}, "finished", trainable_parameters=10)
+        write_json(running.folder.trial(trial_id).record_file, record)
+    found = decide._candidates(running)
+    teams = decide._teams(running, found)
+    assert [[entry.trial.trial_id for entry in team] for team in teams] == [
+        ["t0000", "t0003"],
+        ["t0001", "t0002"],
+    ]
+    tops = decide._tops(teams, "max", running.folder)
+    assert [entry.trial.trial_id for entry in tops] == ["t0000", "t0001"]
+
+    running.states["t0003"].scored.clear()
+    running.states["t0003"].message = "diverged: loss is nan"
+    running.states["t0003"].ended = "failed"
+    left = [team[0].trial.trial_id for team in decide._teams(running, decide._candidates(running))]
+    assert left == ["t0001"], "a recipe that diverges with one of its seeds does not win by another"
+    running.states["t0003"].message = "infrastructure: its node is gone"
+    left = [team[0].trial.trial_id for team in decide._teams(running, decide._candidates(running))]
+    assert left == ["t0000", "t0001"]

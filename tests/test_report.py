@@ -574,6 +574,19 @@ def test_numbers_as_people_read_them() -> None:
     assert spoken == ["0 s", "500 ms", "9.4 s", "59.7 s", "2 min 00 s", "2 h 05 min", "24 h 00 min"]
 
 
+def test_the_seeds_by_which_a_recipe_was_picked_are_told(examples: Copy, tmp_path: Path) -> None:
+    folder = SweepFolder(shutil.copytree(examples().root, tmp_path / "copy"))
+    assert "Over its seeds" not in {label for label, _, _ in headline(load_view(folder.root)).facts}
+    result = folder.result()
+    assert result is not None
+    scores = {result.winner: 0.9, "trial_001": 0.7, "trial_002": 0.8}
+    write_json(folder.result_file, replace(result, seeds_of_winner=scores, replicates=[]))
+    facts = {label: (value, why) for label, value, why in headline(load_view(folder.root)).facts}
+    value, why = facts["Over its seeds"]
+    assert value == "0.800 ± 0.100" and "with its 3 seeds" in why and result.winner in why
+    assert "picked by the mean over 3 seeds, 0.800 ± 0.100" in model_card(folder)
+
+
 def test_report_imports_neither_torch_nor_ray() -> None:
     code = (
         "import sys, raytune_vlm.report, raytune_vlm.report.model_card;"

@@ -15,6 +15,7 @@ from tune_trial import TuneTrial
 
 from raytune_vlm.records import read_json_lines
 from raytune_vlm.sweep.ledger import Ledger, TrialState, replay
+from raytune_vlm.sweep.replicates import by_recipe, to_replicate
 from raytune_vlm.sweep.scheduler import Halving, Rule, decide
 from raytune_vlm.sweep.turns import Open
 
@@ -28,7 +29,8 @@ SCORES = st.one_of(
 def games(draw):
     """A rule, the score of every trial at every rung, which fail, and who is served when."""
     rungs = (1, 3, 9, 27)[: draw(st.integers(1, 4))]
-    num_trials = draw(st.integers(1, 14))
+    seeds = draw(st.sampled_from([1, 1, 2, 3]))
+    num_trials = draw(st.integers(1, 14 if seeds == 1 else 5)) * seeds
     rule = Rule(
         rungs=rungs,
         reduction_factor=draw(st.sampled_from([2, 3, 2.5])),
@@ -37,6 +39,7 @@ def games(draw):
         at_once=draw(st.integers(1, 5)),
         metric=METRIC,
         mode=draw(st.sampled_from(["max", "min"])),
+        seeds=seeds,
     )
     values = [[draw(SCORES) for _ in rungs] for _ in range(num_trials)]
     failing = draw(st.sets(st.integers(0, num_trials - 1), max_size=3))
@@ -55,6 +58,8 @@ def play(game, check=lambda states, action, rule: None):
             return states
         if action.kind == "start":
             state = TrialState(f"t{len(states)}", len(states), {})
+            if found := to_replicate(states.values(), rule.seeds):
+                state.replicates = found[0].trial_id
             states[state.trial_id] = state
         elif action.kind == "promote":
             states[action.trial_id].promoted_to = action.step
@@ -79,6 +84,11 @@ def better(rule, value, other):
     return value > other if rule.mode == "max" else value < other
 
 
+def mean(trials, rung):
+    """The mean score of some trials at a rung."""
+    return sum(state.scored[rung][METRIC] for state in trials) / len(trials)
+
+
 def sound(states, action, rule):
     """What must hold of every single decision."""
     running = sum(rule.is_running(state) for state in states.values())
@@ -89,11 +99,17 @@ def sound(states, action, rule):
     chosen = states[action.trial_id]
     rung = rule.target(chosen)
     assert rule.is_paused(chosen) and action.step > rung
-    there = [state for state in states.values() if rung in state.scored]
-    value = chosen.scored[rung][METRIC]
+    recipes = by_recipe(states.values())
+    own = next(trials for trials in recipes if chosen in trials)
+    assert len(own) == rule.seeds and all(rung in state.scored for state in own)
+    value = mean(own, rung)
     assert not math.isnan(value)
-    ahead = [state for state in there if better(rule, state.scored[rung][METRIC], value)]
-    still = [state for state in ahead if rule.is_paused(state) and rule.target(state) == rung]
+    if any(rule.target(state) > rung for state in own):
+        return  # it follows the other trials of its recipe, whoever is ahead now
+    whole = [trials for trials in recipes if len(trials) == rule.seeds]
+    there = [trials for trials in whole if all(rung in state.scored for state in trials)]
+    ahead = [trials for trials in there if better(rule, mean(trials, rung), value)]
+    still = [s for trials in ahead for s in trials if rule.is_paused(s) and rule.target(s) == rung]
     assert not still, "a better one of the same rung was left waiting"
     assert len(ahead) < max(1, math.floor(len(there) / rule.reduction_factor))
 
@@ -109,7 +125,11 @@ def test_only_the_best_of_a_rung_go_on_and_every_sweep_ends(game):
             math.isnan(row[METRIC]) for step, row in state.scored.items() if step != rule.rungs[-1]
         ):
             assert state.ended is None
-    if not failing and not np.isnan(values).any():
+    for trials in by_recipe(states.values()):
+        assert len(trials) == rule.seeds
+        assert len({rule.target(state) for state in trials}) == 1, "a recipe goes on as a whole"
+    is_number = np.isfinite if rule.seeds > 1 else lambda value: ~np.isnan(value)
+    if not failing and is_number(values).all():
         assert any(state.ended == "finished" for state in states.values()), (
             "nobody was trained whole"
         )
@@ -127,6 +147,7 @@ def test_the_decision_follows_from_the_ledger_alone(game):
                 dict(s.scored),
                 s.ended,
                 promoted_to=s.promoted_to,
+                replicates=s.replicates,
             )
             for s in reversed(states.values())
         ]
@@ -153,6 +174,7 @@ def test_where_a_rung_is_complete_first_the_order_of_arrival_does_not_matter(gam
         for rung in rule.rungs
     ]
     for there, gone in itertools.pairwise(counts):
+        there, gone = there / rule.seeds, gone / rule.seeds
         assert gone <= max(1, math.floor(there / rule.reduction_factor))
 
 

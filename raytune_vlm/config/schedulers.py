@@ -42,7 +42,13 @@ class HalvingScheduler(_Rungs):
     min_results: int | None = Field(default=None, ge=1)
     """Results that the first rung must hold before the first promotion from it, the next rungs
     reduction_factor times fewer each; 1: promote as soon as possible. None: those of all trials but
-    the ones that the other executors still train, so that new trials go first."""
+    the ones that the other executors still train, so that new trials go first. With
+    `seeds`, results of recipes."""
+    seeds: int = Field(default=1, ge=1)
+    """Train each recipe with so many seeds, the experiment's own and those above it, as trials of
+    their own: the best recipes of a rung by the mean over their seeds go on, all seeds of a recipe
+    together, and the searcher is told the mean. `num_trials` counts trials: so many times fewer
+    recipes."""
 
 
 class AshaScheduler(_Rungs):

@@ -163,7 +163,8 @@ def clone_recipe(
         raise ConfigError("nothing changes: the trial has these values already")
     if invalid := _reason(experiment, found):
         raise ConfigError(f"{_shown(found)} is not valid: {invalid}")
-    return found
+    # Of a replicate: its seed, which is no key of the space.
+    return {**found, **{key: value for key, value in recipe.items() if key not in space}}
 
 
 def _shown(recipe: dict[str, Any]) -> str:

@@ -34,7 +34,7 @@ class SweepConfig(Budget):
     picks the winner; the Pareto front is shown beside it."""
     constraints: ConstraintsConfig = ConstraintsConfig()
     num_trials: int = Field(default=16, ge=1)
-    """How many recipes are tried."""
+    """How many trials there are: a recipe each, or with `scheduler.seeds` so many a recipe."""
     num_executors: int = Field(default=1, ge=1)
     """Resident executors, each with a base model of its own."""
     slots: Annotated[int, Field(ge=1, le=MOST_SLOTS)] | Literal["auto"] = 1
@@ -80,6 +80,26 @@ class SweepConfig(Budget):
         """Trials that are in training at a time, at most."""
         return self.num_executors * (1 if self.slots == "auto" else self.slots)
 
+    @property
+    def seeds(self) -> int:
+        """Trials of each recipe."""
+        return self.scheduler.seeds if isinstance(self.scheduler, HalvingScheduler) else 1
+
+    @property
+    def num_recipes(self) -> int:
+        """Recipes that the trials are of."""
+        return self.num_trials // self.seeds
+
+    @model_validator(mode="after")
+    def _trials_are_whole_recipes(self) -> "SweepConfig":
+        if self.num_trials % self.seeds:
+            below = max(1, self.num_recipes) * self.seeds
+            raise ValueError(
+                f"num_trials={self.num_trials} must be a multiple of scheduler.seeds={self.seeds}, "
+                f"the trials of each recipe: {below} or {below + self.seeds}"
+            )
+        return self
+
     @model_validator(mode="after")
     def _packing_has_slots(self) -> "SweepConfig":
         if self.packing == "fast" and self.slots == 1:
@@ -110,10 +130,10 @@ class SweepConfig(Budget):
         sizes = [len(entry.corners()) for entry in self.search_space.values()]
         shape = f" ({' x '.join(map(str, sizes))})" if count == math.prod(sizes) else ""
         own = " and the experiment's own recipe (include_default)" if self.include_default else ""
-        if count + self.include_default > self.num_trials:
+        if count + self.include_default > self.num_recipes:
             raise ValueError(
-                f"num_trials={self.num_trials} is less than the grid's {count} combinations"
-                f"{shape}{own}; raise num_trials or shorten the lists"
+                f"num_trials={self.num_trials}{self._each()} is less than the grid's {count} "
+                f"combinations{shape}{own}; raise num_trials or shorten the lists"
             )
         return self
 
@@ -124,11 +144,15 @@ class SweepConfig(Budget):
                 f"replicate_top={self.replicate_top} has no effect: num_replicates=0 trains no "
                 "recipe again"
             )
-        if self.replicate_top > self.num_trials:
+        if self.replicate_top > self.num_recipes:
             raise ValueError(
                 f"replicate_top={self.replicate_top} is more than num_trials={self.num_trials}"
+                f"{self._each()}"
             )
         return self
+
+    def _each(self) -> str:
+        return f" (scheduler.seeds={self.seeds} of each recipe)" if self.seeds > 1 else ""
 
     @model_validator(mode="after")
     def _population_fits(self) -> "SweepConfig":
@@ -221,11 +245,11 @@ class SweepConfig(Budget):
         if points and self.searcher.type == "grid":
             raise ValueError("points_to_evaluate has no effect with searcher.type=grid: it tries "
                              "every point")  # fmt: skip
-        if points and len(points) + self.include_default > self.num_trials:
+        if points and len(points) + self.include_default > self.num_recipes:
             own = " after the experiment's own recipe" if self.include_default else ""
             raise ValueError(
                 f"points_to_evaluate: {len(points)} points{own} do not fit into "
-                f"num_trials={self.num_trials}"
+                f"num_trials={self.num_trials}{self._each()}"
             )
         if self.stop_when_stable and self.stop_when_stable.trials >= self.num_trials:
             raise ValueError(

@@ -122,6 +122,9 @@ class SweepResult:
     """Trial that broke a constraint, trained or not -> which."""
     guard: list[GuardScore] = field(default_factory=list)
     """What the benchmarks of `evaluation.guard` say of base, default and winner."""
+    seeds_of_winner: dict[str, float] = field(default_factory=dict)
+    """With `sweep.scheduler.seeds`: the trials of the winner's recipe -> score on `select` at the
+    winner's step. The recipe was picked by their mean, the winner is the best of them."""
 
     def seeds(self) -> list[SeedSpread]:
         """The recipes that were trained with other seeds, the best by the sweep's own first."""
@@ -134,6 +137,11 @@ class SweepResult:
                 failed = len(entries) - len(values)
                 found.append(SeedSpread(trial_id, picked, values, failed))
         return found
+
+    def own_seeds(self) -> SeedSpread | None:
+        """The trials of the winner's recipe, by whose mean it was picked; None with one seed."""
+        values = [*self.seeds_of_winner.values()]
+        return SeedSpread(self.winner, self.naive, values, 0) if values else None
 
     def best_by_seeds(self) -> str | None:
         """The trial with the best mean over other seeds; None where there are not two of them."""

@@ -193,7 +193,7 @@ def _facts(view: SweepView) -> list[tuple[str, str, str]]:
         text = f"selection bias removed; {confidence} interval {reach}"
         facts.append(("Bias-corrected", formatting.score(corrected.value), text))
     facts += _lineage(view)
-    facts += _other_seeds(view)
+    facts += [*_own_seeds(view), *_other_seeds(view)]
     times = "once" if touches == 1 else f"{touches} times"
     touched = ("Report split touched", times, "every scoring of a checkpoint on it is counted")
     return [
@@ -219,6 +219,19 @@ def _lineage(view: SweepView) -> list[tuple[str, str, str]]:
     names = ", then ".join(leg.trial_id for leg in legs)
     text = f"{found}; the winner's recipe alone, trained from the beginning, does not give it"
     return [("Lineage", names, text)]
+
+
+def _own_seeds(view: SweepView) -> list[tuple[str, str, str]]:
+    """The mean by which the winner's recipe was picked, where recipes have several seeds."""
+    own = view.result.own_seeds() if view.result else None
+    if own is None:
+        return []
+    text = (
+        f"the winner's recipe with its {len(own.values)} seeds, on select: it was picked by this "
+        f"mean, and {own.trial_id} as the best of them with {formatting.score(own.picked)}"
+    )
+    shown = f"{formatting.score(own.mean)} ± {formatting.score(own.spread)}"
+    return [("Over its seeds", shown, text)]
 
 
 def _other_seeds(view: SweepView) -> list[tuple[str, str, str]]:

@@ -55,7 +55,8 @@ def importance(view: SweepView) -> Importance | None:
     if number < MIN_TRIALS:
         text = f"{number} trials with a score are too few: at least {MIN_TRIALS} are needed."
         return Importance([], number, num_best, text)
-    columns = {key: _column(view, key) for key in view.varied_keys}
+    # A replicate's seed is varied, but nobody can choose it.
+    columns = {key: _column(view, key) for key in view.varied_keys if key != "seed"}
     columns = {key: column for key, column in columns.items() if len(set(column.values())) > 1}
     shares = _shares(view, columns, {trial.trial_id: score for trial, score in scored})
     total = sum(shares.values())

@@ -129,10 +129,12 @@ def _row(view: SweepView, trial: TrialView, rank: int | None) -> Row:
 
 
 def _recipe(view: SweepView, trial: TrialView) -> dict[str, Any]:
-    """The varied keys of a trial; the default trial's gaps are filled from the experiment."""
+    """The varied keys of a trial; the default trial's gaps are filled from the experiment, and the
+    seed of a recipe's first trial, which is the experiment's."""
     recipe = trial.record.recipe
     filled = view.experiment if trial.trial_id == view.default_id else {}
-    return {key: recipe.get(key, lookup(filled, key)) for key in view.varied_keys}
+    own = {"seed": lookup(view.experiment, "seed")}
+    return {key: recipe.get(key, own.get(key, lookup(filled, key))) for key in view.varied_keys}
 
 
 _PARTS = ("", "_lower", "_upper", "_step")

@@ -288,6 +288,13 @@ def _limits(view: SweepView) -> str:
         if others
         else "One seed per recipe: the spread between seeds was not measured."
     )
+    own = result.own_seeds()
+    if own is not None:
+        spread = (
+            f"Its recipe was picked by the mean over {len(own.values)} seeds, "
+            f"{formatting.score(own.mean)} ± {formatting.score(own.spread)} on `select`; this is "
+            "the best of them." + (f" {spread}" if others else "")
+        )
     lines.append(f"- The report split was touched {view.num_report_touches} times. {spread}")
     return "\n".join(lines)
 

@@ -11,6 +11,7 @@ from raytune_vlm.report.loading import SweepView, load_view
 
 TOLD = (
     "Lineage",
+    "Over its seeds",
     "With other seeds",
     "Without overlap",
     "Detectable difference",

@@ -1,12 +1,14 @@
 """The decision: the winner, what it is worth, and what it beats.
 
 Everything that the search scored on `select` is a configuration: each trial at each rung. The
-winner is the best of them; the bias of having been picked is estimated over all of them; `report`
-is then scored once for the base model, the default recipe and the winner.
+winner is the best of them, and with several seeds the best trial of the recipe with the best mean.
+The bias of having been picked is estimated over all of them; `report` is then scored once for the
+base model, the default recipe and the winner.
 """
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from typing import Any
@@ -50,7 +52,8 @@ from raytune_vlm.sweep.front import besides
 from raytune_vlm.sweep.gallery import write_gallery
 from raytune_vlm.sweep.guard import score_guard
 from raytune_vlm.sweep.jobs import Job
-from raytune_vlm.sweep.ledger import TrialState
+from raytune_vlm.sweep.ledger import TrialState, trial_name
+from raytune_vlm.sweep.replicates import by_recipe, recipe_id, value_at
 from raytune_vlm.sweep.runner import Scoring, Session, evaluate
 
 GALLERY_SIZE = 256
@@ -68,14 +71,15 @@ def decide(running: Session) -> SweepResult:
     """
     experiment, folder = running.experiment, running.folder
     candidates = _candidates(running)
-    winner = _best(candidates, experiment.mode, folder)
+    teams = _teams(running, candidates)
+    winner = _best(teams[0], experiment.mode, folder)
     statistics = _selection(running, candidates, winner)
     running.monitor.say(
-        f"winner: {winner.trial.trial_id} at step {winner.step}; scoring `report` once each for "
-        "base, default and winner"
+        f"winner: {winner.trial.trial_id} at step {winner.step}{_among(teams[0])}; scoring "
+        "`report` once each for base, default and winner"
     )
-    roles, paired, guard = _report(running, candidates, winner)
-    tops = _tops(candidates, winner, experiment.mode, folder)[: experiment.sweep.replicate_top]
+    roles, paired, guard = _report(running, teams, winner)
+    tops = _tops(teams, experiment.mode, folder)[: experiment.sweep.replicate_top]
     replicates = _replicates(running, tops)
     clean, num_clean = clean_scores(running, roles, winner)
     result = SweepResult(
@@ -98,6 +102,7 @@ def decide(running: Session) -> SweepResult:
         clean=clean,
         num_clean=num_clean,
         guard=guard,
+        seeds_of_winner=_seeds_of(teams[0]),
         **besides(experiment, running.states),
     )
     if result.best_by_seeds() not in (None, result.winner):
@@ -146,16 +151,49 @@ def _cost(folder: SweepFolder, trial_id: str) -> int:
 
 def _best(candidates: list[Candidate], mode: str, folder: SweepFolder) -> Candidate:
     """The best score; among equals the fewest trainable parameters, then steps, then number."""
-    sign = _sign(mode)
-    return min(
-        candidates,
-        key=lambda entry: (
-            -sign * entry.value,
-            _cost(folder, entry.trial.trial_id),
-            entry.step,
-            entry.trial.number,
-        ),
-    )
+    return min(candidates, key=lambda entry: _rank([entry], mode, folder))
+
+
+def _rank(team: list[Candidate], mode: str, folder: SweepFolder) -> tuple[float, int, int, int]:
+    """What candidates that are judged together are sorted by, the best first: their mean score."""
+    first, mean = team[0], sum(entry.value for entry in team) / len(team)
+    value = math.inf if math.isnan(mean) else -_sign(mode) * mean
+    return value, _cost(folder, first.trial.trial_id), first.step, first.trial.number
+
+
+def _teams(running: Session, candidates: list[Candidate]) -> list[list[Candidate]]:
+    """The candidates by recipe and rung, the best recipe first; most have one trial alone.
+
+    A recipe is judged where all of its trials have come (`replicates.value_at`), and by those that
+    are there only if that is so of no recipe at all.
+    """
+    metric = running.experiment.metric
+    recipes = {recipe_id(own[0]): own for own in by_recipe(running.states.values())}
+    found: dict[tuple[str, int], list[Candidate]] = {}
+    for entry in candidates:
+        found.setdefault((recipe_id(entry.trial), entry.step), []).append(entry)
+    whole = [
+        team
+        for (name, step), team in found.items()
+        if len(recipes[name]) == 1 or _is_number(value_at(recipes[name], step, metric))
+    ]
+    mode, folder = running.experiment.mode, running.folder
+    return sorted(whole or found.values(), key=lambda team: _rank(team, mode, folder))
+
+
+def _is_number(value: float | None) -> bool:
+    return value is not None and not math.isnan(value)
+
+
+def _seeds_of(team: list[Candidate]) -> dict[str, float]:
+    """Trial -> score, where a recipe has several trials."""
+    return {entry.trial.trial_id: entry.value for entry in team} if len(team) > 1 else {}
+
+
+def _among(team: list[Candidate]) -> str:
+    scores = _seeds_of(team).values()
+    mean = f"{sum(scores) / len(scores):.3f}" if scores else ""
+    return f", the best of the {len(scores)} seeds of its recipe (mean {mean})" if scores else ""
 
 
 def _selection(running: Session, candidates: list[Candidate], winner: Candidate) -> dict[str, Any]:
@@ -174,7 +212,13 @@ def _selection(running: Session, candidates: list[Candidate], winner: Candidate)
     values, weights, groups, _ = read_matrix(files, experiment.metric)
     corrected = None
     if len(candidates) > 1 and len(set(groups)) > 1:
-        corrected = corrected_winner(values, weights, groups, **options)
+        rows = {(entry.trial.trial_id, entry.step): row for row, entry in enumerate(candidates)}
+        teams = [
+            [rows[entry.trial.trial_id, entry.step] for entry in team]
+            for team in _teams(running, candidates)
+        ]
+        judged = teams if experiment.sweep.seeds > 1 else None
+        corrected = corrected_winner(values, weights, groups, teams=judged, **options)
     best_rows = _best_rows(candidates, experiment.mode, winner)
     same = indistinguishable(
         values[best_rows],
@@ -203,26 +247,23 @@ def _best_rows(candidates: list[Candidate], mode: str, winner: Candidate) -> lis
     return sorted(best.values())
 
 
-def _tops(
-    candidates: list[Candidate], winner: Candidate, mode: str, folder: SweepFolder
-) -> list[Candidate]:
-    """The best candidate of each trial, the best trial first, which is the winner."""
-    best = [candidates[row] for row in _best_rows(candidates, mode, winner)]
-    ordered = []
-    while best:
-        ordered.append(_best(best, mode, folder))
-        best.remove(ordered[-1])
-    return ordered
+def _tops(teams: list[list[Candidate]], mode: str, folder: SweepFolder) -> list[Candidate]:
+    """The best trial of each recipe, the best recipe first; it is the winner's."""
+    best: dict[str, Candidate] = {}
+    for team in teams:
+        best.setdefault(recipe_id(team[0].trial), _best(team, mode, folder))
+    return [*best.values()]
 
 
 def _report(
-    running: Session, candidates: list[Candidate], winner: Candidate
+    running: Session, teams: list[list[Candidate]], winner: Candidate
 ) -> tuple[dict[str, str], list[PairedTest], list[GuardScore]]:
     experiment, folder = running.experiment, running.folder
     chosen: dict[str, tuple[TrialState | None, int]] = {"base": (None, 0)}
     if experiment.sweep.include_default:
         # Stopped early, it has only been scored on a part of `select`: then that must do.
-        own = [entry for entry in candidates if entry.trial.number == 0]
+        first = trial_name(0)
+        own = next((team for team in teams if recipe_id(team[0].trial) == first), [])
         own = own or [entry for entry in scored(running) if entry.trial.number == 0][-1:]
         if own:
             default = _best(own, experiment.mode, folder)
@@ -247,7 +288,8 @@ def _report(
 def _replicates(running: Session, tops: list[Candidate]) -> list[Replicate]:
     """Train the best recipes with other seeds, all executors at once."""
     experiment = running.experiment
-    seeds = [experiment.seed + 1 + number for number in range(experiment.sweep.num_replicates)]
+    sweep = experiment.sweep
+    seeds = [experiment.seed + sweep.seeds + number for number in range(sweep.num_replicates)]
     clones = [entry.trial.trial_id for entry in tops if entry.trial.origin is not None]
     if seeds and clones:
         running.monitor.say(

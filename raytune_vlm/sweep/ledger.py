@@ -82,6 +82,8 @@ class TrialState:
     """To be stopped, by hand."""
     replaced_by: str | None = None
     """The clone that has its place in the population."""
+    replicates: str | None = None
+    """The trial whose recipe it has, with another seed; None: the first trial of its recipe."""
 
     @property
     def leaves(self) -> str | None:
@@ -162,6 +164,8 @@ def apply_event(trials: dict[str, TrialState], row: Mapping[str, Any]) -> None:
     if event == "proposed":
         trial = TrialState(trial_id, row["number"], row["recipe"], proposed_at=row["seq"])
         trial.predicted = row.get("predicted", {})
+        if row.get("replicates") is not None:
+            trial.replicates = trials[row["replicates"]].trial_id
         trials[trial_id] = trial
     elif event == "scored":
         trials[trial_id].scored[row["step"]] = row["scores"]

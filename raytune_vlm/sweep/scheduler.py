@@ -10,18 +10,22 @@ same decisions, and paused trials stay paused. It differs from the paper in two 
 sweeps: a rung has to hold `min_results` before the first promotion from it (by default new trials
 go before promotions, since the number of trials is known), and when no result can arrive at a rung
 any more, at least one of its trials is promoted, so that some trial is trained to the end.
+
+What is ranked are recipes (`replicates.py`). With `seeds` a recipe has several trials; it comes to
+a rung when all of them have, is worth their mean there, and is promoted as a whole.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from raytune_vlm.config.experiment import ExperimentConfig
 from raytune_vlm.config.schedulers import HalvingScheduler
 from raytune_vlm.sweep.ledger import TrialState
+from raytune_vlm.sweep.replicates import by_recipe, is_whole, value_at
 from raytune_vlm.sweep.turns import Action, Pausing, Rungs
 
 
@@ -31,12 +35,14 @@ class Rule(Rungs):
 
     reduction_factor: float
     min_results: int
-    """Results that the first rung has to hold before the first promotion from it; of the next rungs
+    """Recipes that the first rung has to hold before the first promotion from it; of the next rungs
     `reduction_factor` times fewer each."""
     num_trials: int
     at_once: int
     metric: str
     mode: str
+    seeds: int = 1
+    """Trials of a recipe."""
 
     @classmethod
     def of(cls, experiment: ExperimentConfig) -> Rule:
@@ -46,7 +52,8 @@ class Rule(Rungs):
         assert isinstance(config, HalvingScheduler)
         least = config.min_results
         if least is None:
-            least = max(1, sweep.num_trials - sweep.at_once + 1)
+            others = math.ceil((sweep.at_once - 1) / sweep.seeds)
+            least = max(1, sweep.num_recipes - others)
         return cls(
             rungs=sweep.scheduler_rungs(experiment.train.max_steps),
             reduction_factor=config.reduction_factor,
@@ -55,6 +62,7 @@ class Rule(Rungs):
             at_once=sweep.at_once,
             metric=experiment.metric,
             mode=experiment.mode,
+            seeds=sweep.seeds,
         )
 
 
@@ -62,10 +70,11 @@ def decide(states: Collection[TrialState], rule: Rule) -> Action:
     """What to do next, from what the ledger says and from nothing else.
 
     Rungs are looked at from the top, so that a trial near its end is not kept waiting. A score that
-    is not a number ranks last and is never promoted; among equal scores the earlier trial is first.
+    is not a number ranks last and is never promoted; among equal scores the earlier recipe is
+    first. A recipe of which one trial was promoted is not overtaken before the others were.
 
-    By hand: a pinned trial goes on before all others, whatever its score. One that is paused keeps
-    its place among the best of its rung, but is not promoted.
+    By hand: a pinned trial goes on before all others, whatever its score, and alone. One that is
+    paused keeps its place among the best of its rung, but is not promoted.
     """
     # No more than matter, and the newest first: where executors are busy, it is mostly they.
     newest = (state for state in reversed([*states]) if rule.is_running(state))
@@ -75,15 +84,20 @@ def decide(states: Collection[TrialState], rule: Rule) -> Action:
     for state in states:
         if state.pinned and not state.held and rule.is_paused(state):
             return Action("promote", state.trial_id, rule.above(state))
-    is_complete = len(states) >= rule.num_trials
+    is_complete, recipes = len(states) >= rule.num_trials, by_recipe(states)
+    several = [trials for trials in recipes if len(trials) > 1]
+    whole = [trials for trials in recipes if is_complete or is_whole(trials, rule.seeds)]
     promotable: list[Action] = []
     for place, (rung, above) in enumerate(itertools.pairwise(rule.rungs)):
         is_complete = is_complete and all(rule.target(state) != rung for state in running)
-        chosen = _chosen(states, rule, place, is_complete)
+        begun = [trials for trials in several if _has_begun(trials, rule, rung)]
+        chosen = [*begun, *_chosen(whole, rule, place, is_complete)]
         waiting = [
             state
-            for state in chosen
-            if rule.target(state) == rung and not state.ended and not state.held
+            for trials in chosen
+            for state in trials
+            if rule.target(state) == rung and rung in state.scored
+            if not state.ended and not state.held
         ]
         if waiting:
             promotable.append(Action("promote", waiting[0].trial_id, above))
@@ -95,9 +109,14 @@ def decide(states: Collection[TrialState], rule: Rule) -> Action:
     return Action("wait") if running else Action("end")
 
 
+def _has_begun(trials: Sequence[TrialState], rule: Rule, rung: int) -> bool:
+    """Whether a recipe was promoted from a rung, if only by some of its trials so far."""
+    return any(rule.target(state) > rung and not state.pinned for state in trials)
+
+
 def _chosen(
-    states: Collection[TrialState], rule: Rule, place: int, is_complete: bool
-) -> list[TrialState]:
+    recipes: Sequence[list[TrialState]], rule: Rule, place: int, is_complete: bool
+) -> list[list[TrialState]]:
     """The best 1 / reduction_factor of a rung, the best first; those gone on already are among
     them.
 
@@ -105,7 +124,9 @@ def _chosen(
     """
     rung, sign = rule.rungs[place], 1 if rule.mode == "max" else -1
     there = [
-        (sign * state.scored[rung][rule.metric], state) for state in states if rung in state.scored
+        (sign * value, trials)
+        for trials in recipes
+        if (value := value_at(trials, rung, rule.metric)) is not None
     ]
     least = rule.min_results / rule.reduction_factor**place
     count = math.floor(len(there) / rule.reduction_factor) if len(there) >= least else 0
@@ -113,9 +134,9 @@ def _chosen(
         count = max(1, math.floor(len(there) / rule.reduction_factor))
     if count == 0:
         return []
-    numbers = [(value, state) for value, state in there if not math.isnan(value)]
-    ranked = sorted(numbers, key=lambda entry: (-entry[0], entry[1].number))
-    return [state for _, state in ranked[:count]]
+    numbers = [(value, trials) for value, trials in there if not math.isnan(value)]
+    ranked = sorted(numbers, key=lambda entry: (-entry[0], entry[1][0].number))
+    return [trials for _, trials in ranked[:count]]
 
 
 class Halving(Pausing[Rule]):

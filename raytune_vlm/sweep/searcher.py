@@ -13,6 +13,7 @@ from raytune_vlm.monitor import Say
 from raytune_vlm.records import SweepFolder, TrialRecord, write_json
 from raytune_vlm.sweep.constraints import Predictor, broken
 from raytune_vlm.sweep.ledger import Ledger, TrialState, trial_name
+from raytune_vlm.sweep.replicates import has_ended, recipe_id, to_replicate, together
 from raytune_vlm.sweep.study import SweepStudy
 from raytune_vlm.sweep.warm_start import WarmTrial
 
@@ -112,9 +113,11 @@ class OptunaSearcher(Searcher):
     def _num_left(self) -> int:
         """How many more trials may be trained."""
         trained = self._num_own - self._num_untrained
-        left = self._experiment.sweep.num_trials - trained
-        given = self._study.num_given
-        return left if given is None else min(left, given - self._num_own)
+        left, given = self._experiment.sweep.num_trials - trained, self._study.num_given
+        if given is None:
+            return left
+        recipes = given - self._num_untrained
+        return min(left, recipes * self._experiment.sweep.seeds - trained)
 
     def _next_feasible(self) -> TrialState | None:
         for _ in range(MOST_INFEASIBLE):
@@ -130,12 +133,21 @@ class OptunaSearcher(Searcher):
         return None
 
     def _propose(self) -> TrialState:
-        number = self._next
-        recipe = self._study.propose(number, self._states)
+        number, seeds = self._next, self._experiment.sweep.seeds
+        found = to_replicate(self._states.values(), seeds) if seeds > 1 else None
+        if found is None:
+            recipe = self._study.propose(number, self._states)
+            besides: dict[str, Any] = {}
+        else:
+            first, place = found
+            recipe = {**first.recipe, "seed": self._experiment.seed + place}
+            besides = {"replicates": first.trial_id}
         state = TrialState(trial_name(number), number, recipe, predicted=self.predict(recipe))
-        predicted = {"predicted": state.predicted} if state.predicted else {}
+        state.replicates = besides.get("replicates")
+        if state.predicted:
+            besides["predicted"] = state.predicted
         self._ledger.append(
-            "proposed", trial_id=state.trial_id, number=number, recipe=recipe, **predicted
+            "proposed", trial_id=state.trial_id, number=number, recipe=recipe, **besides
         )
         self._states[state.trial_id] = state
         self._next += 1
@@ -165,8 +177,15 @@ class OptunaSearcher(Searcher):
         return False
 
     def tell(self, state: TrialState) -> None:
-        """Tell Optuna how a trial ended; called after the ledger has it."""
-        self._study.tell(state)
+        """Tell Optuna how a trial ended; called after the ledger has it.
+
+        Of a recipe with several trials it is told once, when the last of them has ended.
+        """
+        own, seeds = [state], self._experiment.sweep.seeds
+        if seeds > 1:
+            own = [s for s in self._states.values() if recipe_id(s) == recipe_id(state)]
+        if has_ended(own, seeds):
+            self._study.tell(together(own))
 
     def drop_interrupted(
         self, is_dropped: Callable[[TrialState], bool] = lambda state: True

@@ -10,6 +10,9 @@ told: Optuna takes none afterwards.
 The study is kept in memory, where samplers also put pickled state of their own; what a file shows
 of it, for optuna-dashboard, is written by `mirror.py` and never read back.
 
+A recipe that is trained with several seeds (`replicates.py`) is one trial here, told once, with the
+means over its seeds.
+
 Clones (`control.py`) are in that file only: what they reach follows from two recipes, so samplers
 would learn from it what is not so. Proposals are counted without them.
 """
@@ -33,6 +36,7 @@ from raytune_vlm.monitor import Say
 from raytune_vlm.sweep.constraints import violations
 from raytune_vlm.sweep.ledger import TrialState, trial_name
 from raytune_vlm.sweep.mirror import Mirror
+from raytune_vlm.sweep.replicates import by_recipe, has_ended, together
 from raytune_vlm.sweep.samplers import KEEP_STATE, inside, optuna_distribution, sampler, suggest
 from raytune_vlm.sweep.warm_start import WarmTrial
 
@@ -132,7 +136,8 @@ class SweepStudy:
         `states` are the sweep's trials so far. Those that wait at a rung have not been told: Optuna
         lets no trial go on that was. Samplers that keep nothing see them as PRUNED there.
         """
-        place = number - sum(state.origin is not None for state in states.values())
+        others = sum(s.origin is not None or s.replicates is not None for s in states.values())
+        place = number - others
         self._storage.shown = self._paused(states)
         try:
             recipe, asked = self._ask(place, self._given.get(place))
@@ -147,11 +152,13 @@ class SweepStudy:
         study, asked = self._study, self._asked.pop(state.trial_id, None)
         if self._num_shown.pop(state.trial_id, 0) and asked is not None:
             del self._shown[asked.number]
-        if state.origin is not None and inside(self._space, state.recipe):
+        # A clone of a replicate has its seed, which is no parameter.
+        searched = {key: value for key, value in state.recipe.items() if key in self._space}
+        if state.origin is not None and inside(self._space, searched):
             study = optuna.create_study(
                 storage=optuna.storages.InMemoryStorage(), directions=study.directions
             )
-            study.enqueue_trial(state.recipe)
+            study.enqueue_trial(searched)
             asked = study.ask()
             suggest(asked, self._space)
         if asked is not None:
@@ -164,8 +171,11 @@ class SweepStudy:
             return {}
         metric = self._experiment.metric
         all_trials = self._study.get_trials(deepcopy=False)
+        recipes = states
+        if self._sweep.seeds > 1:
+            recipes = {own[0].trial_id: together(own) for own in by_recipe(states.values())}
         for trial_id, asked in self._asked.items():
-            scored = states[trial_id].scored if trial_id in states else {}
+            scored = recipes[trial_id].scored if trial_id in recipes else {}
             if len(scored) == self._num_shown.get(trial_id, 0):
                 continue
             trial = copy.copy(all_trials[asked.number])
@@ -200,12 +210,13 @@ class SweepStudy:
 
     def _replay(self, trials: list[TrialState]) -> None:
         """Ask and tell again what was asked and told, in the same order."""
-        trials = [state for state in trials if state.origin is None]
-        places = {state.trial_id: place for place, state in enumerate(trials)}
-        events = [(state.proposed_at, False, state) for state in trials]
-        events += [(state.ended_at, True, state) for state in trials if state.ended is not None]
-        for _, has_ended, state in sorted(events, key=lambda event: event[:2]):
-            if not has_ended:
+        recipes = by_recipe(state for state in trials if state.origin is None)
+        places = {own[0].trial_id: place for place, own in enumerate(recipes)}
+        ended = [together(own) for own in recipes if has_ended(own, self._sweep.seeds)]
+        events = [(own[0].proposed_at, False, own[0]) for own in recipes]
+        events += [(state.ended_at, True, state) for state in ended]
+        for _, is_told, state in sorted(events, key=lambda event: event[:2]):
+            if not is_told:
                 self._ask_again(state, places[state.trial_id])
             elif asked := self._asked.pop(state.trial_id, None):
                 self._tell(asked, state, self._study)

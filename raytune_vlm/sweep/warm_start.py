@@ -29,6 +29,7 @@ from raytune_vlm.records import SweepFolder
 from raytune_vlm.sweep.constraints import excess
 from raytune_vlm.sweep.head import experiment_in, read_head
 from raytune_vlm.sweep.ledger import Ledger, TrialState, events, replay
+from raytune_vlm.sweep.replicates import by_recipe, together
 
 
 @dataclass(frozen=True)
@@ -136,8 +137,8 @@ def read_sweep(
     _check_fits(experiment, other, root, data, data_digest or data)
     taken: list[WarmTrial] = []
     left_out: Counter[str] = Counter()
-    for state in states.values():
-        fitted = _fitted(experiment, other, state)
+    for trials in by_recipe(states.values()):
+        fitted = _fitted(experiment, other, together(trials))
         if isinstance(fitted, str):
             left_out[fitted] += 1
         else:

@@ -32,6 +32,7 @@ def corrected_winner(
     num_bootstrap: int,
     seed: int,
     combine: Combine | None = None,
+    teams: Sequence[Sequence[int]] | None = None,
 ) -> MetricEstimate:
     """What the best of many trials is worth, without the gain from having been picked.
 
@@ -41,6 +42,10 @@ def corrected_winner(
     drawn. The value is the mean of these scores and the interval holds their percentiles. Both err
     on the side of caution: selection sees fewer distinct groups, and each score comes from about
     37 % of them. The standard error is the standard deviation of the scores.
+
+    `teams`: trials (by index) that are picked together: the team with the best mean score first,
+    then the best trial of that team, in every resample again. Who is in none cannot be picked.
+    None: each trial stands for itself.
 
     With one group nothing is left to score on: the naive score within [0, 1], as `estimate` does.
 
@@ -58,7 +63,14 @@ def corrected_winner(
     parts = []
     for draws in group_draws(len(sums), num_bootstrap, seed):
         inside = sign * scores_of(draws, sums, score)
-        picked = np.where(np.isnan(inside), -np.inf, inside).argmax(axis=1)
+        inside = np.where(np.isnan(inside), -np.inf, inside)
+        if teams is not None:
+            best = np.stack([inside[:, team].mean(axis=1) for team in teams]).argmax(axis=0)
+            member = np.zeros((len(teams), inside.shape[1]), dtype=bool)
+            for place, team in enumerate(teams):
+                member[place, team] = True
+            inside = np.where(member[best], inside, -np.inf)
+        picked = inside.argmax(axis=1)
         outside = scores_of((draws == 0).astype(float), sums, score)
         parts.append(outside[np.arange(len(picked)), picked])
     scores = np.concatenate(parts)
