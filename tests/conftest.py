@@ -236,7 +236,7 @@ def data_section(data: Path) -> dict[str, object]:
 def write_experiment(
     tmp_path: Path, shared_data: Path, tiny_model: Callable[[str], Path]
 ) -> Callable[..., tuple[Path, Path]]:
-    """Write a sweep of three short trials; returns the file and the sweep folder.
+    """Write a sweep of three short trials, without controls; returns the file and the sweep folder.
 
     Its data, which is prepared only once a session, is to be left as it is; with `own_data` it
     stands in `data` beside the file.
@@ -266,6 +266,7 @@ def write_experiment(
                 "metrics": ["cer@micro", "exact_match@strip"],
                 "max_new_tokens": 6,
                 "num_bootstrap": 200,
+                "controls": [],
             },
             "sweep": {
                 "num_trials": 3,

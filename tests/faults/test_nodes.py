@@ -12,6 +12,7 @@ import threading
 import time
 import urllib.request
 from contextlib import contextmanager
+from http.client import HTTPException
 from pathlib import Path
 
 import psutil
@@ -89,8 +90,8 @@ class Nodes:
             url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
             try:
                 text += urllib.request.urlopen(url, timeout=2).read().decode()
-            except OSError:
-                continue  # a dead node, or one that has just begun
+            except (OSError, HTTPException):
+                continue  # one that has just begun, or a dead one, whose port may be another's
         return text
 
 

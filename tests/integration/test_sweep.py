@@ -87,12 +87,19 @@ def cut_off(folder, how, num_scored, *command):
     return read_json_lines(folder / "ledger.jsonl"), status
 
 
+WITH_CONTROLS = {
+    "metrics": ["cer@micro", "exact_match@strip"],
+    "max_new_tokens": 6,
+    "num_bootstrap": 200,
+}
+
+
 def test_a_sweep_killed_then_stopped_and_resumed_equals_the_undisturbed_one(write_experiment):
-    file, whole = write_experiment("whole")
+    file, whole = write_experiment("whole", evaluation=WITH_CONTROLS)
     done = run_cli("sweep", file)
     assert "Leaderboard of whole" in done.stdout and "next: raytune-vlm train" in done.stdout
 
-    broken_file, broken = write_experiment("broken")
+    broken_file, broken = write_experiment("broken", evaluation=WITH_CONTROLS)
     killed, status = cut_off(broken, signal.SIGKILL, 2, "sweep", broken_file)
     assert status == -9
     stopped, status = cut_off(broken, signal.SIGTERM, 4, "resume", broken)
