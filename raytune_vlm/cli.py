@@ -79,6 +79,10 @@ def validate(
     family.check_packing(resolved.train.pack_tokens)
     check_teacher(resolved)
     _check_sources(resolved)
+    if resolved.sweep.warm_start:
+        from raytune_vlm.sweep.warm_start import check_warm_start  # imports Optuna
+
+        check_warm_start(resolved)
     if show:
         click.echo(render(resolved), nl=False)
     train = resolved.train

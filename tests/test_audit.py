@@ -7,10 +7,12 @@ import shutil
 
 import pytest
 import torch
-from made import experiment
+from made import experiment, picture, turn
 from safetensors.torch import load_file, save_file
 
 from raytune_vlm.collate.batch import PixelTable, collate
+from raytune_vlm.collate.encode import Encoder
+from raytune_vlm.collate.features import Features
 from raytune_vlm.config.lora import LoraConfig
 from raytune_vlm.errors import AuditFailed
 from raytune_vlm.models import audit
@@ -149,3 +151,33 @@ def test_an_adapter_without_effect_fails_and_a_blind_model_is_a_note(tiny_base, 
     with pytest.raises(AuditFailed, match="adapter_effect: switching the adapter off"):
         audit.raise_failed(checks)
     audit.raise_failed({"image_effect": checks["image_effect"]})
+
+
+def test_samples_with_unlike_numbers_of_images_are_audited_together(tiny_base):
+    """Idefics3 takes tiles of zeros for padding: they stay so where images are made blank."""
+    base = tiny_base("idefics3")
+    encoder = Encoder(base.processor, base.family)
+    samples = []
+    for count in (2, 1):
+        messages = [turn("user", "read", images=count), turn("assistant", "tea")]
+        samples.append(encoder.training(messages, [picture(n) for n in range(count)]))
+    batch = collate(samples, base.family, pad_token_id=0)
+    del batch["labels"]
+    table = PixelTable(base.processor.image_processor, base.family)
+    adapted = attach(base.model, base.family, LoraConfig(rank=2), seed=0)
+    try:
+        checks = audit.check_effects(adapted, table(batch))
+    finally:
+        base.model = detach(adapted)
+    assert checks["image_effect"]["passed"]
+
+
+def test_a_run_with_features_is_asked_whether_it_looks_at_images(tiny_base, tiny_split):
+    base, split = tiny_base("idefics3"), tiny_split("idefics3")
+    features = Features(base, "cpu", 1 << 30)
+    config = experiment(train={"max_steps": 2, "warmup_steps": 0, "batch_size": 4})
+    run = Run(base, split, config, World(), TrainingData("d"), features=features)
+    run.step()
+    checks = run.auditor.checks
+    run.close()
+    assert checks["image_effect"]["passed"] and features.computed

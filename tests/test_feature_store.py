@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import os
 import resource
@@ -281,6 +282,19 @@ def test_a_full_disk_is_said_once_and_all_goes_on(tmp_path):
     assert len(said) == 1 and "no longer written" in said[0] and "File too large" in said[0]
     assert are_equal(writer.get(key(1)), output(1)) and writer.get(key(2)) is None
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_disk_that_is_for_reading_only_is_read(tmp_path, monkeypatch):
+    writer, said = store(tmp_path), []
+    writer.put(key(1), output(1))
+    writer.flush()
+
+    def read_only(*_):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(feature_store, "utime", read_only)
+    assert are_equal(store(tmp_path, said).get(key(1)), output(1))
+    assert not said
 
 
 def test_a_store_that_has_other_features_of_an_image_is_left(tmp_path):

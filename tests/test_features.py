@@ -7,9 +7,10 @@ import functools
 import pytest
 import torch
 from made import experiment
+from transformers.models.donut.modeling_donut_swin import DonutDropPath
 
 from raytune_vlm.collate.batch import PixelTable, collate
-from raytune_vlm.collate.features import Features
+from raytune_vlm.collate.features import Features, drops
 from raytune_vlm.config.evaluation import EvaluationConfig
 from raytune_vlm.evaluate.generate import generate
 from raytune_vlm.train.batches import TrainingData
@@ -96,6 +97,10 @@ def test_a_model_that_takes_no_features_says_so(tiny_base):
     assert "takes no features" in (
         Features(tiny_base("vision-encoder-decoder"), "cpu", MUCH).obstacle or ""
     )
+
+
+def test_stochastic_depth_is_dropout():
+    assert drops(DonutDropPath(0.1)) and not drops(DonutDropPath(0.0))
 
 
 def test_what_a_model_answers_otherwise_with_is_left_and_said(tiny_base, tiny_split, monkeypatch):

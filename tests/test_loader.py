@@ -210,6 +210,19 @@ def test_switching_a_type_replaces_the_whole_mapping() -> None:
     [
         ("train.batch_size=0", "Input should be greater than or equal to 1, got 0"),
         ("train.lerning_rate=1", "unknown key (did you mean 'learning_rate'?)"),
+        ("data.augmentation.brightnes=1", "unknown key (did you mean 'brightness'?)"),
+        ("sweep.stop_when_stable.trial=2", "unknown key (did you mean 'trials'?)"),
+        (
+            "sweep.search_space.lora.dora={type: choice, valus: [true]}",
+            "valus: unknown key (did you mean 'values'?)",
+        ),
+        ("sweep.slots=atuo", "should be integer at least 1, at most 256 or 'auto', got 'atuo'"),
+        ("sweep.slots=0", "Input should be integer at least 1, at most 256 or 'auto', got 0"),
+        ("evaluation.rung_samples=[half]", "Input should be number or list of: number"),
+        ("evaluation.rung_samples={a: 1}", "Input should be number or list of: number"),
+        ("train.gpus_per_worker=1.5", "gpus_per_worker=1.5 must be a whole number, or below 1"),
+        ("train.gpus_per_worker=1e-5", "is too little: the least that Ray counts is 0.0001"),
+        ("train.cpus_per_worker=1e-320", "is too little: the least that Ray counts is 0.0001"),
         ("trian.batch_size=1", "trian: unknown key (did you mean 'train'?)"),
         ("train.batch_size", "must be dotted.key=value"),
         ("=3", "'' is not a dotted key"),
@@ -300,6 +313,11 @@ def test_harmless_names_are_no_secrets() -> None:
          "value 100 is not valid: train: warmup_steps=100 must be below max_steps=100"),
         ("lora.rank: {type: chioce, values: [4]}", "(did you mean 'choice'?)"),
         ("lora.rank: {values: [4]}", "lora.rank: type is missing; known: choice, grid"),
+        ("lora.rank: {type: choice, values: [true, 4]}", "value True is read as 1; write it so"),
+        ("lora.dora: {type: choice, values: [0]}", "value 0 is read as False; write it so"),
+        ("lora.rank: {type: choice, values: [4, 4.0]}", "values must be distinct, got [4, 4.0]"),
+        ("lora.dropout: {type: quniform, lower: 0, upper: 0.5, q: 0.2}",
+         "must be a multiple of q=0.2, got lower=0.0, upper=0.5"),
         ("lora.rank: {type: choice, values: []}", "should have at least one item, got none"),
         ("lora.rank: {type: choice, values: [[4]]}", "values.0: Input should be a number, a text"),
         ("lora.rank: [4, 8]", "lora.rank: Input should be a mapping of keys, got [4, 8]"),
@@ -367,6 +385,17 @@ def test_a_grid_larger_than_the_trials_is_refused() -> None:
     told = problem(text)
     assert told.startswith("x.yaml:16: ")
     assert "num_trials=3 is less than the grid's 4 combinations (2 x 2)" in told
+
+
+def test_a_huge_grid_is_counted_and_not_made() -> None:
+    keys = ("lora.dropout", "lora.alpha_ratio", "train.learning_rate", "train.weight_decay")
+    listed = ", ".join(str(number / 1000) for number in range(1, 201))
+    entries = [f"    {key}: {{type: grid, values: [{listed}]}}" for key in keys]
+    entries.append("    lora.dora: {type: grid, values: [true, false]}")
+    entries.append("    lora.rank: {type: grid, values: [2, 4, 8], when: {lora.dora: true}}")
+    head = changed("type: tpe\n    num_startup_trials: 3", "type: grid")
+    told = problem("\n".join([head[: head.index("    lora.rank: {")].rstrip(), *entries]) + "\n")
+    assert f"less than the grid's {4 * 200**4} combinations and the experiment's own" in told
 
 
 # --- rendering -----------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from made import experiment, held_scopes
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 
 from raytune_vlm.collate.batch import PixelTable, collate
@@ -335,3 +336,25 @@ def test_scopes_trained_in_full_pass_the_audit_and_learn(model_type, tiny_base, 
         assert set(run.trainable) == {"text", *full.split("+")}
     finally:
         run.close()
+
+
+def test_a_base_is_whole_after_memory_ran_out_half_way(tiny_base, monkeypatch):
+    """Else every later trial of the executor would meet the leftovers."""
+    base = tiny_base("idefics3")
+    before = {name: id(module) for name, module in base.model.named_modules()}
+    make, made = LoraLayer.update_layer, []
+
+    def fail(layer, *args, **options):
+        made.append(layer)
+        if len(made) == 4:
+            raise torch.OutOfMemoryError("for the fourth layer")
+        return make(layer, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LoraLayer, "update_layer", fail)
+        with pytest.raises(torch.OutOfMemoryError, match="fourth"):
+            attach(base.model, base.family, LoraConfig(rank=2), seed=0)
+    assert {name: id(module) for name, module in base.model.named_modules()} == before
+    adapted = attach(base.model, base.family, LoraConfig(rank=2), seed=0)
+    base.model = detach(adapted)
+    assert {name: id(module) for name, module in base.model.named_modules()} == before

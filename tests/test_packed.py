@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from made import experiment, write_split
+from made import experiment
 
 from raytune_vlm.errors import InfrastructureError
 from raytune_vlm.packed.host import Host
 from raytune_vlm.packed.planner import Probe, chosen, measure, why_no_more
 from raytune_vlm.packed.routing import _Adding
 from raytune_vlm.packed.slot import Slot
-from raytune_vlm.prepare.store import open_split
 from raytune_vlm.records import read_json
 from raytune_vlm.train.batches import TrainingData
 from raytune_vlm.train.run import Run
@@ -115,9 +114,9 @@ def test_a_dropout_gradient_without_its_mask_is_found(make, tiny_base, monkeypat
     _, expected = alone(make, "idefics3", RECIPES[5])
     given = _Adding._given
 
-    def unmasked(self, number, layer, inputs):
-        right = given(self, number, layer, inputs)
-        plain = inputs[self._shares[number].rows].to(right.dtype)
+    def unmasked(self, number, layer, part):
+        right = given(self, number, layer, part)
+        plain = part.to(right.dtype)
         return plain + (right - plain).detach()
 
     monkeypatch.setattr(_Adding, "_given", unmasked)
@@ -126,6 +125,17 @@ def test_a_dropout_gradient_without_its_mask_is_found(make, tiny_base, monkeypat
     for _ in range(STEPS):
         host.step(slots)
     assert distance(weights(slots[0]), expected) > 1e-2
+
+
+def test_a_packed_step_is_divided_by_tokens_and_one_alone_has_its_own_time(make, tiny_base):
+    slots = [make.slot("idefics3", RECIPES[number]) for number in (0, 7)]
+    host = Host(tiny_base("idefics3"), "fast")
+    first, second = (outcome.fed_tokens for outcome in host.step(slots))
+    assert first > 2 * second
+    assert host.seconds[0] / host.seconds[1] == pytest.approx(first / second)
+    turns = Host(tiny_base("idefics3"), "exact")
+    measured = [outcome.seconds for outcome in turns.step(slots)]
+    assert all(own >= part > 0 for own, part in zip(turns.seconds, measured, strict=True))
 
 
 def test_a_slot_that_is_not_finite_does_not_touch_its_neighbours(make, tiny_base):
@@ -225,16 +235,32 @@ def test_a_slot_goes_on_alone_from_its_checkpoint(make, tiny_base, tmp_path):
     run.close()
 
 
-def test_text_is_not_packed_with_images_that_change_its_answer(tiny_base, tiny_split, tmp_path):
-    base = tiny_base("mllama")
-    write_split(base, tmp_path / "store", "train")
-    mixed = open_split(tmp_path / "store", tmp_path / "store" / "index.arrow", "train")
-    found = []
-    for split in (mixed, tiny_split("mllama")):
-        run = Run(base, split, experiment(lora={"rank": 2}), World(), TrainingData("d"))
-        found.append(Host(base, "fast").obstacle(run))
-        run.close()
-    assert found == ["mllama answers text otherwise beside others' images", None]
+def test_tiles_in_cross_attention_are_not_taken_for_samples(make, tiny_base):
+    _, expected = alone(make, "mllama", RECIPES[0], steps=1)
+    slots = [make.slot("mllama", RECIPES[number]) for number in (0, 2)]
+    host = Host(tiny_base("mllama"), "fast")
+    assert host.obstacle(slots[0].run) == (
+        "rows in the cross-attention of mllama are tiles, not samples"
+    )
+    host.step(slots)
+    assert not host.notes and distance(weights(slots[0]), expected) == 0
+
+
+@pytest.mark.parametrize(
+    ("model_type", "neighbour"),
+    [("florence2", {}), ("vision-encoder-decoder", {"train.pad_to_tokens": 64})],
+)
+def test_dropout_beside_an_encoder_is_drawn_as_by_itself(model_type, neighbour, make, tiny_base):
+    """An encoder's rows are as long as those of all slots, or by chance as the decoder's."""
+    recipes = [{"lora.dropout": 0.3, "train.micro_batch_size": 1}, neighbour]
+    expected = [alone(make, model_type, recipe, steps=2)[1] for recipe in recipes]
+    slots = [make.slot(model_type, recipe) for recipe in recipes]
+    host = Host(tiny_base(model_type), "fast")
+    for _ in range(2):
+        host.step(slots)
+    assert not host.notes
+    for slot, adapter in zip(slots, expected, strict=True):
+        assert distance(weights(slot), adapter) <= 1e-4
 
 
 def test_slots_are_added_while_they_pay():

@@ -29,8 +29,10 @@ from raytune_vlm.sweep.budget import (
 from raytune_vlm.sweep.closing import Closing
 from raytune_vlm.sweep.constraints import Predictor, check_constraints, infeasible
 from raytune_vlm.sweep.front import besides, front_of, pareto_front
+from raytune_vlm.sweep.jobs import Job
 from raytune_vlm.sweep.ledger import Ledger, TrialState, events, replay
-from raytune_vlm.sweep.warm_start import WarmTrial, warm_trials
+from raytune_vlm.sweep.trial_job import TrialJob
+from raytune_vlm.sweep.warm_start import WarmTrial, check_warm_start, warm_trials
 
 RANKS = {
     "lora.rank": {"type": "choice", "values": [1, 4, 64]},
@@ -102,6 +104,17 @@ def test_memory_is_predicted_where_it_is_limited():
     costs = Predictor(config)({"lora.rank": 1})
     assert 0.01 < costs["peak_memory_gb"] < 100
     assert Predictor(experiment())({"lora.rank": 1}) == {}
+
+
+def test_memory_of_a_trial_among_others_is_not_taken_for_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr("raytune_vlm.sweep.trial_job._peak_memory_gb", lambda: 70.0)
+    run = SimpleNamespace(trainable={"text": 8})
+    costs = []
+    for host in (None, object()):
+        worker = SimpleNamespace(experiment=experiment(), folder=SweepFolder(tmp_path), host=host)
+        costs.append(TrialJob(worker, Job("t0", "trial", "t0", {}))._costs(run))
+    assert costs[0]["peak_memory_gb"] == 70
+    assert costs[1].keys() == {"trainable_parameters", "train_seconds"}
 
 
 def test_a_search_without_feasible_proposals_ends(tmp_path, per_rank, monkeypatch):
@@ -202,29 +215,50 @@ def test_a_budget_ends_where_it_is_used_up():
     assert "max_wall_time_s=10" in str(Budget(cpus, rows).used_up())
 
 
-def test_a_search_whose_contenders_stay_the_same_ends_and_stays_ended(tmp_path):
-    config = experiment(
-        evaluation={"metrics": [METRIC], "num_bootstrap": 200},
-        sweep={"num_trials": 9, "stop_when_stable": {"trials": 2}, "search_space": RANKS},
-    )
-    folder, said = SweepFolder(tmp_path), []
-    running = SimpleNamespace(
+def watched_search(folder, config):
+    """What `Closing` needs of a session, and what it said."""
+    said: list[str] = []
+    return SimpleNamespace(
         experiment=config,
         folder=folder,
         ledger=Ledger(folder.ledger_file),
-        states={},
+        states=replay(folder.ledger_file),
         monitor=SimpleNamespace(say=said.append),
+    ), said
+
+
+def write_answers(folder, trial_id, step, value, number=20):
+    """Predictions of so many samples with the same score each."""
+    place = folder.trial(trial_id).evaluation("select", step)
+    place.mkdir(parents=True)
+    names = [f"s{sample}" for sample in range(number)]
+    columns = {"sample_id": names, "group_id": names}
+    scores = {METRIC: [value] * number, METRIC + WEIGHT: [1.0] * number}
+    pq.write_table(pa.table({**columns, **scores}), place / "predictions.parquet")
+
+
+def stable_search(**sweep):
+    return experiment(
+        evaluation={"metrics": [METRIC], "num_bootstrap": 200},
+        sweep={
+            "num_trials": 9,
+            "stop_when_stable": {"trials": 2},
+            "search_space": RANKS,
+            "scheduler": {"type": "asha", "grace_period": 30},
+            **sweep,
+        },
+        train={"max_steps": 90},
     )
+
+
+def test_a_search_whose_contenders_stay_the_same_ends_and_stays_ended(tmp_path):
+    folder = SweepFolder(tmp_path)
+    running, said = watched_search(folder, stable_search())
     closing = Closing(running)
     # The second and the third are as good as each other; the others are far behind.
     for number, value in enumerate((0.0, 1.0, 1.0, 0.0, 0.0)):
         assert closing.kind is None
-        place = folder.trial(f"t{number:04d}").evaluation("select", 90)
-        place.mkdir(parents=True)
-        names = [f"s{sample}" for sample in range(20)]
-        columns = {"sample_id": names, "group_id": names}
-        scores = {METRIC: [value] * 20, METRIC + WEIGHT: [1.0] * 20}
-        pq.write_table(pa.table({**columns, **scores}), place / "predictions.parquet")
+        write_answers(folder, f"t{number:04d}", 90, value)
         ended = running.states[f"t{number:04d}"] = state(number, value, 1)
         closing.ended(ended)
     assert closing.kind == "stable" and closing.is_closed() and not closing.ends_trials()
@@ -236,6 +270,72 @@ def test_a_search_whose_contenders_stay_the_same_ends_and_stays_ended(tmp_path):
         ("closed", None),
     ]
     assert Closing(running).kind == "stable"
+
+
+def test_failed_trials_scores_that_are_no_numbers_and_partial_scores_tell_no_stability(tmp_path):
+    config = stable_search()
+    shares = {"evaluation": config.evaluation.model_copy(update={"rung_samples": 0.5})}
+    folder = SweepFolder(tmp_path)
+    running, _ = watched_search(folder, config.model_copy(update=shares))
+    closing = Closing(running)
+    # Stopped early, on half of the samples; failed; no number; in training, and the best.
+    rows = [
+        ("stopped", 30, 0.5, 10),
+        ("failed", 30, 0.9, 10),
+        ("finished", 90, float("nan"), 20),
+        ("finished", 90, 0.4, 20),
+        (None, 90, 0.8, 20),
+        ("stopped", 30, 0.9, 10),
+    ]
+    for number, (ended, step, value, samples) in enumerate(rows):
+        name = f"t{number:04d}"
+        write_answers(folder, name, step, value, samples)
+        running.states[name] = state(number, value, 1, ended=ended, step=step)
+        if ended is not None:
+            closing.ended(running.states[name])
+    compared = {r["trial_id"]: r["same"] for r in events(folder.ledger_file)}
+    assert compared == {
+        "t0000": ["t0000"],
+        "t0002": ["t0000"],
+        "t0003": ["t0003"],
+        "t0005": ["t0004"],
+    }
+    assert closing.kind is None
+
+
+@pytest.mark.parametrize("cut", [1, 2])
+def test_a_kill_at_the_end_of_a_trial_changes_nothing_of_when_the_search_ends(tmp_path, cut):
+    config, folder = stable_search(stop_when_stable={"trials": 1}), SweepFolder(tmp_path)
+    running, _ = watched_search(folder, config)
+    closing = Closing(running)
+    for number, value in enumerate((1.0, 0.0)):
+        name = f"t{number:04d}"
+        write_answers(folder, name, 90, value)
+        running.ledger.append("proposed", trial_id=name, number=number, recipe={})
+        running.ledger.append("scored", trial_id=name, step=90, scores={METRIC: value})
+        running.ledger.append("finished", trial_id=name, step=90)
+        running.states.update(replay(folder.ledger_file))
+        closing.ended(running.states[name])
+    assert closing.kind == "stable"
+    whole = events(folder.ledger_file)
+    lines = folder.ledger_file.read_bytes().splitlines(keepends=True)
+    folder.ledger_file.write_bytes(b"".join(lines[:-cut]))
+    again, said = watched_search(folder, config)
+    assert Closing(again).kind == "stable" and len(said) == 1
+
+    def without_time(rows):
+        return [{key: value for key, value in row.items() if key != "time"} for row in rows]
+
+    assert without_time(events(folder.ledger_file)) == without_time(whole)
+
+
+def test_stability_that_comes_too_late_to_save_anything_is_noted():
+    halving = {"type": "halving", "grace_period": 10}
+    (note,) = stable_search(scheduler=halving).sweep.notes()
+    assert "no trial ends before all num_trials=9 have begun" in note
+    assert not stable_search(scheduler={**halving, "min_results": 4}).sweep.notes()
+    assert stable_search(scheduler={**halving, "min_results": 4}, num_executors=6).sweep.notes()
+    assert not stable_search().sweep.notes()
 
 
 def test_the_planner_tells_steps_with_and_without_stopping():
@@ -331,3 +431,35 @@ def test_what_cannot_be_compared_is_refused(earlier, tmp_path):
     nothing = sampled("tpe", warm_start=[str(tmp_path)])
     with pytest.raises(ConfigError, match="is not a sweep folder"):
         warm(nothing, tmp_path / "none")
+
+
+def test_a_warm_start_that_teaches_nothing_is_refused_before_anything_starts(earlier, tmp_path):
+    config = sampled("tpe", warm_start=[str(earlier)])
+    check_warm_start(config)
+    check_warm_start(config, "digest")
+    with pytest.raises(ConfigError, match="another data"):
+        check_warm_start(config, "new")
+    other = {"lora.alpha_ratio": {"type": "uniform", "lower": 3, "upper": 4}}
+    strange = sampled("tpe", warm_start=[str(earlier)], search_space=other)
+    with pytest.raises(
+        ConfigError,
+        match=r"no trial of .+ fits this sweep: 1 with another lora.alpha_ratio than this",
+    ):
+        check_warm_start(strange)
+
+    folder = SweepFolder(shutil.copytree(earlier, tmp_path / "altered"))
+    rows = [
+        {key: value for key, value in row.items() if key not in ("seq", "time", "event")}
+        | {"event": row["event"], **({"recipe": {"lora.rnk": 3}} if "recipe" in row else {})}
+        for row in events(folder.ledger_file)
+    ]
+    folder.ledger_file.unlink()
+    ledger = Ledger(folder.ledger_file)
+    for row in rows:
+        ledger.append(row.pop("event"), **row)
+    altered = sampled("tpe", warm_start=[str(folder.root)])
+    with pytest.raises(ConfigError, match="7 with a recipe that its own experiment does not"):
+        check_warm_start(altered)
+    folder.ledger_file.write_bytes(b"x\n" + folder.ledger_file.read_bytes())
+    with pytest.raises(ConfigError, match=r"^sweep.warm_start: .+:1: the ledger is damaged"):
+        check_warm_start(altered)

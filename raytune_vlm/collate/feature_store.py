@@ -215,7 +215,7 @@ class FeatureStore:
         now = time.time()
         if now - self._used.get(file.name, 0.0) > NOTE_USE_S:
             self._used[file.name] = now
-            with suppress(FileNotFoundError, PermissionError):  # deleted, or another user's
+            with suppress(OSError):  # deleted, another user's, on a disk for reading only
                 utime(file)
 
     def _look(self) -> None:

@@ -27,6 +27,9 @@ from raytune_vlm.monitor import Say
 _KEPT = ("pooler_output", "deepstack_features")
 """What a model's forward reads of the features."""
 
+_RATES = ("attention_dropout", "activation_dropout", "dropout", "drop_prob", "layerdrop")
+"""What transformers' modules call a rate of dropping; `drop_prob` is that of stochastic depth."""
+
 
 class _Samples(Protocol):
     def encoded(self, number: int) -> Encoded:
@@ -192,7 +195,7 @@ def drops(module: Any) -> bool:
     """Whether a module drops anything in training."""
     if isinstance(module, torch.nn.modules.dropout._DropoutNd):
         return bool(module.p > 0)
-    rates = (getattr(module, name, 0.0) for name in ("attention_dropout", "dropout"))
+    rates = (getattr(module, name, 0.0) for name in _RATES)
     return any(isinstance(rate, float) and rate > 0 for rate in rates)
 
 

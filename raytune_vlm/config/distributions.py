@@ -41,7 +41,7 @@ class Choice(_Distribution):
 
     @model_validator(mode="after")
     def _distinct(self) -> "Choice":
-        if len({(type(value), value) for value in self.values}) != len(self.values):
+        if len(set(self.values)) != len(self.values):  # 4 and 4.0, 1 and true are the same to all
             raise ValueError(f"values must be distinct, got {list(self.values)}")
         return self
 
@@ -121,7 +121,10 @@ class QUniform(_Interval):
     def _whole(self) -> "QUniform":
         steps = (self.upper - self.lower) / self.q
         if not math.isclose(steps, round(steps), abs_tol=1e-9):
-            raise ValueError(f"upper - lower must be a multiple of q={self.q}")
+            raise ValueError(
+                f"upper - lower must be a multiple of q={self.q}, got lower={self.lower}, "
+                f"upper={self.upper}"
+            )
         return self
 
     def corners(self) -> list[Scalar]:
@@ -236,6 +239,14 @@ def combinations(space: Space) -> list[dict[str, Scalar]]:
     """Every recipe of a space of `grid` and `choice`, the last key changing fastest."""
     found = _combinations(ordered(space))
     return [{key: recipe[key] for key in space if key in recipe} for recipe in found]
+
+
+def num_combinations(space: Space) -> int:
+    """How many recipes `combinations` has, without making them all."""
+    found = 0
+    for recipe, keys in branches(space):
+        found += math.prod(len(space[key].corners()) for key in keys if key not in recipe)
+    return found
 
 
 def _combinations(order: Space) -> list[dict[str, Scalar]]:

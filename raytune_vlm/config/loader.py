@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from raytune_vlm.config.experiment import ExperimentConfig
 from raytune_vlm.config.overrides import SEARCH_SPACE, apply_overrides
+from raytune_vlm.config.reference import in_words
 from raytune_vlm.config.schema import subschema
 from raytune_vlm.config.search_space import point_problems, search_space_problems
 from raytune_vlm.config.secrets import secret_problems
@@ -26,6 +27,8 @@ from raytune_vlm.config.yaml_lines import read_yaml, write_yaml
 from raytune_vlm.errors import ConfigError, did_you_mean
 
 AnySection = TypeVar("AnySection", bound=Section)
+
+_MISSING = "this key is required and missing"
 
 _CODE_KEY = re.compile("trust|remote_?code|code_revision|auto_map")
 """Keys by which somebody might try to let a model's own code run."""
@@ -101,7 +104,8 @@ def validated(
         return model.model_validate(plain)
     except ValidationError as error:
         found = [_problem(dict(details), plain, model) for details in error.errors()]
-        _refuse(_line(key, why, origins) for key, why in filter(None, found))
+        told = _without_misspelt([*filter(None, found)])
+        _refuse(_line(key, why, origins) for key, why in told)
         raise  # never reached: a ValidationError has at least one problem
 
 
@@ -164,13 +168,25 @@ def _line(key: str, why: str, origins: Mapping[str, str]) -> str:
     return f"{origin}: {key}: {why}"
 
 
+def _without_misspelt(problems: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Without required keys that are missing because their name is misspelt, which is told."""
+    meant = {
+        f"{key.rpartition('.')[0]}.{near[1]}".removeprefix(".")
+        for key, why in problems
+        if (near := re.fullmatch(r"unknown key \(did you mean '(.+)'\?\)", why))
+    }
+    return [(key, why) for key, why in problems if why != _MISSING or key not in meant]
+
+
 def _problem(
     details: Mapping[str, Any], plain: Any, model: type[Section]
 ) -> tuple[str, str] | None:
     """A pydantic error as (dotted key, message); None for the mere echo of another one."""
-    key, is_member = _dotted(details["loc"], plain)
-    kind, got = details["type"], f"{details['input']!r}"
+    key, value, wanted = _dotted(details, plain, model)
+    kind, got = details["type"], f"{value!r}"
     got = got if len(got) <= 80 else f"{got[:77]}..."
+    if wanted:
+        return key, f"Input should be {wanted}, got {got}"
     context = details.get("ctx", {})
     if kind == "extra_forbidden":
         parent, _, name = key.rpartition(".")
@@ -182,7 +198,7 @@ def _problem(
         siblings = subschema(parent, plain, model).get("properties", {})
         return key, f"unknown key{did_you_mean(name, siblings)}"
     if kind == "missing":
-        return key, "this key is required and missing"
+        return key, _MISSING
     if kind == "union_tag_invalid":
         tags = re.findall(r"'([^']*)'", context["expected_tags"])
         hint = did_you_mean(context["tag"], tags)
@@ -195,8 +211,6 @@ def _problem(
         return None if details["input"] else (key, "Input should have at least one item, got none")
     if kind == "value_error":
         return key, str(context["error"])
-    if is_member:
-        return key, f"Input should be a number, a text, true or false, got {got}"
     if kind in ("model_type", "model_attributes_type", "dict_type"):
         return key, f"Input should be a mapping of keys, got {got}"
     if kind in ("tuple_type", "list_type"):
@@ -208,11 +222,15 @@ def _problem(
     return key, why
 
 
-def _dotted(location: Sequence[int | str], plain: Any) -> tuple[str, bool]:
-    """A pydantic location as a dotted key without union tags, and whether members were cut."""
+def _dotted(details: Mapping[str, Any], whole: Any, model: type[Section]) -> tuple[str, Any, str]:
+    """The place of a pydantic error as a dotted key without union tags, the value there, and what
+    is wanted in its place where that may be of several kinds, each with an error of its own."""
     keys: list[str] = []
-    untagged = True
-    for step in location:
+    plain, untagged = whole, True
+    for step in details["loc"]:
+        node = subschema(".".join(keys), whole, model)
+        if "anyOf" in node:
+            return ".".join(keys), plain, _wanted(node)
         if isinstance(plain, dict):
             if untagged and step == plain.get("type") and "type" in plain:
                 untagged = False
@@ -220,8 +238,14 @@ def _dotted(location: Sequence[int | str], plain: Any) -> tuple[str, bool]:
             plain = plain.get(step)
         elif isinstance(plain, list) and isinstance(step, int):
             plain = plain[step] if step < len(plain) else None
-        else:
-            return ".".join(keys), True
         untagged = True
         keys.append(str(step))
-    return ".".join(keys), False
+    return ".".join(keys), details["input"], ""
+
+
+def _wanted(node: dict[str, Any]) -> str:
+    """What a value of several kinds may be."""
+    kinds = {entry.get("type") for entry in node["anyOf"]}
+    if kinds >= {"boolean", "number", "string"}:
+        return "a number, a text, true or false" + (", or a list" if "array" in kinds else "")
+    return in_words(node).replace("`", "'")

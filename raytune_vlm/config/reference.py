@@ -47,7 +47,7 @@ def _sections(
         for name, each in keys.items():
             default = "" if name in required else _default(each)
             text = _line(_described(each, defs)).replace("|", "\\|")
-            yield f"| `{name}` | {_value(each)} | {default} | {text} |"
+            yield f"| `{name}` | {in_words(each)} | {default} | {text} |"
         yield ""
     for name, each in keys.items():
         for reference, place in _references(each, f"{path}.{name}" if path else name):
@@ -78,10 +78,10 @@ def _references(node: dict[str, Any], path: str) -> Iterator[tuple[str, str]]:
         yield from _references(node["additionalProperties"], f"{path}.KEY")
 
 
-def _value(node: dict[str, Any]) -> str:
-    """What may be given, in words."""
+def in_words(node: dict[str, Any]) -> str:
+    """What may be given for a node of the schema."""
     if "anyOf" in node:
-        return " or ".join(dict.fromkeys(_value(each) for each in node["anyOf"]))
+        return " or ".join(dict.fromkeys(in_words(each) for each in node["anyOf"]))
     if "discriminator" in node:
         return "type: " + ", ".join(f"`{name}`" for name in node["discriminator"]["mapping"])
     if "enum" in node or "const" in node:
@@ -91,7 +91,7 @@ def _value(node: dict[str, Any]) -> str:
     kind = node.get("type", "anything")
     if kind == "array":
         inner = node.get("items") or {}
-        return f"list of: {_value(inner)}" if inner else "list"
+        return f"list of: {in_words(inner)}" if inner else "list"
     if kind == "object":
         return "mapping"
     bounds = [f"{word} {node[name]:g}" for name, word in _BOUNDS.items() if name in node]

@@ -73,6 +73,9 @@ def _item(data: Any, key: str) -> Any:
 def _follow(node: dict[str, Any], data: Any, whole: dict[str, Any]) -> dict[str, Any]:
     """Resolve references, and unions by their tag; a default stays known under `default`."""
     default = {"default": node["default"]} if "default" in node else {}
+    given = [entry for entry in node.get("anyOf", ()) if entry.get("type") != "null"]
+    if len(given) == 1:  # something, or null
+        node = given[0]
     if "discriminator" in node:
         tag = data.get("type") if isinstance(data, dict) else None
         mapping = node["discriminator"]["mapping"]

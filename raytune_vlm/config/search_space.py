@@ -185,7 +185,7 @@ def _invalid(
         where = f" with {_shown(others)}" if others else ""
         return f"value {value!r} is not valid{where}: {reason.removeprefix(f'{key}: ')}"
     read = attrgetter(key)(experiment.with_recipe(recipe))
-    if read != value:
+    if read != value or isinstance(read, bool) != isinstance(value, bool):
         return f"value {value!r} is read as {read!r}; write it so"
     return None
 

@@ -12,7 +12,7 @@ from raytune_vlm.config.distributions import (
     LogUniform,
     Scalar,
     Uniform,
-    combinations,
+    num_combinations,
     ordered,
 )
 from raytune_vlm.config.objectives import Budget, ConstraintsConfig, Objective, StableConfig
@@ -106,7 +106,7 @@ class SweepConfig(Budget):
                     f"search_space.{key}: searcher.type=grid needs a search_space of grid and "
                     f"choice only, got {entry.type}"
                 )
-        count = len(combinations(self.search_space))
+        count = num_combinations(self.search_space)
         sizes = [len(entry.corners()) for entry in self.search_space.values()]
         shape = f" ({' x '.join(map(str, sizes))})" if count == math.prod(sizes) else ""
         own = " and the experiment's own recipe (include_default)" if self.include_default else ""
@@ -256,6 +256,16 @@ class SweepConfig(Budget):
             found.append(
                 f"searcher.type={kind} learns from finished trials only: those that "
                 f"{self.scheduler.type} stops teach it nothing"
+            )
+        halving = self.scheduler if isinstance(self.scheduler, HalvingScheduler) else None
+        if (
+            self.stop_when_stable
+            and halving
+            and self.num_trials - self.at_once < (halving.min_results or self.num_trials)
+        ):
+            found.append(
+                "stop_when_stable saves nothing: with scheduler.type=halving no trial ends before "
+                f"all num_trials={self.num_trials} have begun; lower scheduler.min_results"
             )
         return found
 

@@ -8,6 +8,9 @@ from pydantic import Field, model_validator
 from raytune_vlm.config.distillation import DistillationConfig
 from raytune_vlm.config.section import Section
 
+LEAST_SHARE = 0.0001
+"""Of a CPU or a GPU."""
+
 WITHOUT_EFFECT: dict[str, Any] = {
     "deepspeed": True,
     "fsdp2": {"shard_size": True},
@@ -162,6 +165,19 @@ class TrainConfig(Section):
     threads and is started again; four times as much until the first step of a trial is done."""
     grace_s: float = Field(default=60, ge=0, le=3600)
     """Seconds that executors get to save where they are when the run is stopped."""
+
+    @model_validator(mode="after")
+    def _ray_counts_resources(self) -> "TrainConfig":
+        if self.gpus_per_worker > 1 and self.gpus_per_worker % 1:
+            raise ValueError(
+                f"gpus_per_worker={self.gpus_per_worker:g} must be a whole number, or below 1: a "
+                "part of a GPU is of one GPU"
+            )
+        for name in ("cpus_per_worker", "gpus_per_worker"):
+            if 0 < getattr(self, name) < LEAST_SHARE:
+                least = f"the least that Ray counts is {LEAST_SHARE:g}"
+                raise ValueError(f"{name}={getattr(self, name):g} is too little: {least}")
+        return self
 
     @model_validator(mode="after")
     def _divisible(self) -> "TrainConfig":

@@ -99,7 +99,6 @@ def check_effects(model: PeftModel, batch: dict[str, torch.Tensor]) -> dict[str,
     Run after the first optimizer step (before it LoRA's B is zero and has no effect). `batch` has
     normalised pixels and no labels; a value is the largest difference of a logit.
     """
-    import torch
 
     adapted = last_logits(model, batch)
     with model.disable_adapter():
@@ -111,14 +110,24 @@ def check_effects(model: PeftModel, batch: dict[str, torch.Tensor]) -> dict[str,
     }
     pixels = [name for name in batch if name.endswith("pixel_values")]
     if pixels:
-        # Not zero: tiles of zeros are taken for padding by Idefics3.
-        blank = {name: torch.full_like(batch[name], 0.5) for name in pixels}
+        blank = {name: _blank(batch[name]) for name in pixels}
         checks["image_effect"] = _effect(
             adapted,
             last_logits(model, {**batch, **blank}),
             "a blank image in place of the picture changes nothing: the model does not look at it",
         )
     return checks
+
+
+def _blank(pixels: torch.Tensor) -> torch.Tensor:
+    """Grey images; not zero, and tiles of zeros stay: Idefics3 takes these for padding."""
+    import torch
+
+    grey = torch.full_like(pixels, 0.5)
+    if pixels.dim() < 5:  # [images, ...], no tile is padding
+        return grey
+    is_padding = (pixels == 0).flatten(-3).all(-1)
+    return grey.masked_fill(is_padding[..., None, None, None], 0.0)
 
 
 def _effect(first: torch.Tensor, second: torch.Tensor, message: str) -> Check:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from raytune_vlm.config.lora import LoraConfig
@@ -174,7 +175,13 @@ def attach(model: torch.nn.Module, family: Family, config: LoraConfig, *, seed: 
     if from_weights:
         _check_ranks(model, targets, config)
     torch.manual_seed(seed)
-    adapted = peft.get_peft_model(model, _peft_config(config, targets, copied))
+    own = {name: model.get_submodule(name) for name in chain(*targets.values(), copied)}
+    try:
+        adapted = peft.get_peft_model(model, _peft_config(config, targets, copied))
+    except BaseException:  # there is nothing to `detach` yet, but some modules are replaced
+        for name, module in own.items():
+            model.set_submodule(name, module)
+        raise
     try:
         _check_targets(adapted, family, targets, copied, config)
         for layer in lora_layers(adapted).values() if from_weights else ():

@@ -108,6 +108,8 @@ class Host:
         self._losses = TokenLosses(base.model)
         self.notes: list[str] = []
         """What is to be said of memory and errors; who reads it empties it."""
+        self.seconds: list[float] = []
+        """What each slot took of the last `step`; of a packed one its part by the tokens fed."""
 
     def obstacle(self, run: Run) -> str | None:
         """Why a run steps by itself in mode `fast`; None if it is packed."""
@@ -120,10 +122,13 @@ class Host:
             return "train.pack_tokens: a row holds several samples"
         if experiment.train.distillation.is_on:
             return "train.distillation: its output layer is used in chunks of its own tokens"
-        if not self._base.family.text_beside_images and run.batches.may_lack_images:
-            return f"{self._base.family.model_type} answers text otherwise beside others' images"
+        family = self._base.family
+        if not family.text_beside_images:
+            return f"rows in the cross-attention of {family.model_type} are tiles, not samples"
+        if experiment.lora.dropout and family.prompt in ("encoder-decoder", "image-encoder"):
+            return f"lora.dropout: {family.model_type} has an encoder with rows of other lengths"
         if self._drops:
-            return f"{self._base.family.model_type} has dropout of its own, the same for all rows"
+            return f"{family.model_type} has dropout of its own, the same for all rows"
         return unmixable(experiment.lora)
 
     def step(self, slots: Sequence[Slot]) -> list[Outcome]:
@@ -136,7 +141,8 @@ class Host:
             others wait for it or are about to, so all have to start again.
         """
         outcomes: dict[int, Outcome] = {}
-        waiting = list(range(len(slots)))
+        taken: dict[int, float] = {}
+        waiting, began = list(range(len(slots))), time.monotonic()
         while waiting:
             numbers = self._next([slots[number] for number in waiting])
             group = [waiting[number] for number in numbers]
@@ -144,6 +150,9 @@ class Host:
             if found is not None:
                 outcomes |= dict(zip(group, found, strict=True))
                 waiting = [number for number in waiting if number not in outcomes]
+                began, before = time.monotonic(), began
+                taken |= dict(zip(group, _shares(found, began - before), strict=True))
+        self.seconds = [taken[number] for number in range(len(slots))]
         return [outcomes[number] for number in range(len(slots))]
 
     def _next(self, slots: Sequence[Slot]) -> list[int]:
@@ -277,6 +286,14 @@ class Host:
             )
             losses.sum().backward()
         return losses.detach()
+
+
+def _shares(outcomes: Sequence[Outcome], seconds: float) -> list[float]:
+    """What each slot took of the time of a step."""
+    if len(outcomes) == 1:
+        return [seconds]
+    fed = [entry.fed_tokens if isinstance(entry, StepMetrics) else 0 for entry in outcomes]
+    return [seconds * own / max(1, sum(fed)) for own in fed]
 
 
 def _finished(

@@ -7,13 +7,14 @@ linear layer adds what the slots' layers would have added, to the rows that are 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
-from torch.nn.functional import pad
+from torch.nn.functional import embedding, pad
 
 from raytune_vlm.errors import ModelError
 from raytune_vlm.models.lora import ADAPTER
@@ -41,9 +42,10 @@ def routed(model: torch.nn.Module, shares: Sequence[Share]) -> Iterator[None]:
     For one forward pass and its backward pass, which may repeat layers (activation checkpointing).
     """
     names = dict.fromkeys(name for share in shares for name in share.layers)
+    layouts = _Layouts()
     with ExitStack() as stack:
         for name in names:
-            hook = _Adding(name, shares)
+            hook = _Adding(name, shares, layouts)
             stack.callback(model.get_submodule(name).register_forward_hook(hook).remove)
         yield
 
@@ -51,12 +53,17 @@ def routed(model: torch.nn.Module, shares: Sequence[Share]) -> Iterator[None]:
 class _Adding:
     """The forward hook of one linear layer."""
 
-    def __init__(self, name: str, shares: Sequence[Share]) -> None:
-        self._name = name
-        self._rows, self._longest = shares[-1].rows.stop, max(share.length for share in shares)
-        self._shares = [share for share in shares if name in share.layers]
-        self._covers = len(self._shares) == len(shares) > 1
-        self._before: list[dict[str, torch.Tensor] | None] = [None] * len(self._shares)
+    def __init__(self, name: str, shares: Sequence[Share], layouts: _Layouts) -> None:
+        self._name, self._layouts = name, layouts
+        self._shares, self._longest = shares, max(share.length for share in shares)
+        self._sizes = [share.rows.stop - share.rows.start for share in shares]
+        self._layers = {
+            number: share.layers[name]
+            for number, share in enumerate(shares)
+            if name in share.layers
+        }
+        """PEFT's layer of each share that has one here."""
+        self._before: list[dict[str, torch.Tensor] | None] = [None] * len(shares)
         """The random state that each share's dropout began with, once it has."""
 
     def __call__(
@@ -70,38 +77,39 @@ class _Adding:
             If the layer is not given the rows of the batch: whose they are cannot be told.
         """
         (inputs,) = args
-        if inputs.shape[0] != self._rows or inputs.dim() < 3:
+        if inputs.shape[0] != sum(self._sizes) or inputs.dim() < 3:
             raise ModelError(
-                f"{self._name} is given {tuple(inputs.shape)} for a batch of {self._rows} rows: "
-                "its adapters cannot be packed"
+                f"{self._name} is given {tuple(inputs.shape)} for a batch of {sum(self._sizes)} "
+                "rows: its adapters cannot be packed"
             )
-        layers = [share.layers[self._name] for share in self._shares]
-        given = [self._given(number, layer, inputs) for number, layer in enumerate(layers)]
-        if self._covers and len({len(part) for part in given}) == 1:
-            if not any(_drops(layer) for layer in layers):
-                together = inputs.to(given[0].dtype)
-                return output + _stacked(layers, together).to(output.dtype)
-            if all(len(layer.active_adapters) == 1 for layer in layers):
-                return output + _stacked(layers, torch.cat(given)).to(output.dtype)
-        pieces, done = [], 0
-        for layer, share, part in zip(layers, self._shares, given, strict=True):
-            added = output[share.rows]
+        layers = [*self._layers.values()]
+        are_alike = len(layers) == len(self._shares) > 1 == len(set(self._sizes))
+        if are_alike and not any(map(_drops, layers)):
+            together = inputs.to(layers[0].lora_A[ADAPTER].weight.dtype)
+            return output + _stacked(layers, together, self._layouts).to(output.dtype)
+        parts = inputs.split(self._sizes)  # slices would each have a gradient of all rows
+        given = [
+            self._given(number, layer, parts[number]) for number, layer in self._layers.items()
+        ]
+        if are_alike and all(len(layer.active_adapters) == 1 for layer in layers):
+            together = torch.cat(given)
+            return output + _stacked(layers, together, self._layouts).to(output.dtype)
+        pieces = [*output.split(self._sizes)]
+        for (number, layer), into in zip(self._layers.items(), given, strict=True):
             for name in layer.active_adapters:
                 # What takes the start of `pissa` and `olora` off again has no dropout.
-                into = part if name == ADAPTER else inputs[share.rows].to(part.dtype)
-                low = layer.lora_B[name](layer.lora_A[name](into)) * layer.scaling[name]
-                added = added + low.to(output.dtype)
-            pieces += [output[done : share.rows.start], added]
-            done = share.rows.stop
-        return torch.cat([*pieces, output[done:]])
+                own = into if name == ADAPTER else parts[number].to(into.dtype)
+                low = layer.lora_B[name](layer.lora_A[name](own)) * layer.scaling[name]
+                pieces[number] = pieces[number] + low.to(output.dtype)
+        return torch.cat(pieces)
 
-    def _given(self, number: int, layer: Any, inputs: torch.Tensor) -> torch.Tensor:
+    def _given(self, number: int, layer: Any, part: torch.Tensor) -> torch.Tensor:
         """What goes into a share's A, `[its rows, ...]`: cast as PEFT does, dropped out apart.
 
         Alone, the rows would be padded to their own length only: the padding beyond draws nothing.
         """
         share, before = self._shares[number], self._before[number]
-        given = inputs[share.rows].to(layer.lora_A[ADAPTER].weight.dtype)
+        given = part.to(layer.lora_A[ADAPTER].weight.dtype)
         if not _drops(layer):
             return given
         excess = self._longest - share.length if given.shape[1] == self._longest else 0
@@ -113,7 +121,7 @@ class _Adding:
         else:
             with share.random.repeating(before):
                 dropped = layer.lora_dropout[ADAPTER](own)
-        return pad(dropped, (0, 0) * (given.dim() - 2) + (0, excess))
+        return pad(dropped, (0, 0) * (given.dim() - 2) + (0, excess)) if excess else dropped
 
 
 def _drops(layer: Any) -> bool:
@@ -121,29 +129,67 @@ def _drops(layer: Any) -> bool:
     return not isinstance(dropout, torch.nn.Identity) and bool(dropout.training)
 
 
-def _stacked(layers: Sequence[Any], inputs: torch.Tensor) -> torch.Tensor:
+class _Layouts:
+    """How matrices of several slots lie in one tensor, made once a pass: a copy to the device."""
+
+    def __init__(self) -> None:
+        self._made: dict[Hashable, tuple[torch.Tensor | None, torch.Tensor]] = {}
+
+    def of(
+        self, kinds: tuple[tuple[tuple[int, float], ...], ...], like: torch.Tensor
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """For each slot's ranks and scales: its rows among all slots', and the scale of each.
+
+        Returns
+        -------
+        rows, scales
+            int64 `[slots, most ranks]`, None if every slot has one matrix and all are alike;
+            `[slots, 1, most ranks]` of the type and on the device of `like`. A slot of fewer ranks
+            repeats a row of its own, with scale 0: what is not a number stays with its slot.
+        """
+        key = (kinds, like.device, like.dtype)
+        if key not in self._made:
+            counts = [sum(rank for rank, _ in slot) for slot in kinds]
+            most, ends = max(counts), accumulate(counts)
+            rows = [
+                [min(end - count + place, end - 1) for place in range(most)]
+                for count, end in zip(counts, ends, strict=True)
+            ]
+            scales = [[scale for rank, scale in slot for _ in range(rank)] for slot in kinds]
+            padded = [[*own, *[0.0] * (most - len(own))] for own in scales]
+            are_alike = len(set(counts)) == 1 and all(len(slot) == 1 for slot in kinds)
+            self._made[key] = (
+                None if are_alike else torch.tensor(rows, device=like.device),
+                like.new_tensor(padded)[:, None],
+            )
+        return self._made[key]
+
+
+def _stacked(layers: Sequence[Any], inputs: torch.Tensor, layouts: _Layouts) -> torch.Tensor:
     """What equally many rows of each layer add, as two batched products.
 
-    Ranks are padded with zeros to the largest: what is padded is zero in the forward pass and gets
-    no gradient, which ends in `pad`.
+    The calls of torch do not grow with the layers, but for gradients of B under unlike ranks.
 
     Parameters
     ----------
     inputs
-        `[slots * rows, ..., in]`.
+        `[slots * rows, ..., in]`, of the type of the adapters.
     """
-    down, up = zip(*map(_matrices, layers), strict=True)
-    most = max(map(len, down))
-    downs = torch.stack([pad(weight, (0, 0, 0, most - len(weight))) for weight in down])
-    ups = torch.stack([pad(weight, (0, most - weight.shape[1])) for weight in up])
+    active = [[*layer.active_adapters] for layer in layers]
+    parts = [(layer, name) for layer, names in zip(layers, active, strict=True) for name in names]
+    downs = torch.cat([layer.lora_A[name].weight for layer, name in parts])
+    ups = [layer.lora_B[name].weight for layer, name in parts]
+    kinds = tuple(
+        tuple((len(layer.lora_A[name].weight), layer.scaling[name]) for name in names)
+        for layer, names in zip(layers, active, strict=True)
+    )
+    rows, scales = layouts.of(kinds, inputs)
+    if rows is None:
+        down = downs.view(len(layers), -1, inputs.shape[-1])
+        up = torch.cat(ups).view(len(layers), -1, scales.shape[-1]).transpose(1, 2)
+    else:
+        down = embedding(rows, downs)
+        up = embedding(rows, torch.cat([weight.t() for weight in ups]))
     flat = inputs.reshape(len(layers), -1, inputs.shape[-1])
-    low = torch.bmm(flat, downs.transpose(1, 2))
-    return torch.bmm(low, ups.transpose(1, 2)).view(*inputs.shape[:-1], -1)
-
-
-def _matrices(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """A `[rank, in]` and scaled B `[out, rank]` of all that is active in a layer."""
-    names = layer.active_adapters
-    down = torch.cat([layer.lora_A[name].weight for name in names])
-    up = [layer.lora_B[name].weight * layer.scaling[name] for name in names]
-    return down, torch.cat(up, dim=1)
+    low = torch.bmm(flat, down.transpose(1, 2)) * scales
+    return torch.bmm(low, up).view(*inputs.shape[:-1], -1)

@@ -15,12 +15,16 @@ from itertools import chain, compress
 from typing import Any
 
 import torch
-from torch._utils import _flatten_dense_tensors as end_to_end
-from torch._utils import _unflatten_dense_tensors as views_of
+from torch.nn.utils import vector_to_parameters
 
 _PLAIN = torch.optim.AdamW([torch.zeros(0)]).defaults
 _FREE = {"lr", "weight_decay", "foreach"}
 """What may be set otherwise than in `_PLAIN`: by recipes, and how torch's own update loops."""
+
+
+def _end_to_end(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """A copy of all; `parameters_to_vector` takes no transposed ones."""
+    return torch.cat([part.flatten() for part in parts])
 
 
 class _Group:
@@ -43,12 +47,11 @@ class _Group:
                     "exp_avg_sq": torch.zeros_like(parameter),
                 }
         tensors = self._tensors()
-        flats = [end_to_end([part.detach() for part in parts]) for parts in tensors]
+        flats = [_end_to_end([part.detach() for part in parts]) for parts in tensors]
         self.weights, self.averages, self.squares, self.steps = flats
         """Of all parameters: weights, `exp_avg`, `exp_avg_sq`; `step`, on the CPU as in torch."""
         for flat, parts in zip(flats, tensors, strict=True):
-            for part, view in zip(parts, views_of(flat, parts), strict=True):
-                part.data = view
+            vector_to_parameters(flat, parts)  # makes them views of it
         self.step = tensors[-1][0]
         """Updates so far, the same for all: float32 `[]`."""
         self._places = self._current_places()
@@ -103,7 +106,7 @@ class Gradients:
     def __init__(self, slots: Sequence[Flat]) -> None:
         self._groups = [flat.groups() for flat in slots]
         groups = [*chain(*self._groups)]
-        together = end_to_end([part for group in groups for part in group.gradients()])
+        together = _end_to_end([part for group in groups for part in group.gradients()])
         self._pieces = together.split([len(group.weights) for group in groups])
         # The one time that the host waits for the device.
         norms = iter(torch.stack(torch._foreach_norm(self._pieces)).tolist())

@@ -125,7 +125,7 @@ def tensor_entries(tensors: dict[str, np.ndarray]) -> list[dict[str, Any]]:
 
 
 def tensors_at(column: Any, place: int) -> dict[str, np.ndarray]:
-    """The arrays at a place of a `list<TENSOR_TYPE>` array, read-only: each is a copy of its bytes."""
+    """The arrays at a place of a `list<TENSOR_TYPE>` array: read-only copies of its bytes."""
     entries = column[place].values
     if entries is None:
         return {}

@@ -36,7 +36,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from raytune_vlm.errors import DataError
+from raytune_vlm.errors import DataError, first_line
 from raytune_vlm.json_files import read_json, read_json_lines, write_json, write_text
 from raytune_vlm.records.estimate import MetricEstimate
 from raytune_vlm.records.overlap import CleanScores, Overlap
@@ -265,7 +265,8 @@ class TrialRecord:
     trainable_parameters: int = 0
     trainable_by_scope: dict[str, int] = field(default_factory=dict)
     peak_memory_gb: float = 0.0
-    """Most memory of the GPU that this trial took, in 10^9 bytes; 0 without one."""
+    """Most memory of the GPU that this trial took, in 10^9 bytes; 0 without one, and with several
+    slots."""
     audit: dict[str, Any] = field(default_factory=dict)
     micro_batch: dict[str, Any] | None = None
     """`size` and `tokens` that stand in for the recipe's `train.micro_batch_size` and
@@ -382,10 +383,15 @@ class SweepFolder:
         return [row for row in rows if row.get("event") == "touched"]
 
     def result(self) -> SweepResult | None:
-        """The decision, or None while the sweep has not ended; raises DataError as `trial` does."""
+        """The decision, or None while the sweep has not ended; raises DataError where it is another
+        thing, and as `trial` does."""
         if not self.result_file.exists():
             return None
-        found = SweepResult.from_json(read_json(self.result_file))
+        try:
+            found = SweepResult.from_json(read_json(self.result_file))
+        except ValueError as error:
+            why = f"is not as a sweep writes it: {first_line(error)}"
+            raise DataError(f"{self.result_file}: {why}") from None
         for trial_id in (found.winner, *found.report.values()):
             self.trial(trial_id)
         return found

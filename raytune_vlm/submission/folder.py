@@ -12,9 +12,12 @@ from typing import Any
 
 from raytune_vlm.errors import ConfigError, InfrastructureError
 from raytune_vlm.monitor import Say
-from raytune_vlm.records import SweepFolder, read_json, read_json_lines
+from raytune_vlm.records import SweepFolder
+from raytune_vlm.report.loading import lookup
 from raytune_vlm.sweep.asking import trial_lines
+from raytune_vlm.sweep.head import read_head
 from raytune_vlm.sweep.lease import EXPIRES_AFTER_S, driver_of
+from raytune_vlm.sweep.ledger import events
 
 POLL_S = 0.2
 
@@ -27,29 +30,43 @@ def is_sweep_folder(target: str) -> bool:
     return SweepFolder(target).experiment_file.exists()
 
 
+def _recorded(root: Path, key: str) -> Any:
+    """A key of the experiment of a sweep folder, which may be of another version.
+
+    Raises
+    ------
+    ConfigError
+        If it is not there.
+    """
+    folder = SweepFolder(root)
+    value = lookup(read_head(folder)["experiment"], key)
+    if value is None:
+        raise ConfigError(f"{folder.experiment_file}: {key}: is missing: not written by us")
+    return value
+
+
 def grace_s(root: Path) -> float:
     """`train.grace_s` of a sweep folder."""
-    head = read_json(SweepFolder(root).experiment_file)
-    return float(head["experiment"]["train"]["grace_s"])
+    return float(_recorded(root, "train.grace_s"))
 
 
 def status_lines(root: Path) -> list[str]:
     """Who drives the sweep, how many trials have ended how, the result if there is one, and what
     every trial does."""
     folder = SweepFolder(root)
+    asked = _recorded(root, "sweep.num_trials")
     driver = driver_of(folder.lease_file)
     if driver is not None:
         ago = max(0, time.time() - driver["renewed"])
         state = f"driven by process {driver['pid']} on {driver['host']}, seen {ago:.0f} s ago"
-    elif folder.result_file.exists():
-        state = f"ended; winner {read_json(folder.result_file)['winner']}"
+    elif (result := folder.result()) is not None:
+        state = f"ended; winner {result.winner}"
     else:
         state = f"nothing drives it; `raytune-vlm resume {root}` goes on"
-    events = read_json_lines(folder.ledger_file)
-    counts = Counter(row["event"] for row in events)
+    rows = events(folder.ledger_file)
+    counts = Counter(row["event"] for row in rows)
     ends = {"finished", "stopped", "failed", "infeasible"}
-    ended = {row["trial_id"] for row in events if row["event"] in ends}
-    asked = read_json(folder.experiment_file)["experiment"]["sweep"]["num_trials"]
+    ended = {row["trial_id"] for row in rows if row["event"] in ends}
     how = ", ".join(f"{counts[kind]} {kind}" for kind in sorted(ends) if counts[kind])
     return [
         f"sweep {root}: {state}",
@@ -62,7 +79,7 @@ def status_lines(root: Path) -> list[str]:
 def log_lines(root: Path) -> list[str]:
     """The ledger, an event a line."""
     lines = []
-    for row in read_json_lines(SweepFolder(root).ledger_file):
+    for row in events(SweepFolder(root).ledger_file):
         at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row["time"]))
         rest = [f"{key} {_text(row[key])}" for key in _TOLD if row.get(key) is not None]
         lines.append(" ".join([at, row.get("trial_id", "sweep"), row["event"], *rest]))

@@ -9,6 +9,7 @@ from typing import Any
 from raytune_vlm.errors import ConfigError
 from raytune_vlm.records import SweepFolder, read_json_lines
 from raytune_vlm.sweep.control import Request, ending_of, limits_by_hand
+from raytune_vlm.sweep.head import read_head
 from raytune_vlm.sweep.lease import driver_of
 from raytune_vlm.sweep.ledger import TrialState, events, replay
 
@@ -27,7 +28,7 @@ def ask(folder: SweepFolder, request: Request, *, within_s: float = TAKEN_WITHIN
     ConfigError
         If the driver refuses, or there is none, or it does not take requests now.
     """
-    check_sweep(folder)
+    read_head(folder)
     if folder.result_file.exists() or driver_of(folder.lease_file) is None:
         raise _without_driver(folder)
     file = request.write(folder.control)
@@ -58,12 +59,6 @@ def _withdrawn(file: Path) -> bool:
     except FileNotFoundError:
         return False
     return True
-
-
-def check_sweep(folder: SweepFolder) -> None:
-    """Raise ConfigError if a folder holds no sweep."""
-    if not folder.experiment_file.exists():
-        raise ConfigError(f"{folder.root} is not a sweep folder: it has no experiment.json")
 
 
 def _without_driver(folder: SweepFolder) -> ConfigError:

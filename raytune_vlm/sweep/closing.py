@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import replace
 from typing import Any
@@ -32,12 +33,16 @@ class Closing:
         rows = events(running.folder.ledger_file)
         closed = [kind for row in rows if (kind := ending_of(row)) is not None]
         self._kind: str | None = closed[-1] if closed else None
-        self._compared = [row["same"] for row in rows if row["event"] == "compared"]
+        self._compared = {r["trial_id"]: r["same"] for r in rows if r["event"] == "compared"}
+        """Ended trial -> the contenders then, in order."""
         self._budget = Budget(self._experiment, rows)
         self._earlier: dict[str, float] = {}
         """Trial -> seconds of training before its present job."""
         self._started: dict[str, float] = {}
         self._planned = False
+        ended = [state for state in running.states.values() if state.ended_at]
+        if ended:  # killed between a trial's end and what follows from it
+            self.ended(max(ended, key=lambda state: state.ended_at))
 
     @property
     def _experiment(self) -> ExperimentConfig:
@@ -104,14 +109,19 @@ class Closing:
         )
 
     def ended(self, state: TrialState) -> None:
-        """A trial has ended: are those that cannot be told from the best still the same?"""
+        """A trial has ended: are those that cannot be told from the best still the same?
+
+        A trial that failed says nothing of that.
+        """
         stable = self._experiment.sweep.stop_when_stable
-        if stable is None or self._kind is not None:
+        if stable is None or self._kind is not None or state.ended == "failed":
             return
-        same = contenders(self._running)
-        self._compared.append(same)
-        self._running.ledger.append("compared", trial_id=state.trial_id, same=same)
-        last = self._compared[-stable.trials - 1 :]
+        if state.trial_id not in self._compared:
+            same = contenders(self._running)
+            self._compared[state.trial_id] = same
+            self._running.ledger.append("compared", trial_id=state.trial_id, same=same)
+        last = [*self._compared.values()][-stable.trials - 1 :]
+        same = last[-1]
         if same and len(last) > stable.trials and all(entry == same for entry in last):
             self.close(
                 "stable",
@@ -121,34 +131,45 @@ class Closing:
 
 
 def contenders(running: Session) -> list[str]:
-    """The ended trials that cannot be told from the best one on `select`, by number."""
+    """The trials that cannot be told from the best one on `select`, by number.
+
+    As when the winner is chosen, trials still in training count with what they have reached, and
+    scores on a part of `select` only as long as there is none on more of it.
+    """
     experiment = running.experiment
     metric, sign = experiment.metric, 1 if experiment.mode == "max" else -1
-    best: list[tuple[float, str, int]] = []
-    for state in running.states.values():
-        ended = state.ended in ("finished", "stopped") and state.scored
-        if ended and infeasible(experiment, state) is None:
-            step = max(state.scored, key=lambda at: (sign * state.scored[at][metric], -at))
-            best.append((sign * state.scored[step][metric], state.trial_id, step))
+    scores = [
+        (experiment.select_share(step), sign * values[metric], state.trial_id, step)
+        for state in running.states.values()
+        if state.ended != "failed" and infeasible(experiment, state) is None
+        for step, values in sorted(state.scored.items())
+        if math.isfinite(values[metric])
+    ]
+    most = max((share for share, *_ in scores), default=1.0)
+    best: dict[str, tuple[float, int]] = {}
+    for share, value, trial_id, step in scores:
+        if share == most and (trial_id not in best or value > best[trial_id][0]):
+            best[trial_id] = (value, step)
     if not best:
         return []
+    ids = list(best)
     files = [
-        running.folder.trial(trial_id).evaluation("select", step) / "predictions.parquet"
-        for _, trial_id, step in best
+        running.folder.trial(name).evaluation("select", best[name][1]) / "predictions.parquet"
+        for name in ids
     ]
     values, weights, groups, _ = read_matrix(files, metric)
     places = indistinguishable(
         values,
         weights,
         groups,
-        winner=max(range(len(best)), key=lambda place: best[place][0]),
+        winner=max(range(len(ids)), key=lambda place: best[ids[place]][0]),
         mode="max" if experiment.mode == "max" else "min",
         confidence=experiment.evaluation.confidence,
         num_bootstrap=experiment.evaluation.num_bootstrap,
         seed=experiment.seed,
         combine=METRICS[metric].combine,
     )
-    return sorted(best[place][1] for place in places)
+    return sorted(ids[place] for place in places)
 
 
 class Limits(tune.Stopper):

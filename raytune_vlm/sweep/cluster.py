@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,7 +61,7 @@ def ray_session(experiment: ExperimentConfig) -> Iterator[None]:
         cpus = sweep.num_executors * train.num_workers * train.cpus_per_worker
         local = {
             "address": "local",
-            "num_cpus": max(os.cpu_count() or 1, int(cpus + 0.999)) + SPARE_CPUS,
+            "num_cpus": max(os.cpu_count() or 1, math.ceil(cpus - ROUNDING)) + SPARE_CPUS,
         }
     ray.init(
         logging_level="ERROR",
@@ -141,14 +143,15 @@ def check_resources(experiment: ExperimentConfig, nodes: Sequence[Mapping[str, f
     each = f"{train.cpus_per_worker:g} CPU"
     if train.gpus_per_worker:
         each += f" + {train.gpus_per_worker:g} GPU"
+    kinds = Counter((node.get("GPU", 0), node.get("CPU", 0)) for node in nodes)
     there = ", ".join(
-        f"{node.get('CPU', 0):g} CPU + {node.get('GPU', 0):g} GPU"
-        for node in sorted(nodes, key=lambda node: (-node.get("GPU", 0), -node.get("CPU", 0)))
+        f"{count} node{'s' if count > 1 else ''} of {cpus:g} CPU + {gpus:g} GPU"
+        for (gpus, cpus), count in sorted(kinds.items(), reverse=True)
     )
     raise ConfigError(
         f"sweep.num_executors={sweep.num_executors} x train.num_workers={train.num_workers} "
         f"= {workers} workers ask for {each} each, but the cluster has room for {room}: "
-        f"{len(nodes)} nodes of {there}; lower one of them, train.cpus_per_worker or "
+        f"{there}; lower one of them, train.cpus_per_worker or "
         "train.gpus_per_worker"
     )
 

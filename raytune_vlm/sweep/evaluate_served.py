@@ -16,7 +16,6 @@ from typing import Any
 from raytune_vlm.config.evaluation import JUDGED_METRICS, EvaluationConfig
 from raytune_vlm.config.experiment import ExperimentConfig, digest_of
 from raytune_vlm.config.server import ServedModel
-from raytune_vlm.errors import ConfigError
 from raytune_vlm.evaluate.answers import AnswerStore
 from raytune_vlm.evaluate.judge import Judge
 from raytune_vlm.evaluate.scoring import Prediction, score, write_evaluation
@@ -74,8 +73,6 @@ def score_served_split(
         If the server refuses a question or does not answer it.
     """
     folder = SweepFolder(root.resolve())
-    if not folder.experiment_file.exists():
-        raise ConfigError(f"{root} is not a sweep folder: it has no experiment.json")
     experiment = without_pixels(runner.recorded_experiment(folder, trust))
     jobs = preparing.plan_of(experiment)
     with Lease(folder.lease_file), ray_session(experiment):

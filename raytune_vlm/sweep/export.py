@@ -60,8 +60,6 @@ def export(
         If the base is not to be had, or the adapter cannot be merged into it.
     """
     folder, output = SweepFolder(root.resolve()), output.resolve()
-    if not folder.experiment_file.exists():
-        raise ConfigError(f"{root} is not a sweep folder: it has no experiment.json")
     experiment = recorded_experiment(folder, trust)
     trial_id, step = chosen(folder, experiment, trial_id, step)
     trial = folder.trial(trial_id)

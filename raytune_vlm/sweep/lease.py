@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from raytune_vlm.errors import LeaseError
+from raytune_vlm.errors import LeaseError, first_line
 from raytune_vlm.records import read_json, write_json
 from raytune_vlm.sweep.beside import Beside
 
@@ -38,7 +38,7 @@ class Lease(Beside):
 
     def __enter__(self) -> Lease:
         if self._file.exists():
-            held = read_json(self._file)
+            held = _read(self._file)
             if driver_of(self._file) is not None or self._is_renewed(held):
                 since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(held["renewed"]))
                 raise LeaseError(
@@ -67,7 +67,7 @@ class Lease(Beside):
             return False
         ends = time.monotonic() + WATCH_S
         while time.monotonic() < ends:
-            if self._file.exists() and read_json(self._file) != held:
+            if self._file.exists() and _read(self._file) != held:
                 return True
             time.sleep(WATCH_S / 100)
         return False
@@ -85,10 +85,26 @@ class Lease(Beside):
 def driver_of(file: Path) -> dict[str, Any] | None:
     """Host, pid, fence and time of the process that holds a lease; None if none lives."""
     try:
-        held = read_json(file)
+        held = _read(file)
     except FileNotFoundError:
         return None
     return held if _is_alive(held) else None
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """What a lease says; raises LeaseError where no driver can have written it."""
+    try:
+        held = read_json(file)
+        kinds: dict[str, Any] = {"host": str, "pid": int, "fence": int, "renewed": (int, float)}
+        wrong = [key for key, kind in kinds.items() if not isinstance(held.get(key), kind)]
+    except ValueError as error:
+        wrong = [first_line(error)]
+    if wrong:
+        raise LeaseError(
+            f"{file}: is not as a driver writes it ({wrong[0]}); if no process drives this folder, "
+            "remove that file"
+        )
+    return held
 
 
 def _is_alive(held: dict[str, object]) -> bool:

@@ -26,9 +26,10 @@ from raytune_vlm.prepare.prepare import (
     write_quarantine,
 )
 from raytune_vlm.prepare.shard import ShardJob
-from raytune_vlm.records import Scores, SweepFolder, read_json, write_json
+from raytune_vlm.records import Scores, SweepFolder, write_json
 from raytune_vlm.sweep.cluster import check_storage, runs_in_copy
 from raytune_vlm.sweep.detect import detectable_lines
+from raytune_vlm.sweep.head import read_head
 from raytune_vlm.sweep.waiting import wait_for_a_cpu
 from raytune_vlm.train.packages import check_packages, check_searcher, check_trackers
 
@@ -198,15 +199,15 @@ def versions() -> dict[str, str]:
     }
 
 
-def check_head(folder: SweepFolder, monitor: Monitor) -> None:
-    """Say which versions changed since a sweep began.
+def check_head(folder: SweepFolder, monitor: Monitor) -> dict[str, Any]:
+    """Say which versions changed since a sweep began; returns what `experiment.json` holds.
 
     Raises
     ------
     ConfigError
         If its experiment is not the one that it began with.
     """
-    head = read_json(folder.experiment_file)
+    head = read_head(folder, "fingerprint", "data", "versions")
     if head["fingerprint"] != fingerprint_of(head["experiment"], head.get("trusted_code")):
         raise ConfigError(
             f"{folder.experiment_file} was changed since the sweep began: its trials could not be "
@@ -222,6 +223,7 @@ def check_head(folder: SweepFolder, monitor: Monitor) -> None:
             f"WARNING: changed since the sweep began: {', '.join(changed)}; what is trained from "
             "here on need not be what it would have been"
         )
+    return head
 
 
 def _plan(experiment: ExperimentConfig, data: PreparedData) -> Plan:

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from raytune_vlm.config.evaluation import EvaluationConfig
 from raytune_vlm.config.experiment import ExperimentConfig
-from raytune_vlm.config.loader import validated
 from raytune_vlm.errors import ConfigError, did_you_mean
 from raytune_vlm.evaluate.metrics import METRICS
 from raytune_vlm.evaluate.scoring import PREDICTIONS_FILE, SCORES_FILE, rescore, stored_metrics
 from raytune_vlm.records import Scores, SweepFolder, read_json
+from raytune_vlm.sweep.head import experiment_in
 from raytune_vlm.sweep.lease import Lease
 
 
@@ -36,10 +36,7 @@ def rescore_folder(root: Path, metrics: Sequence[str] | None) -> Iterator[str]:
         Stored predictions cannot be read. Checked for all before any is replaced.
     """
     folder = SweepFolder(root)
-    if not folder.experiment_file.exists():
-        raise ConfigError(f"{root} is not a sweep folder: it has no experiment.json")
-    plain = read_json(folder.experiment_file)["experiment"]
-    experiment = validated(ExperimentConfig, plain, {"": str(folder.experiment_file)})
+    experiment = experiment_in(folder)
     places = sorted(file.parent for file in root.glob(f"trials/**/{PREDICTIONS_FILE}"))
     best = folder.best / "evaluation"
     places += [best] if (best / PREDICTIONS_FILE).exists() else []

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from raytune_vlm.config.experiment import ExperimentConfig
-from raytune_vlm.config.loader import validated
 from raytune_vlm.config.server import ServedModel
 from raytune_vlm.errors import ConfigError, DataError, EvaluationError, SweepInterrupted
 from raytune_vlm.models.trust import with_trust
@@ -24,11 +23,12 @@ from raytune_vlm.monitor import Monitor
 from raytune_vlm.prepare.prepare import (
     PreparedData,
 )
-from raytune_vlm.records import BASE_TRIAL, SweepFolder, read_json
+from raytune_vlm.records import BASE_TRIAL, SweepFolder
 from raytune_vlm.sweep.cluster import ray_session
 from raytune_vlm.sweep.detect import pilot_scores
 from raytune_vlm.sweep.folder_copy import copied
 from raytune_vlm.sweep.gauging import Gauging
+from raytune_vlm.sweep.head import experiment_in, read_head
 from raytune_vlm.sweep.jobs import Job, PreparedBenchmark
 from raytune_vlm.sweep.lease import Lease
 from raytune_vlm.sweep.ledger import Ledger, TrialState, num_ended, replay
@@ -69,14 +69,6 @@ def check_search(experiment: ExperimentConfig) -> None:
     check_constraints(experiment, Predictor(experiment))
 
 
-def check_warm_start(experiment: ExperimentConfig, data_digest: str) -> None:
-    """Raise ConfigError for a sweep that this one cannot start from, before its folder is made."""
-    from raytune_vlm.sweep.warm_start import read_sweep
-
-    for place in experiment.sweep.warm_start:
-        read_sweep(experiment, data_digest, Path(place))
-
-
 def run_sweep(experiment: ExperimentConfig, *, command: str, monitor: Monitor) -> SweepFolder:
     """Run a new sweep to its report.
 
@@ -88,6 +80,7 @@ def run_sweep(experiment: ExperimentConfig, *, command: str, monitor: Monitor) -
         If it was stopped before its end; `resume` continues it.
     """
     from raytune_vlm.sweep.guard import guard_suite, prepare_guard
+    from raytune_vlm.sweep.warm_start import check_warm_start
 
     experiment = located(experiment)
     folder = SweepFolder(Path(experiment.storage_path) / experiment.name)
@@ -95,6 +88,7 @@ def run_sweep(experiment: ExperimentConfig, *, command: str, monitor: Monitor) -
     jobs = plan_of(experiment)
     guard_suite(experiment)
     check_search(experiment)
+    check_warm_start(experiment)
     with ray_session(experiment):
         data = prepare_data(experiment, jobs, monitor)
         check_warm_start(experiment, data.manifest.digest)
@@ -128,26 +122,26 @@ def resume_sweep(root: Path, *, monitor: Monitor, trust: str | None = None) -> S
         other code than it ran.
     DataError
         If the data is no longer what the sweep began with.
+    CheckpointError
+        If the ledger is damaged.
     """
     from raytune_vlm.report.html import build_report
     from raytune_vlm.sweep.guard import prepare_guard
 
     folder = SweepFolder(root.resolve())
-    if not folder.experiment_file.exists():
-        raise ConfigError(f"{root} is not a sweep folder: it has no experiment.json")
-    if folder.result_file.exists() and (folder.best / "README.md").exists():
+    read_head(folder)
+    if folder.result() is not None and (folder.best / "README.md").exists():
+        recorded = experiment_in(folder)
         monitor.say(f"{root} has ended already; writing its report again")
         build_report(folder.root)
-        plain = read_json(folder.experiment_file)["experiment"]
-        recorded = validated(ExperimentConfig, plain, {"": str(folder.experiment_file)})
         with Follower(folder, recorded, monitor.say):
             return folder
     experiment = recorded_experiment(folder, trust)
-    check_head(folder, monitor)
+    before = check_head(folder, monitor)["data"]
+    replay(folder.ledger_file)  # damage is told before anything starts
     jobs = plan_of(experiment)
     with Lease(folder.lease_file), ray_session(experiment):
         data = prepare_data(experiment, jobs, monitor)
-        before = read_json(folder.manifest_file)["digest"]
         if data.manifest.digest != before:
             raise DataError(
                 f"the data of {root} changed since the sweep began (was {before}, is "
@@ -172,10 +166,9 @@ def recorded_experiment(folder: SweepFolder, trust: str | None) -> ExperimentCon
         If a link leads out of the folder.
     """
     folder.check_links()
-    head = read_json(folder.experiment_file)
+    head = read_head(folder)
     # Where the folder is now, which may not be where it was made.
-    here = {**head["experiment"], "storage_path": str(folder.root.parent)}
-    plain = validated(ExperimentConfig, here, {"": str(folder.experiment_file)})
+    plain = experiment_in(folder, storage_path=str(folder.root.parent))
     experiment = with_trust(plain, trust)
     before, now = head.get("trusted_code"), experiment.model.trusted_revision
     if before and now and before != now:

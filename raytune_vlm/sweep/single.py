@@ -17,6 +17,7 @@ from raytune_vlm.sweep import preparing, runner
 from raytune_vlm.sweep.cluster import ray_session
 from raytune_vlm.sweep.folder_copy import copied
 from raytune_vlm.sweep.gauging import Gauging
+from raytune_vlm.sweep.head import read_head
 from raytune_vlm.sweep.jobs import Job
 from raytune_vlm.sweep.lease import Lease
 from raytune_vlm.sweep.ledger import TrialState, replay
@@ -54,7 +55,7 @@ def train_one(experiment: ExperimentConfig, *, command: str, monitor: Monitor) -
     jobs = preparing.plan_of(single)
     is_new = not folder.experiment_file.exists()
     if not is_new:
-        before = read_json(folder.experiment_file)["fingerprint"]
+        before = read_head(folder, "fingerprint")["fingerprint"]
         if before != single.fingerprint():
             raise ConfigError(f"{folder.root} holds another experiment; choose another name=")
         if _is_trained(folder):
@@ -142,8 +143,7 @@ def evaluate_split(
     if robustness is not None and split != "report":
         raise ConfigError(f"robustness is measured on `report`, not on {split!r}")
     folder = SweepFolder(root.resolve())
-    if not folder.experiment_file.exists():
-        raise ConfigError(f"{root} is not a sweep folder: it has no experiment.json")
+    read_head(folder)
     scorings = chosen(folder, trial_ids, split)
     experiment = runner.recorded_experiment(folder, trust)
     if robustness is not None:

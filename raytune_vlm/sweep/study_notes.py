@@ -18,9 +18,10 @@ from optuna.artifacts import FileSystemArtifactStore, upload_artifact
 from optuna.exceptions import ExperimentalWarning
 
 from raytune_vlm.config.experiment import ExperimentConfig
-from raytune_vlm.records import Scores, SweepFolder, read_json
+from raytune_vlm.records import Scores, SweepFolder
 from raytune_vlm.references import read_reference
 from raytune_vlm.report.formatting import recipe_value
+from raytune_vlm.sweep.head import experiment_in
 
 NUM_PICTURES = 4
 """Samples whose image and answer a trial's note shows: the same for all trials."""
@@ -63,11 +64,10 @@ class Notes:
 
     def write_head(self) -> None:
         """Name the objectives and write the note of the study."""
-        file = self._folder.experiment_file
-        if self._is_on and file.exists():
+        if self._is_on and self._folder.experiment_file.exists():
             from optuna_dashboard import save_note
 
-            experiment = ExperimentConfig.model_validate(read_json(file)["experiment"])
+            experiment = experiment_in(self._folder)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", ExperimentalWarning)
                 self._study.set_metric_names(list(experiment.objectives))

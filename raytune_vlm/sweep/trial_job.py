@@ -273,9 +273,13 @@ class TrialJob:
             "trainable_parameters": float(sum(run.trainable.values())),
             "train_seconds": self.train_seconds,
         }
-        if peak := _peak_memory_gb():
+        if peak := self._peak_memory_gb():
             costs["peak_memory_gb"] = peak
         return costs
+
+    def _peak_memory_gb(self) -> float:
+        """0 with several slots: what neighbours took cannot be told from what this trial took."""
+        return 0.0 if self.worker.host is not None else _peak_memory_gb()
 
     def _retain(self) -> None:
         if self.worker.world.rank == 0:
@@ -306,7 +310,7 @@ class TrialJob:
             evaluate_seconds=self.evaluate_seconds,
             trainable_parameters=sum(run.trainable.values()),
             trainable_by_scope=run.trainable,
-            peak_memory_gb=_peak_memory_gb(),
+            peak_memory_gb=self._peak_memory_gb(),
             audit=run.auditor.checks,
             micro_batch=run.batches.lowered_as_json,
             origin=self.job.origin,

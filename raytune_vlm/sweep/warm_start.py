@@ -23,10 +23,11 @@ from pydantic import ValidationError
 from raytune_vlm.config.distributions import active_keys
 from raytune_vlm.config.experiment import ExperimentConfig
 from raytune_vlm.config.search_space import searchable_keys
-from raytune_vlm.errors import ConfigError
+from raytune_vlm.errors import CheckpointError, ConfigError
 from raytune_vlm.monitor import Say
-from raytune_vlm.records import SweepFolder, read_json
+from raytune_vlm.records import SweepFolder
 from raytune_vlm.sweep.constraints import excess
+from raytune_vlm.sweep.head import experiment_in, read_head
 from raytune_vlm.sweep.ledger import Ledger, TrialState, events, replay
 
 
@@ -99,34 +100,43 @@ def warm_trials(
     return found
 
 
+def check_warm_start(experiment: ExperimentConfig, data_digest: str | None = None) -> None:
+    """Raise ConfigError for a sweep that this one cannot start from, or that teaches it nothing.
+
+    Asked before anything starts, and again when the digest of the data is known.
+    """
+    for place in experiment.sweep.warm_start:
+        taken, left_out = read_sweep(experiment, data_digest, Path(place))
+        if not taken:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
+            raise ConfigError(
+                f"sweep.warm_start: no trial of {place} fits this sweep: {reasons or 'it has none'}"
+            )
+
+
 def read_sweep(
-    experiment: ExperimentConfig, data_digest: str, root: Path
+    experiment: ExperimentConfig, data_digest: str | None, root: Path
 ) -> tuple[list[WarmTrial], Counter[str]]:
     """The trials of a sweep folder that fit, and why how many others do not.
+
+    `data_digest`: of this sweep's data; None where that is not known yet.
 
     Raises
     ------
     ConfigError
-        If it holds no sweep, or one on another metric, or on other data or another base model
-        without `sweep.warm_start_across_data`.
+        If it holds no sweep of this version, a damaged one, or one on another metric, or on other
+        data or another base model without `sweep.warm_start_across_data`.
     """
     folder = SweepFolder(root)
-    if not folder.experiment_file.exists():
-        raise ConfigError(
-            f"sweep.warm_start: {root} is not a sweep folder: it has no experiment.json"
-        )
-    head = read_json(folder.experiment_file)
     try:
-        other = ExperimentConfig.model_validate(head["experiment"])
-    except ValidationError as error:
-        reason = str(error.errors()[0]["msg"])
-        raise ConfigError(
-            f"sweep.warm_start: {folder.experiment_file} cannot be read: {reason}"
-        ) from None
-    _check_fits(experiment, other, root, head["data"], data_digest)
+        data, other = read_head(folder, "data")["data"], experiment_in(folder)
+        states = replay(folder.ledger_file)
+    except (ConfigError, CheckpointError) as error:
+        raise ConfigError(f"sweep.warm_start: {error.message}") from None
+    _check_fits(experiment, other, root, data, data_digest or data)
     taken: list[WarmTrial] = []
     left_out: Counter[str] = Counter()
-    for state in replay(folder.ledger_file).values():
+    for state in states.values():
         fitted = _fitted(experiment, other, state)
         if isinstance(fitted, str):
             left_out[fitted] += 1
@@ -174,7 +184,10 @@ def _fitted(
         return "made as a clone, whose recipe alone does not give its score"
     if state.ended == "failed" or not scored:
         return "without a score"
-    space, recipe = experiment.sweep.search_space, other.with_recipe(state.recipe)
+    try:
+        space, recipe = experiment.sweep.search_space, other.with_recipe(state.recipe)
+    except (ValidationError, KeyError, TypeError):
+        return "with a recipe that its own experiment does not allow"
     active = active_keys(space, {key: attrgetter(key)(recipe) for key in space})
     for key in searchable_keys():
         value = attrgetter(key)(recipe)

@@ -265,6 +265,7 @@ class Worker:
         began = time.monotonic()
         if self.host is None:
             outcomes = [step_alone(life.run) for life in lives]
+            seconds = [time.monotonic() - began]
         else:
             try:
                 outcomes = self.host.step([life.slot for life in lives if life.slot is not None])
@@ -274,10 +275,9 @@ class Worker:
                 raise
             for note in self.host.notes:
                 self._note(note)
-            self.host.notes = []
-        seconds = (time.monotonic() - began) / len(lives)
-        for life, outcome in zip(lives, outcomes, strict=True):
-            turn = Turn(outcome, seconds)
+            self.host.notes, seconds = [], self.host.seconds
+        for life, outcome, own in zip(lives, outcomes, seconds, strict=True):
+            turn = Turn(outcome, own)
             if not self._part(life.job, partial(life.go_on, turn)):
                 del self._lives[life.job.job_id]
                 self._end(life.job)

@@ -126,6 +126,10 @@ class Batches:
         """
         return self._inputs(arrays, rows, self._features)
 
+    def with_pixels(self, arrays: Arrays, rows: Sequence[int]) -> dict[str, Any]:
+        """What the model takes, with pixels also where features stand in for them."""
+        return self._inputs(arrays, rows, None)[0]
+
     def for_teacher(
         self, batch: dict[str, Any], micro_batch: MicroBatch, features: Features | None
     ) -> dict[str, Any]:
@@ -158,11 +162,6 @@ class Batches:
     def close(self) -> None:
         """Let go of whatever runs ahead."""
         self._feed.close()
-
-    @property
-    def may_lack_images(self) -> bool:
-        """Whether a micro-batch may be text alone."""
-        return not self._split.num_images.all()
 
     @property
     def limit(self) -> MicroBatchLimit:

@@ -10,7 +10,7 @@ their chunk, none are computed twice, and ranks with more chunks than others wai
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -73,53 +73,85 @@ class OutputLayer:
         """
         layer = _frozen(self._model)
         cap = getattr(self._model.config.get_text_config(), "final_logit_softcapping", None)
-        rows, columns = chosen.nonzero(as_tuple=True)  # now: later it would wait for the pass
-        length = chosen.shape[1] + 1
-        calls: list[bool] = []
-        made: list[_T] = []
-        put_in: list[torch.Tensor] = []
-
-        def capped(logits: torch.Tensor) -> torch.Tensor:
-            return logits if cap is None else torch.tanh(logits / cap) * cap
-
-        def logits_of(states: torch.Tensor) -> torch.Tensor:
-            return capped(layer.forward(states))  # not the hooks, which are on their way already
-
-        def before(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-            calls.append(bool(args) and args[0].shape[:2] == (len(chosen), length))
-            if calls != [True]:
-                return None
-            made.append(use(args[0][rows, columns], logits_of))
-            return (args[0][:1, :1].detach(), *args[1:])
-
-        def after(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor | None:
-            if calls != [True]:
-                return None
-            probe = torch.linspace(-PROBE, PROBE, output.shape[-1], dtype=output.dtype)
-            put_in.append(probe.to(output.device).expand(1, 1, -1))
-            return _After.apply(put_in[0], made[0]) if _has_gradient(made[0]) else put_in[0]  # type: ignore[no-untyped-call,no-any-return]
-
-        hooks = (layer.register_forward_pre_hook(before), layer.register_forward_hook(after))
+        replaced = _Replaced(layer, cap, chosen, use)
+        hooks = (
+            layer.register_forward_pre_hook(replaced.before),
+            layer.register_forward_hook(replaced.after),
+        )
         try:
             came_out = self._model(**batch).logits
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            if self.is_followed or not put_in:
+            if self.is_followed or replaced.put_in is None:
                 raise
             # If it is another error, the pass with all logits has it too.
             raise Unfollowed(f"fails behind its output layer ({first_line(error)})") from error
         finally:
             for hook in hooks:
                 hook.remove()
-        if calls != [True]:
-            raise Unfollowed(f"uses its output layer {len(calls)} times, not once for all tokens")
+        if not replaced.is_used_once or replaced.put_in is None:
+            times = len(replaced.calls)
+            raise Unfollowed(f"uses its output layer {times} times, not once for all tokens")
         if not self.is_followed:
-            if not torch.equal(came_out.float(), capped(put_in[0]).float()):
+            if not torch.equal(came_out.float(), replaced.capped(replaced.put_in).float()):
                 raise Unfollowed("changes logits behind its output layer")
             self.is_followed = True
+        made = replaced.made
+        if not _has_gradient(made):
+            return made
         # `fully_shard` makes its weights whole again when a gradient comes to the model's output.
-        return _After.apply(made[0], came_out) if _has_gradient(made[0]) else made[0]  # type: ignore[no-untyped-call,no-any-return]
+        return _After.apply(made, came_out)  # type: ignore[no-untyped-call,no-any-return]
+
+
+class _Replaced(Generic[_T]):
+    """What is done in the place of an output layer in one pass, by hooks on it."""
+
+    def __init__(
+        self,
+        layer: torch.nn.Linear,
+        cap: float | None,
+        chosen: torch.Tensor,
+        use: Callable[[torch.Tensor, Logits], _T],
+    ) -> None:
+        self._layer, self._cap, self._use = layer, cap, use
+        self._places = chosen.nonzero(as_tuple=True)  # now: later it would wait for the pass
+        self._shape = (len(chosen), chosen.shape[1] + 1)
+        self.calls: list[bool] = []
+        """Of each use of the layer, whether it was given all positions."""
+        self.made: _T
+        self.put_in: torch.Tensor | None = None
+        """The known numbers, `[1, 1, vocabulary]`."""
+
+    @property
+    def is_used_once(self) -> bool:
+        """So far, and for all positions."""
+        return self.calls == [True]
+
+    def capped(self, logits: torch.Tensor) -> torch.Tensor:
+        """What Gemma makes of logits."""
+        return logits if self._cap is None else torch.tanh(logits / self._cap) * self._cap
+
+    def _logits_of(self, states: torch.Tensor) -> torch.Tensor:
+        return self.capped(self._layer.forward(states))  # no hooks, which are on their way already
+
+    def before(self, module: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """Use what goes into the layer; one position of it goes on."""
+        self.calls.append(bool(args) and args[0].shape[:2] == self._shape)
+        if not self.is_used_once:
+            return None
+        self.made = self._use(args[0][self._places], self._logits_of)
+        return (args[0][:1, :1].detach(), *args[1:])
+
+    def after(self, module: Any, args: Any, output: torch.Tensor) -> torch.Tensor | None:
+        """Known numbers take the place of logits."""
+        if not self.is_used_once:
+            return None
+        probe = torch.linspace(-PROBE, PROBE, output.shape[-1], dtype=output.dtype)
+        self.put_in = probe.to(output.device).expand(1, 1, -1)
+        if not _has_gradient(self.made):
+            return self.put_in
+        return _After.apply(self.put_in, self.made)  # type: ignore[no-untyped-call,no-any-return]
 
 
 def _has_gradient(made: object) -> bool:

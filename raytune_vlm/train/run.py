@@ -121,10 +121,8 @@ class Run:
         self.trainable = trainable_by_scope(self.model, base.family)
         self.auditor = Auditor(self.model, self.trainable, experiment.lora)
         self._objective = objective(self.model, self.config, teacher, self.batches, self.auditor)
-        optimizer = torch.optim.AdamW(
-            parameter_groups(self.model, base.family, experiment),
-            weight_decay=self.config.weight_decay,
-        )
+        groups = parameter_groups(self.model, base.family, experiment)
+        optimizer = torch.optim.AdamW(groups, weight_decay=self.config.weight_decay)
         self._backend = backend(self.model, optimizer, world, self.config)
         self.optimizer = self._backend.optimizer
         """AdamW over all that is trained; `begin` sets the learning rates of its groups."""
@@ -218,7 +216,7 @@ class Run:
         few = tuple(int(row) for row in (with_images if len(with_images) else rows)[:2])
         part = Part(few, tuple(range(len(few))))
         batch = self.batches.collation.collate(part, [self._split.encoded(row) for row in few])
-        return self.batches.on_device(batch.arrays, few)[0]
+        return self.batches.with_pixels(batch.arrays, few)
 
     def audit_end(self, folder: Path) -> None:
         """The checks of a trial's end, on its last checkpoint; every rank calls it.

@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import optuna
 import psutil
 import pyarrow.parquet as pq
 import pytest
@@ -87,19 +88,39 @@ def cut_off(folder, how, num_scored, *command):
     return read_json_lines(folder / "ledger.jsonl"), status
 
 
-WITH_CONTROLS = {
-    "metrics": ["cer@micro", "exact_match@strip"],
-    "max_new_tokens": 6,
-    "num_bootstrap": 200,
-}
+STABLE = {
+    # The own recipe learns something, all others nothing: after four of them nothing is open.
+    "train": {
+        "max_steps": 12, "warmup_steps": 2, "batch_size": 6, "micro_batch_size": 4,
+        "learning_rate": 0.03,
+    },
+    "evaluation": {  # with the controls
+        "metrics": ["cer@micro", "exact_match@strip"], "max_new_tokens": 6, "num_bootstrap": 200,
+    },
+    "sweep": {
+        "num_trials": 40,
+        "stop_when_stable": {"trials": 3},
+        "num_replicates": 1,
+        "scheduler": {"type": "asha", "grace_period": 4, "reduction_factor": 3},
+        "search_space": {
+            "lora.rank": {"type": "choice", "values": [2, 4]},
+            "train.learning_rate": {"type": "loguniform", "lower": 1e-9, "upper": 1e-7},
+        },
+    },
+}  # fmt: skip
+ENDED = (
+    "over the last 3 ended trials the 1 that cannot be told from the best stayed the same: t0000"
+)
 
 
 def test_a_sweep_killed_then_stopped_and_resumed_equals_the_undisturbed_one(write_experiment):
-    file, whole = write_experiment("whole", evaluation=WITH_CONTROLS)
+    file, whole = write_experiment("whole", **STABLE)
     done = run_cli("sweep", file)
     assert "Leaderboard of whole" in done.stdout and "next: raytune-vlm train" in done.stdout
+    assert f"no new trials: {ENDED}" in " ".join(done.stdout.split())
+    ended_when_stable(SweepFolder(whole))
 
-    broken_file, broken = write_experiment("broken", evaluation=WITH_CONTROLS)
+    broken_file, broken = write_experiment("broken", **STABLE)
     killed, status = cut_off(broken, signal.SIGKILL, 2, "sweep", broken_file)
     assert status == -9
     stopped, status = cut_off(broken, signal.SIGTERM, 4, "resume", broken)
@@ -113,6 +134,7 @@ def test_a_sweep_killed_then_stopped_and_resumed_equals_the_undisturbed_one(writ
     assert outcome(broken) == outcome(whole)
     after = read_json_lines(broken / "ledger.jsonl")
     assert stopped[: len(killed)] == killed and after[: len(stopped)] == stopped
+    ended_when_stable(SweepFolder(broken))
     for event in ("proposed", "finished", "stopped"):
         ids = [row["trial_id"] for row in after if row["event"] == event]
         assert len(ids) == len(set(ids)), f"a trial was {event} twice"
@@ -130,6 +152,21 @@ def test_a_sweep_killed_then_stopped_and_resumed_equals_the_undisturbed_one(writ
     assert "valid" in validated.stdout
     refused = run_cli("sweep", file, check=False)
     assert refused.returncode == 2 and "holds a sweep already" in refused.stderr
+    assert read_json_lines(broken / "ledger.jsonl") == after
+
+
+def ended_when_stable(folder):
+    """Ledger and page say why; nothing was begun from there on, and nothing is left open."""
+    rows = read_json_lines(folder.ledger_file)
+    assert [row["same"] for row in rows if row["event"] == "compared"] == [["t0000"]] * 4
+    (closed,) = (place for place, row in enumerate(rows) if row["event"] == "closed")
+    assert (rows[closed]["kind"], rows[closed]["message"]) == ("stable", ENDED)
+    assert not {row["event"] for row in rows[closed:]} & {"proposed", "started", "scored"}
+    assert [row["event"] for row in rows].count("proposed") == 4
+    page = (folder.report / "index.html").read_text()
+    assert "closed early" in page and ENDED in page
+    study = optuna.load_study(study_name=None, storage=f"sqlite:///{folder.study_file}")
+    assert [trial.state.name for trial in study.trials] == ["PRUNED"] * 3  # the own is not in it
 
 
 def test_two_workers_that_stream_and_are_killed_do_what_one_undisturbed_does(

@@ -26,7 +26,7 @@ class Ddp:
         world: World,
         config: TrainConfig,
     ) -> None:
-        self.optimizer = optimizer
+        self.optimizer, self._model = optimizer, model
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         half = config.fsdp2.compute_dtype == "float16" or any(
             p.dtype == torch.float16 for p in model.parameters()

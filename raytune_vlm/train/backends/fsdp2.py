@@ -36,23 +36,13 @@ from raytune_vlm.train.world import World
 class Fsdp2(Ddp):
     """See `Backend`."""
 
-    def __init__(
-        self,
-        model: torch.nn.Module,
-        optimizer: torch.optim.Optimizer,
-        world: World,
-        config: TrainConfig,
-    ) -> None:
-        super().__init__(model, optimizer, world, config)
-        self._sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
-
     def collect(self) -> None:
         """See `Backend`. Cuts up again what a forward pass, as of the audit, has left whole.
 
         torch does so where a state is read, which rank 0 alone does for a checkpoint: it would then
         gather by itself what the others still have.
         """
-        for module in self._sharded:
+        for module in _cut_up(self._model):
             module.reshard()
 
     def close(self) -> None:
@@ -95,7 +85,7 @@ class Fsdp2(Ddp):
     @contextmanager
     def whole(base: Base) -> Iterator[None]:
         """See `Backend`."""
-        modules = [module for module in base.model.modules() if isinstance(module, FSDPModule)]
+        modules = _cut_up(base.model)
         for module in modules:
             module.unshard()
         try:
@@ -103,6 +93,10 @@ class Fsdp2(Ddp):
         finally:
             for module in modules:
                 module.reshard()
+
+
+def _cut_up(model: torch.nn.Module) -> list[FSDPModule]:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
 def _mesh(world: World, shard_size: int) -> DeviceMesh:
