@@ -6,13 +6,14 @@
 The real search: Optuna proposing, the ledger, the study and its mirror, the scheduler, the board,
 Ray Tune and its proxies. Only the executors are false: actors that answer every rung at once with a
 score computed from the recipe. Printed for each hundred of trials: CPU seconds of the driver per
-trial (all of its threads; what the machine does besides hardly matters to them), wall seconds, and
-the driver's resident memory.
+trial (all of its threads; what the machine does besides hardly matters to them) and whose they are,
+wall seconds, and the driver's resident memory.
 """
 
 from __future__ import annotations
 
 import cProfile
+import functools
 import itertools
 import json
 import math
@@ -21,6 +22,7 @@ import pstats
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,15 +30,22 @@ from typing import Any
 import click
 import psutil
 import ray
+from ray.tune.execution.tune_controller import TuneController
 
 from raytune_vlm.config import ExperimentConfig
 from raytune_vlm.monitor import Monitor
 from raytune_vlm.records import SweepFolder
 from raytune_vlm.sweep.board import IDLE, start_board
+from raytune_vlm.sweep.closing import Limits
 from raytune_vlm.sweep.cluster import ray_session
+from raytune_vlm.sweep.desk import Desk
 from raytune_vlm.sweep.ledger import Ledger, TrialState, num_ended
+from raytune_vlm.sweep.mirror import Mirror
 from raytune_vlm.sweep.runner import Session
-from raytune_vlm.sweep.search import search
+from raytune_vlm.sweep.scheduler import Halving
+from raytune_vlm.sweep.search import LedgerCallback, search
+from raytune_vlm.sweep.study import SweepStudy
+from raytune_vlm.sweep.turns import Gate, RayRule
 
 METRIC, STEPS = "nted@donut", 36
 WARM_UP_S = 30.0
@@ -102,12 +111,64 @@ class FalseExecutor:
             ray.get(board.finish.remote(name, job.job_id))
 
 
+SHARES: dict[str, list[tuple[type, tuple[str, ...]]]] = {
+    "tune": [(TuneController, ("step",))],
+    "ours": [
+        (LedgerCallback, ("on_trial_start", "on_trial_result", "on_trial_complete")),
+        (Desk, ("on_step_begin",)),
+        (Limits, ("__call__",)),
+        (Gate, ("suggest",)),
+        (RayRule, ("choose_trial_to_run", "on_trial_add", "on_trial_result")),
+        (Halving, ("choose_trial_to_run", "on_trial_add", "on_trial_result")),
+    ],
+    "proposing": [(SweepStudy, ("_ask",))],
+    "dashboard_file": [(Mirror, ("add",))],
+}
+"""Whose the time of the driver's main thread is: Ray Tune's loop, our part in it, Optuna's sampler,
+the study as a file for optuna-dashboard (Optuna's too). What one calls is counted there only."""
+
+
+class Shares:
+    """Counts the CPU seconds of the main thread by SHARES."""
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(SHARES, 0.0)
+        self._inside: list[str] = []
+        self._since = 0.0
+        for name, entries in SHARES.items():
+            for kind, methods in entries:
+                for method in methods:
+                    setattr(kind, method, self._counted(name, getattr(kind, method)))
+
+    def _switch(self) -> None:
+        now = time.thread_time()
+        if self._inside:
+            self.seconds[self._inside[-1]] += now - self._since
+        self._since = now
+
+    def _counted(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def counted(*given: Any, **named: Any) -> Any:
+            self._switch()
+            self._inside.append(name)
+            try:
+                return method(*given, **named)
+            finally:
+                self._switch()
+                self._inside.pop()
+
+        return counted
+
+
 class Samples(threading.Thread):
     """Notes the driver's times and memory whenever another part of the trials has ended."""
 
-    def __init__(self, states: dict[str, TrialState], trials: int, every: int) -> None:
+    def __init__(
+        self, states: dict[str, TrialState], trials: int, every: int, shares: Shares
+    ) -> None:
         super().__init__(daemon=True)
         self._states, self._trials, self._every = states, trials, every
+        self._shares = shares
         self.rows = [self._row(0)]
         self._over = threading.Event()
 
@@ -118,6 +179,7 @@ class Samples(threading.Thread):
             "cpu": time.process_time(),
             "wall": time.monotonic(),
             "memory_mb": memory,
+            **self._shares.seconds,
         }
 
     def run(self) -> None:
@@ -127,12 +189,13 @@ class Samples(threading.Thread):
                 self.rows.append(self._row(ended))
 
     def close(self) -> None:
-        """The last row, and no more."""
+        """The last trials, if they are no whole part; then what came after them; and no more."""
         self._over.set()
         self.join()
         ended = num_ended(self._states)
         if ended > self.rows[-1]["trials"]:
             self.rows.append(self._row(ended))
+        self.rows.append(self._row(ended))
 
 
 def measure(experiment: ExperimentConfig, work: Path, every: int) -> list[dict[str, float]]:
@@ -154,7 +217,7 @@ def measure(experiment: ExperimentConfig, work: Path, every: int) -> list[dict[s
             executor.work.remote(board, name, experiment.rungs)
             for executor, name in zip(executors, names, strict=True)
         ]
-        samples = Samples(states, experiment.sweep.num_trials, every)
+        samples = Samples(states, experiment.sweep.num_trials, every, Shares())
         samples.start()
         search(running)
         samples.close()
@@ -185,20 +248,21 @@ def main(trials: int, every: int, scheduler: str, searcher: str, profile_file: P
             profiler.dump_stats(profile_file)
             pstats.Stats(profiler).sort_stats("cumulative").print_stats(60)
     parts = []
+    *rows, over = rows
     for before, after in itertools.pairwise(rows):
         count = after["trials"] - before["trials"]
-        parts.append(
-            {
-                "trials": after["trials"],
-                "cpu_ms_per_trial": round(1000 * (after["cpu"] - before["cpu"]) / count, 1),
-                "wall_ms_per_trial": round(1000 * (after["wall"] - before["wall"]) / count, 1),
-                "memory_mb": round(after["memory_mb"], 1),
-            }
-        )
+        each = {
+            name: round(1000 * (after[name] - before[name]) / count, 1)
+            for name in ("cpu", *SHARES, "wall")
+        }
+        parts.append({"trials": after["trials"], **each, "memory_mb": round(after["memory_mb"], 1)})
         print(json.dumps(parts[-1]))
     # The first part holds the start of Ray Tune and of the proxies.
-    ratio = parts[-1]["cpu_ms_per_trial"] / parts[min(1, len(parts) - 1)]["cpu_ms_per_trial"]
+    ratio = parts[-1]["cpu"] / parts[min(1, len(parts) - 1)]["cpu"]
     grown = parts[-1]["memory_mb"] - parts[0]["memory_mb"]
+    # After the last trial Ray Tune writes its snapshot of all of them.
+    end = {"trials": over["trials"], "end_s": round(over["cpu"] - rows[-1]["cpu"], 2)}
+    print(json.dumps({**end, "memory_mb": round(over["memory_mb"], 1)}))
     figures = {"scheduler": scheduler, "searcher": searcher, "load": os.getloadavg()[0]}
     print(json.dumps({**figures, "ratio_last_to_second": round(ratio, 2), "grown_mb": grown}))
 

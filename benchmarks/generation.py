@@ -6,7 +6,9 @@
   after the other;
 - `ours`: `evaluate.generate.generate` in batches of 16: token ids from the store, pixels decoded;
 - `one by one` and `mixed`: four adapters of different ranks on the same prompts, each by itself or
-  in shared batches (`evaluate.adapters.generate_many`).
+  in shared batches (`evaluate.adapters.generate_many`);
+- `slots one by one` and `slots`: the same four as packed trials have them at a rung: beside the
+  base already (`packed.answering`), so that none is loaded.
 
 Interleaved repetitions in one process, one thread, so that a second is one of CPU time: what else
 runs on the machine takes none of it. A tiny model and one of about 30 M parameters, of random
@@ -39,10 +41,11 @@ from raytune_vlm.config.model import ModelConfig
 from raytune_vlm.evaluate.adapters import Adapter, generate_many
 from raytune_vlm.evaluate.generate import generate
 from raytune_vlm.images import encode_png
-from raytune_vlm.models.adapter_file import save_adapter
+from raytune_vlm.models.adapter_file import load_adapter, save_adapter
 from raytune_vlm.models.loading import Base, load_base, meta_model
-from raytune_vlm.models.lora import attach, detach
+from raytune_vlm.models.lora import attach, detach, lora_layers
 from raytune_vlm.models.tiny import write_tiny_model
+from raytune_vlm.packed.answering import answer_side_by_side
 from raytune_vlm.prepare.store import (
     PreparedSplit,
     RowWriter,
@@ -160,6 +163,15 @@ def write_adapters(base: Base, folder: Path) -> dict[str, Adapter]:
     return made
 
 
+def resident(base: Base, adapter: Adapter) -> dict[str, Any]:
+    """An adapter's layers, off the base again, as a slot has them."""
+    model = attach(base.model, base.family, adapter.recipe, seed=adapter.seed)
+    load_adapter(adapter.folder, model)
+    layers = lora_layers(model)
+    base.model = detach(model)
+    return layers
+
+
 def measure(sizes: dict[str, Any], samples: int, repetitions: int, new_tokens: int) -> Any:
     """Answers a second of each way, ratios' medians, and whether the answers are the same."""
     config = EvaluationConfig(max_new_tokens=new_tokens, batch_size=16)
@@ -170,6 +182,7 @@ def measure(sizes: dict[str, Any], samples: int, repetitions: int, new_tokens: i
         split = write_split(base, root / "store", samples)
         rows = list(range(samples))
         adapters = write_adapters(base, root / "adapters")
+        slots = {name: resident(base, adapter) for name, adapter in adapters.items()}
 
         def one_by_one() -> Any:
             return {
@@ -178,6 +191,9 @@ def measure(sizes: dict[str, Any], samples: int, repetitions: int, new_tokens: i
                 ]
                 for name, adapter in adapters.items()
             }
+
+        def beside(chosen: dict[str, Any]) -> Any:
+            return answer_side_by_side(base, chosen, split, dict.fromkeys(chosen, rows), config)
 
         ways: dict[str, tuple[int, Callable[[], Any]]] = {
             "loop": (samples, lambda: loop(base, split, config)),
@@ -191,6 +207,11 @@ def measure(sizes: dict[str, Any], samples: int, repetitions: int, new_tokens: i
                     ).by_name
                 ),
             ),
+            "slots one by one": (
+                samples * len(RANKS),
+                lambda: {name: beside({name: own})[name] for name, own in slots.items()},
+            ),
+            "slots": (samples * len(RANKS), lambda: beside(slots)),
         }
         rates: dict[str, list[float]] = {name: [] for name in ways}
         answers: dict[str, Any] = {}
@@ -210,8 +231,11 @@ def measure(sizes: dict[str, Any], samples: int, repetitions: int, new_tokens: i
             "answers_per_second": rates,
             "ours_to_loop": ratio("ours", "loop"),
             "mixed_to_one_by_one": ratio("mixed", "one by one"),
+            "slots_to_one_by_one": ratio("slots", "slots one by one"),
             "answers_as_in_the_loop": f"{same} of {samples}",
-            "adapters_answer_the_same": answers["mixed"] == answers["one by one"],
+            "adapters_answer_the_same": (
+                answers["mixed"] == answers["one by one"] == answers["slots"]
+            ),
         }
     finally:
         shutil.rmtree(root)

@@ -16,6 +16,7 @@ from tune_trial import TuneTrial
 from raytune_vlm.records import read_json_lines
 from raytune_vlm.sweep.ledger import Ledger, TrialState, replay
 from raytune_vlm.sweep.scheduler import Halving, Rule, decide
+from raytune_vlm.sweep.turns import Open
 
 METRIC = "exact_match@strip"
 SCORES = st.one_of(
@@ -223,3 +224,12 @@ def test_no_trial_begins_before_the_proxy_of_a_paused_one_is_free(tmp_path):
     assert scheduler.next_action().kind == "wait", "Ray Tune would start a process for it"
     trial.status = Trial.PAUSED
     assert scheduler.next_action().kind != "wait"
+
+
+def test_what_is_open_follows_the_trials():
+    states = {name: TrialState(name, number, {}) for number, name in enumerate(("t0", "t1"))}
+    still_open = Open(states)
+    assert still_open() == [*states.values()]
+    states["t0"].ended, states["t2"] = "failed", TrialState("t2", 2, {})
+    states["t3"] = TrialState("t3", 3, {}, ended="stopped")
+    assert still_open() == [states["t1"], states["t2"]]

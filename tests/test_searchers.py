@@ -48,6 +48,7 @@ LEARNERS = {
     "cmaes": {"population_size": 4},
     "nsga2": {"population_size": 3},
 }
+STOPPED = optuna.trial.TrialState.PRUNED
 OBJECTIVES = [{"metric": METRIC}, {"metric": "train_seconds"}]
 
 
@@ -142,15 +143,45 @@ def test_a_sweep_killed_anywhere_proposes_what_the_whole_one_did(kind, tmp_path)
     assert Sweep(tmp_path / "broken", config).searcher.is_done
 
 
-def test_tpe_proposes_what_optuna_s_own_search_for_the_keys_would():
+def test_paused_trials_teach_as_much_as_after_a_resume(tmp_path):
+    """Trials wait at two rungs, some end: what a sampler was shown of them before is not kept."""
+    halving = {"type": "halving", "grace_period": 10, "reduction_factor": 3}
+    config = sampled("tpe", scheduler=halving)
+    assert config.rungs == (10, 30, 90)
+    assert played(tmp_path / "whole", config, 1) == played(tmp_path / "resumed", config, 9)
+
+
+def played(folder, config, num_lives):
+    """The proposals of nine trials in so many lives of a sweep."""
+    for number in range(9):
+        if number < num_lives:
+            life = Sweep(folder, config)
+            while life.searcher.has_waiting:
+                life.start()
+        life.start()
+        for back, step in ((0, 10), (2, 30)):
+            state = life.states.get(f"t{number - back:04d}")
+            if state is not None and state.ended is None:
+                scores = {METRIC: math.log10(state.recipe["train.learning_rate"]) * (3 - back)}
+                state.scored[step] = scores
+                life.ledger.append("scored", trial_id=state.trial_id, step=step, scores=scores)
+        if number % 4 == 3:
+            life.states[f"t{number - 2:04d}"].ended = "stopped"
+            life.ledger.append("stopped", trial_id=f"t{number - 2:04d}", step=10)
+            life.searcher.tell(life.states[f"t{number - 2:04d}"])
+    return [state.recipe for state in life.states.values()]
+
+
+@pytest.mark.parametrize("direction", ["maximize", "minimize"])
+def test_tpe_proposes_what_optuna_s_own_would(direction):
     sweep = experiment(
         sweep={
             "searcher": {"type": "tpe", "num_startup_trials": 4},
             "search_space": {**NUMBERS, "lora.scope": CHOICES["lora.scope"]},
         }
     ).sweep
-    ours, theirs = (optuna.create_study(direction="maximize") for _ in range(2))
-    for number in range(20):
+    ours, theirs = (optuna.create_study(direction=direction) for _ in range(2))
+    for number in range(40):
         ours.sampler = sampler(sweep, 7, number)
         theirs.sampler = optuna.samplers.TPESampler(
             seed=7 * 100_003 + number, n_startup_trials=4, multivariate=True, constant_liar=True
@@ -158,10 +189,22 @@ def test_tpe_proposes_what_optuna_s_own_search_for_the_keys_would():
         asked = ours.ask(), theirs.ask()
         recipe, expected = (suggest(trial, sweep.search_space) for trial in asked)
         assert recipe == expected
-        if number % 5 != 4:  # every fifth stays open
-            value = recipe["lora.rank"] - abs(math.log10(recipe["train.learning_rate"]) + 2)
-            ours.tell(asked[0], value)
-            theirs.tell(asked[1], value)
+        value = recipe["lora.rank"] - abs(math.log10(recipe["train.learning_rate"]) + 2)
+        for study, trial in zip((ours, theirs), asked, strict=True):
+            tell_in_some_way(study, trial, round(value))
+
+
+def tell_in_some_way(study, trial, value):
+    """Finished, stopped early or before its first score, infeasible, failed; some stay open."""
+    way = trial.number % 7
+    if way in (1, 2, 5):
+        trial.report(math.nan if way == 5 else value, 10 * way)
+    if way == 3:
+        trial.set_constraint("cost", value)
+    if way == 0:
+        study.tell(trial, value)
+    elif way != 6:
+        study.tell(trial, state=optuna.trial.TrialState.FAIL if way == 4 else STOPPED)
 
 
 def test_what_is_learned_changes_what_is_proposed(tmp_path, kind):

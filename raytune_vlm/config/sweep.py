@@ -43,8 +43,8 @@ class SweepConfig(Budget):
     gains less than 5 % or would take more than 90 % of a GPU's memory."""
     packing: Literal["exact", "fast"] = "exact"
     """With several slots. `exact`: they take turns, bit-equal to trials by themselves. `fast`: the
-    rows of all go through the base together, equal to rounding; DoRA, `lora.modules_to_save` and
-    scopes beyond the text still take turns."""
+    rows of all go through the base together, in steps and when they are scored, equal to rounding;
+    DoRA, `lora.modules_to_save` and scopes beyond the text still take turns."""
     include_default: bool = True
     """Make the experiment's own recipe the first trial, so that the winner has to beat it."""
     searcher: SearcherConfig = TpeSearcher(type="tpe")

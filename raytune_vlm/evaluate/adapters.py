@@ -92,7 +92,7 @@ def generate_many(
     Answers, or None
         None if `keep_going` said no.
     """
-    asking = _Asking(base, split, rows, config, device, keep_going, keep)
+    asking = Asking(base, split, rows, config, device, keep_going, keep)
     reasons = {name: unmixable(entry.recipe) if entry else None for name, entry in adapters.items()}
     apart = {name: reason for name, reason in reasons.items() if reason is not None}
     mixed = {name: adapter for name, adapter in adapters.items() if name not in apart}
@@ -115,7 +115,7 @@ def generate_many(
     return Answers(asking.answers(), apart)
 
 
-class _Asking:
+class Asking:
     """Asks for what is left of each adapter's rows, and keeps the answers."""
 
     def __init__(

@@ -74,14 +74,10 @@ class _Adding:
         Raises
         ------
         ModelError
-            If the layer is not given the rows of the batch: whose they are cannot be told.
+            As `check_rows`.
         """
         (inputs,) = args
-        if inputs.shape[0] != sum(self._sizes) or inputs.dim() < 3:
-            raise ModelError(
-                f"{self._name} is given {tuple(inputs.shape)} for a batch of {sum(self._sizes)} "
-                "rows: its adapters cannot be packed"
-            )
+        check_rows(self._name, inputs, sum(self._sizes))
         layers = [*self._layers.values()]
         are_alike = len(layers) == len(self._shares) > 1 == len(set(self._sizes))
         if are_alike and not any(map(_drops, layers)):
@@ -122,6 +118,21 @@ class _Adding:
             with share.random.repeating(before):
                 dropped = layer.lora_dropout[ADAPTER](own)
         return pad(dropped, (0, 0) * (given.dim() - 2) + (0, excess)) if excess else dropped
+
+
+def check_rows(name: str, inputs: torch.Tensor, rows: int) -> None:
+    """Make sure that a layer is given the rows of the batch.
+
+    Raises
+    ------
+    ModelError
+        If it is not: whose they are cannot be told.
+    """
+    if inputs.shape[0] != rows or inputs.dim() < 3:
+        raise ModelError(
+            f"{name} is given {tuple(inputs.shape)} for a batch of {rows} rows: its adapters "
+            "cannot be packed"
+        )
 
 
 def _drops(layer: Any) -> bool:

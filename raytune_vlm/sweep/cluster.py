@@ -27,6 +27,8 @@ ROUNDING = 1e-9
 _RAY_SETTINGS = {
     # Ray Tune's own CSV, JSON and TensorBoard files: the ledger and metrics.jsonl have it all.
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    # Nor its snapshot of all trials, which it would write anew every ten seconds.
+    "TUNE_GLOBAL_CHECKPOINT_S": "1e9",
     # Ray's new console output ignores verbose=0; we have a console of our own.
     "RAY_AIR_NEW_OUTPUT": "0",
     # A failed trial reports no score.

@@ -8,27 +8,19 @@ The ranks of an executor share the prompts; rank 0 scores and writes. Answers ar
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from raytune_vlm.comparisons import CONTROLS_FILE, ROBUSTNESS_FILE
 from raytune_vlm.records import BASE_TRIAL, Scores, read_json, write_json
-from raytune_vlm.sweep.comparing import (
-    Comparing,
-    compared_rows,
-    control_alterations,
-    note_on,
-    robustness_alterations,
-    skipping,
-)
+from raytune_vlm.sweep.comparing import Comparing, compared_rows, note_on
 from raytune_vlm.sweep.evaluation import Evaluation, EvaluationStopped
 from raytune_vlm.sweep.jobs import Job
+from raytune_vlm.sweep.lacking import Lacking, PromptSet, prompt_sets
 
 if TYPE_CHECKING:
     from raytune_vlm.evaluate.adapters import Adapter
-    from raytune_vlm.evaluate.generate import Prompts
     from raytune_vlm.sweep.worker import Worker
 
 
@@ -116,10 +108,7 @@ def _score(worker: Worker, job: Job, seconds: float) -> Scores | None:
 
 
 def _answer_together(worker: Worker, jobs: list[Job]) -> tuple[list[tuple[str, str]], float]:
-    """Ask for several checkpoints in shared batches.
-
-    Their stores then hold what an earlier life of each evaluation would have left there, so that
-    each finds its answers when it is scored.
+    """Ask for several checkpoints in shared batches; what is left to each then, says `lacking`.
 
     Returns
     -------
@@ -143,9 +132,9 @@ def _answer_together(worker: Worker, jobs: list[Job]) -> tuple[list[tuple[str, s
     lead.who = ", ".join(dict.fromkeys(job.trial_id for job in jobs))
     reasons: dict[str, str] = {}
     shares = []
-    for asked in _prompt_sets(lead):
+    for asked in prompt_sets(lead):
         began = time.monotonic()
-        reasons |= _ask_together(worker, own, adapters, *asked)
+        reasons |= _ask_together(worker, own, adapters, asked)
         shares.append((time.monotonic() - began) / len(jobs))
     notes = [(own[name].job.trial_id, _apart(own[name].job, why)) for name, why in reasons.items()]
     return notes, shares[0]
@@ -168,60 +157,35 @@ def _adapter(worker: Worker, job: Job) -> Adapter | None:
     return Adapter(source, recipe.lora, recipe.seed)
 
 
-PromptSet = tuple["Prompts", list[int], str, dict[str, Any], str]
-"""Prompts, rows of them, the answers' folder in that of the evaluation, what else the answers
-depend on, and the stage that is shown."""
-
-
-def _prompt_sets(own: Evaluation) -> Iterator[PromptSet]:
-    """All that an evaluation asks its model, in the order in which it does."""
-    yield own.prompts, own.rows, "", {}, f"scoring {own.split}"
-    for entry in (*control_alterations(own), *robustness_alterations(own)):
-        try:
-            prompts, rows = entry.make(compared_rows(own))
-        except skipping():
-            continue  # told by the evaluation of each checkpoint
-        made = entry.made_with(own, prompts, rows)
-        yield prompts, rows, entry.place, made, f"scoring {own.split}, {entry.name}"
-
-
 def _ask_together(
     worker: Worker,
     own: dict[str, Evaluation],
     adapters: dict[str, Adapter | None],
-    prompts: Prompts,
-    rows: list[int],
-    place: str,
-    made: dict[str, Any],
-    stage: str,
+    asked: PromptSet,
 ) -> dict[str, str]:
     """Ask for what the stores of all evaluations lack; who was answered by itself, and why."""
     from raytune_vlm.evaluate.adapters import generate_many
-    from raytune_vlm.evaluate.answers import AnswerStore
     from raytune_vlm.evaluate.generate import deal
 
     world, (lead, *_) = worker.world, own.values()
-    config, ids = lead.asked.evaluation, prompts.sample_ids
-    stores = {name: AnswerStore(entry.folder / place) for name, entry in own.items()}
-    known = {name: entry.known(stores[name], made) for name, entry in own.items()}
-    left = {name: [row for row in rows if ids[row] not in known[name]] for name in own}
-    every = sorted(set().union(*left.values()))
+    config = lead.asked.evaluation
+    lacking = Lacking(own, asked)
+    every = sorted(set().union(*lacking.rows.values()))
     if not every:
         return {}
-    hand = set(deal(prompts.lengths, every, world.size, config.max_new_tokens)[world.rank])
-    mine = {name: [row for row in asked if row in hand] for name, asked in left.items()}
-    writers = {name: store.writer(world.rank) for name, store in stores.items()}
+    lengths = asked.prompts.lengths
+    hand = set(deal(lengths, every, world.size, config.max_new_tokens)[world.rank])
+    mine = {name: [row for row in left if row in hand] for name, left in lacking.rows.items()}
+    before = sum(lacking.answered.values())
     found = generate_many(
         worker.base,
         adapters,
-        prompts,
+        asked.prompts,
         mine,
         config,
         device=world.device,
-        keep_going=lead.progress(
-            stage, sum(map(len, known.values())), sum(map(len, mine.values()))
-        ),
-        keep=lambda name, answers: writers[name].add(answers),
+        keep_going=lead.progress(asked.stage, before, sum(map(len, mine.values()))),
+        keep=lacking.keep,
         features=worker.features,
     )
     if found is None:

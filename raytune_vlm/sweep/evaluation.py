@@ -142,15 +142,8 @@ class Evaluation:
 
         def keep_going(done: int) -> bool:
             worker.beat()
-            pace = (time.monotonic() - began) / done if done else None
-            where = {
-                "trial_id": self.who,
-                "stage": stage,
-                "step": self.step,
-                "answered": before + done * size,
-                "asked": before + mine * size,
-                "seconds_left": None if pace is None else pace * (mine - done),
-            }
+            left = seconds_left(began, done, mine)
+            where = self.where(stage, before + done * size, before + mine * size, left)
             if size == 1:
                 return not worker.told(self.job, **where)
             if worker.world.rank == 0 and time.monotonic() - self._pushed >= PUSH_EVERY_S:
@@ -159,6 +152,17 @@ class Evaluation:
             return True
 
         return keep_going
+
+    def where(self, stage: str, answered: int, asked: int, seconds: float | None) -> dict[str, Any]:
+        """What the board is told of how far this is; `seconds`: how long the rest takes."""
+        return {
+            "trial_id": self.who,
+            "stage": stage,
+            "step": self.step,
+            "answered": answered,
+            "asked": asked,
+            "seconds_left": seconds,
+        }
 
     def score(
         self,
@@ -200,6 +204,11 @@ class Evaluation:
             return {}
         found = Judge(config.judge, folder).extract(predictions) if world.rank == 0 else None
         return dict.fromkeys(JUDGED_METRICS, world.broadcast(found))
+
+
+def seconds_left(began: float, done: int, asked: int) -> float | None:
+    """How long the rest takes at the pace since a monotonic time; None before the first answer."""
+    return (time.monotonic() - began) / done * (asked - done) if done else None
 
 
 def _weights(config: ModelConfig) -> dict[str, Any]:

@@ -8,8 +8,7 @@ from typing import Any
 
 from raytune_vlm.packed.slot import Slot
 from raytune_vlm.sweep.jobs import Job
-from raytune_vlm.sweep.trial_job import Turn
-from raytune_vlm.train.run import Run
+from raytune_vlm.sweep.trial_job import Answered, Pause, Turn
 
 
 class Life:
@@ -18,23 +17,31 @@ class Life:
     Parameters
     ----------
     turns
-        `TrialJob.turns`, at its first step.
+        `TrialJob.turns`, where it first waits.
+    pause
+        What it gave there.
     parked
         Whether others share the base.
     """
 
     def __init__(
-        self, job: Job, turns: Generator[Run, Turn, None], run: Run, device: str, *, parked: bool
+        self,
+        job: Job,
+        turns: Generator[Pause, Turn | Answered, None],
+        pause: Pause,
+        device: str,
+        *,
+        parked: bool,
     ) -> None:
-        self.job, self.run = job, run
+        self.job, self.run, self.rung = job, pause.run, pause.rung
         self._turns = turns
-        self.slot = Slot(run, device) if parked else None
+        self.slot = Slot(pause.run, device) if parked else None
 
-    def go_on(self, turn: Turn) -> bool:
-        """What follows a step; whether another is due."""
+    def go_on(self, after: Turn | Answered) -> bool:
+        """What follows what it waited for; whether it waits again, for a step or to be scored."""
         with self._mounted():
             try:
-                self._turns.send(turn)
+                self.rung = self._turns.send(after).rung
             except StopIteration:
                 return False
         return True

@@ -33,24 +33,24 @@ class Mirror:
         _remove(file)
         self._file, self._say = file, say
         self._is_gone = False
-        storage = optuna.storages.RDBStorage(
+        # Trials are written to it, not to the study, which would keep and compare all of them.
+        self._storage = optuna.storages.RDBStorage(
             f"sqlite:///{file}", engine_kwargs={"connect_args": {"timeout": LOCK_TIMEOUT_S}}
         )
-        self._study = optuna.create_study(
-            storage=storage, study_name=name, directions=list(directions)
+        study = optuna.create_study(
+            storage=self._storage, study_name=name, directions=list(directions)
         )
-        self._notes = Notes(SweepFolder(file.parent), self._study)
+        self._study_id = self._storage.get_study_id_from_name(name)
+        self._notes = Notes(SweepFolder(file.parent), study)
         self._notes.write_head()
-        self._num_trials = 0
 
     def add(self, trial: FrozenTrial) -> None:
         """Copy a trial that has ended, and write its note."""
         if self._is_gone:
             return
         try:
-            self._study.add_trial(_copy(trial))
-            self._num_trials += 1
-            self._notes.write(self._num_trials - 1)
+            written = self._storage.create_new_trial(self._study_id, template_trial=_copy(trial))
+            self._notes.write(written, trial)
         except StorageInternalError as error:
             self._is_gone = True
             reason = str(error.__cause__ or error).splitlines()[0]

@@ -223,13 +223,14 @@ class Exploiting(Pausing[Population]):
         """`sweep.num_trials` was changed by hand."""
         self.rule = Population.of(experiment)
 
-    def next_by_rule(self, states: Collection[TrialState]) -> Action:
+    def next_by_rule(self) -> Action:
         """What the population says."""
+        states = self.trained()
         return self._rule(states).decide(states, self.decided)
 
     def choose_trial_to_run(self, tune_controller: Any) -> Any:
         """As for every rule, once the population was compared where that is due."""
-        states = [state for state in self._running.states.values() if not state.untrained]
+        states = self.trained()
         rung = self._rule(states).due(states, self.decided)
         if rung is not None and not self._end.ends_trials():
             self._exploit(states, rung)

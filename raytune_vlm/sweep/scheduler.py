@@ -14,10 +14,10 @@ any more, at least one of its trials is promoted, so that some trial is trained 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from itertools import pairwise
 
 from raytune_vlm.config.experiment import ExperimentConfig
 from raytune_vlm.config.schedulers import HalvingScheduler
@@ -67,7 +67,9 @@ def decide(states: Collection[TrialState], rule: Rule) -> Action:
     By hand: a pinned trial goes on before all others, whatever its score. One that is paused keeps
     its place among the best of its rung, but is not promoted.
     """
-    running = [state for state in states if rule.is_running(state)]
+    # No more than matter, and the newest first: where executors are busy, it is mostly they.
+    newest = (state for state in reversed([*states]) if rule.is_running(state))
+    running = list(itertools.islice(newest, rule.at_once))
     if len(running) >= rule.at_once:
         return Action("wait")
     for state in states:
@@ -75,7 +77,7 @@ def decide(states: Collection[TrialState], rule: Rule) -> Action:
             return Action("promote", state.trial_id, rule.above(state))
     is_complete = len(states) >= rule.num_trials
     promotable: list[Action] = []
-    for place, (rung, above) in enumerate(pairwise(rule.rungs)):
+    for place, (rung, above) in enumerate(itertools.pairwise(rule.rungs)):
         is_complete = is_complete and all(rule.target(state) != rung for state in running)
         chosen = _chosen(states, rule, place, is_complete)
         waiting = [
@@ -109,6 +111,8 @@ def _chosen(
     count = math.floor(len(there) / rule.reduction_factor) if len(there) >= least else 0
     if is_complete:
         count = max(1, math.floor(len(there) / rule.reduction_factor))
+    if count == 0:
+        return []
     numbers = [(value, state) for value, state in there if not math.isnan(value)]
     ranked = sorted(numbers, key=lambda entry: (-entry[0], entry[1].number))
     return [state for _, state in ranked[:count]]
@@ -121,8 +125,9 @@ class Halving(Pausing[Rule]):
         """`sweep.num_trials` was changed by hand."""
         self.rule = Rule.of(experiment)
 
-    def next_by_rule(self, states: Collection[TrialState]) -> Action:
+    def next_by_rule(self) -> Action:
         """What `decide` says; without new trials as if all there are had been planned."""
+        states = self.trained()
         num_clones = sum(state.origin is not None for state in states)
         number = self.rule.num_trials + num_clones
         if self._end.is_exhausted():

@@ -279,6 +279,10 @@ class LedgerCallback(tune.Callback):
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._end(trial.config["trial_id"])
+        # Ray Tune keeps every trial, with means and windows of each number in its results.
+        kept = trial.run_metadata
+        kept.last_result.pop("config", None)
+        kept.metric_analysis, kept.metric_n_steps = {}, {}
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         state = self._running.states[trial.config["trial_id"]]

@@ -66,6 +66,10 @@ class OptunaSearcher(Searcher):
         self.predict = Predictor(experiment)
         self._states = trials
         self._next = len(trials)
+        own = [state for state in trials.values() if state.origin is None]
+        self._num_own = len(own)
+        """Proposals; clones are none."""
+        self._num_untrained = sum(state.untrained for state in own)
         self._ids: dict[str, str] = {}
         self._study = SweepStudy(experiment, study_file, trials.values(), warm, say)
         self._interrupted = [state for state in trials.values() if state.ended is None]
@@ -107,10 +111,10 @@ class OptunaSearcher(Searcher):
 
     def _num_left(self) -> int:
         """How many more trials may be trained."""
-        proposed = [state for state in self._states.values() if state.origin is None]
-        left = self._experiment.sweep.num_trials - sum(not state.untrained for state in proposed)
+        trained = self._num_own - self._num_untrained
+        left = self._experiment.sweep.num_trials - trained
         given = self._study.num_given
-        return left if given is None else min(left, given - len(proposed))
+        return left if given is None else min(left, given - self._num_own)
 
     def _next_feasible(self) -> TrialState | None:
         for _ in range(MOST_INFEASIBLE):
@@ -135,6 +139,7 @@ class OptunaSearcher(Searcher):
         )
         self._states[state.trial_id] = state
         self._next += 1
+        self._num_own += 1
         return state
 
     def _may_train(self, state: TrialState) -> bool:
@@ -143,6 +148,7 @@ class OptunaSearcher(Searcher):
         if reason is None or state.scored:
             return True
         state.ended, state.untrained, state.message = "failed", True, f"infeasible: {reason}"
+        self._num_untrained += state.origin is None
         self._ledger.append("infeasible", trial_id=state.trial_id, step=0, message=state.message)
         record = TrialRecord(
             trial_id=state.trial_id,

@@ -57,11 +57,13 @@ class _Storage(optuna.storages.InMemoryStorage):
         deepcopy: bool = True,
         states: Container[OptunaState] | None = None,
     ) -> list[FrozenTrial]:
-        if not self.shown:
+        if not self.shown or states == (OptunaState.WAITING,):
             return super().get_all_trials(study_id, deepcopy, states)
         trials = super().get_all_trials(study_id, deepcopy=False)
-        trials = [self.shown.get(trial.number, trial) for trial in trials]
-        trials = [trial for trial in trials if states is None or trial.state in states]
+        for number, trial in self.shown.items():
+            trials[number] = trial  # a trial's number is its place
+        if states is not None:
+            trials = [trial for trial in trials if trial.state in states]
         return copy.deepcopy(trials) if deepcopy else trials
 
 
@@ -100,6 +102,10 @@ class SweepStudy:
         self._distributions = {key: optuna_distribution(e) for key, e in self._space.items()}
         self._given = self._given_recipes()
         self._asked: dict[str, optuna.Trial] = {}
+        self._shown: dict[int, FrozenTrial] = {}
+        """Open trials with scores as samplers see them, by number."""
+        self._num_shown: dict[str, int] = {}
+        """How many scores they were given."""
         directions = [DIRECTIONS[mode] for mode in experiment.objectives.values()]
         self._storage = _Storage()
         self._study = optuna.create_study(storage=self._storage, directions=directions)
@@ -139,6 +145,8 @@ class SweepStudy:
     def tell(self, state: TrialState) -> None:
         """Tell Optuna how a trial ended; of a clone only the file is told."""
         study, asked = self._study, self._asked.pop(state.trial_id, None)
+        if self._num_shown.pop(state.trial_id, 0) and asked is not None:
+            del self._shown[asked.number]
         if state.origin is not None and inside(self._space, state.recipe):
             study = optuna.create_study(
                 storage=optuna.storages.InMemoryStorage(), directions=study.directions
@@ -155,20 +163,19 @@ class SweepStudy:
         if self._sweep.searcher.type in KEEP_STATE or len(self._experiment.objectives) > 1:
             return {}
         metric = self._experiment.metric
-        found: dict[int, FrozenTrial] = {}
         all_trials = self._study.get_trials(deepcopy=False)
         for trial_id, asked in self._asked.items():
-            if trial_id in states and states[trial_id].scored:
-                trial = copy.copy(all_trials[asked.number])
-                trial.state = OptunaState.PRUNED
-                trial.datetime_complete = trial.datetime_start
-                trial.intermediate_values = {
-                    step: row[metric]
-                    for step, row in states[trial_id].scored.items()
-                    if math.isfinite(row[metric])
-                }
-                found[asked.number] = trial
-        return found
+            scored = states[trial_id].scored if trial_id in states else {}
+            if len(scored) == self._num_shown.get(trial_id, 0):
+                continue
+            trial = copy.copy(all_trials[asked.number])
+            trial.state = OptunaState.PRUNED
+            trial.datetime_complete = trial.datetime_start
+            trial.intermediate_values = {
+                step: row[metric] for step, row in scored.items() if math.isfinite(row[metric])
+            }
+            self._shown[asked.number], self._num_shown[trial_id] = trial, len(scored)
+        return self._shown
 
     def _given_recipes(self) -> dict[int, dict[str, Any]]:
         """Number -> recipe of the proposals that no sampler makes."""

@@ -73,16 +73,14 @@ class Notes:
                 self._study.set_metric_names(list(experiment.objectives))
             save_note(self._study, _study_note(experiment))
 
-    def write(self, number: int) -> None:
-        """Write the note of a trial of the study that has ended."""
-        trial = self._study.get_trials(deepcopy=False)[number]
+    def write(self, own: int, trial: optuna.trial.FrozenTrial) -> None:
+        """Write the note of a trial that has ended; `own` is its id in the study's storage."""
         trial_id = trial.user_attrs.get("trial")
         if not self._is_on or not (self._folder.root / "trials" / str(trial_id)).is_dir():
             return  # also the trials of other sweeps that this one learned from
         from optuna_dashboard._note import note_ver_key, split_body
 
         # `save_note` reads the notes of all trials for each, in case there is an older one.
-        own = trial._trial_id
         parts = {note_ver_key(own): 1, **split_body(self._text(trial), own)}
         for key, value in parts.items():
             self._study._storage.set_study_system_attr(self._study._study_id, key, value)

@@ -1,6 +1,7 @@
 """A trial on a worker: trained to each rung, saved, scored, reported.
 
-It is a generator, so that a worker can have several in training: whoever drives it does the steps.
+It is a generator, so that a worker can have several in training: whoever drives it does the steps,
+and may have prompts of several answered in one before they are scored.
 """
 
 from __future__ import annotations
@@ -41,6 +42,25 @@ class Turn:
     """The trial's share of the time that it took."""
 
 
+@dataclass(frozen=True)
+class Answered:
+    """Seconds of a trial's share of what was answered together with others, before it is scored."""
+
+    plain: float = 0.0
+    """Of the prompts as they are."""
+    altered: float = 0.0
+    """Of those of controls."""
+
+
+@dataclass(frozen=True)
+class Pause:
+    """Where a trial waits for whoever drives it."""
+
+    run: Run
+    rung: int | None
+    """It is to be scored at this step; None: a step is due."""
+
+
 class TrialJob:
     """A trial on a worker: train to each rung, save, score, report; from wherever it stands."""
 
@@ -64,12 +84,12 @@ class TrialJob:
         """Metrics of the steps since the last line of metrics.jsonl."""
         self.tokens_per_second: float | None = None
 
-    def turns(self) -> Generator[Run, Turn, None]:
+    def turns(self) -> Generator[Pause, Turn | Answered, None]:
         """Train and score until the job's last rung, a stop, or an error; leaves the base as it
         was.
 
-        Yields the run wherever a step is due, and is sent what came of it. The adapter is on the
-        base whenever this goes on.
+        Yields wherever a step is due, and is sent the `Turn` that came of it; and before it is
+        scored, to be sent an `Answered`. The adapter is on the base whenever this goes on.
         """
         from raytune_vlm.train.run import Run, TrainingData
 
@@ -145,14 +165,14 @@ class TrialJob:
         # At once: its next life, which goes on from a checkpoint, would not say it.
         self.worker.report(self.job, {"notes": [note], "done": False})
 
-    def _rungs(self, run: Run) -> Generator[Run, Turn, bool]:
+    def _rungs(self, run: Run) -> Generator[Pause, Turn | Answered, bool]:
         """Whether the last rung was reached (False: asked to stop, or paused)."""
         for rung in self.experiment.rungs:
             if self.job.origin is not None and rung <= self.job.origin["step"]:
                 continue
             if run.steps_done <= rung and not (yield from self._train_to(run, rung)):
                 return False
-            scores = self._scores(run, rung)
+            scores = yield from self._scores(run, rung)
             if scores is None:
                 return False
             values = {name: entry.value for name, entry in scores.metrics.items()}
@@ -174,7 +194,7 @@ class TrialJob:
                 return False
         return True
 
-    def _train_to(self, run: Run, rung: int) -> Generator[Run, Turn, bool]:
+    def _train_to(self, run: Run, rung: int) -> Generator[Pause, Turn | Answered, bool]:
         while run.steps_done < rung:
             if word := self.worker.told(
                 self.job,
@@ -189,7 +209,8 @@ class TrialJob:
                 if ends and not self._is_saved(run.steps_done):
                     self._save(run)
                 return False
-            turn = yield run
+            turn = yield Pause(run, None)
+            assert isinstance(turn, Turn)
             self.train_seconds += turn.seconds
             if isinstance(turn.outcome, Exception):
                 raise turn.outcome
@@ -247,17 +268,23 @@ class TrialJob:
         run.save(self.folder.checkpoint(run.steps_done))
         self.train_seconds += time.monotonic() - began
 
-    def _scores(self, run: Run, rung: int) -> Scores | None:
-        began = time.monotonic()
+    def _scores(self, run: Run, rung: int) -> Generator[Pause, Turn | Answered, Scores | None]:
+        """The scores of a rung; None if stopped half-way."""
         found = {entry.step: entry for entry in self.folder.scores("select")}
         known = self.worker.world.broadcast(found)
+        # Scores that an earlier life of this trial has written are not computed again.
+        if rung in known:
+            return known[rung]
+        if run.steps_done != rung:
+            raise CheckpointError(f"{self.folder.root}: no scores of step {rung} any more")
+        answered = yield Pause(run, rung)
+        assert isinstance(answered, Answered)
+        self.evaluate_seconds += answered.plain + answered.altered
+        began = time.monotonic()
         try:
-            # Scores that an earlier life of this trial has written are not computed again.
-            if rung in known:
-                return known[rung]
-            if run.steps_done != rung:
-                raise CheckpointError(f"{self.folder.root}: no scores of step {rung} any more")
-            return evaluate(self.worker, self.job, run.model, "select", rung)
+            return evaluate(
+                self.worker, self.job, run.model, "select", rung, seconds=answered.plain
+            )
         finally:
             self.evaluate_seconds += time.monotonic() - began
 

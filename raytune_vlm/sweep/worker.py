@@ -34,8 +34,9 @@ from raytune_vlm.sweep.evaluate_job import run_evaluate
 from raytune_vlm.sweep.heartbeat import Heartbeat
 from raytune_vlm.sweep.jobs import Job
 from raytune_vlm.sweep.planning import run_plan
+from raytune_vlm.sweep.sharing import Sharing, sharing_of
 from raytune_vlm.sweep.storage import storage_failure
-from raytune_vlm.sweep.trial_job import TrialJob, Turn
+from raytune_vlm.sweep.trial_job import Answered, TrialJob, Turn
 
 if TYPE_CHECKING:
     from raytune_vlm.collate.features import Features
@@ -141,11 +142,13 @@ class Worker:
         """The trials in training, by their jobs' ids."""
         sweep = self.experiment.sweep
         self.host: Host | None = None
+        self._sharing: Sharing | None = None
         if sweep.slots != 1:
             kept = self.folder.packing_file
             self.host = Host(self.base, sweep.packing, self.world, limit_file=kept)
             if self.host.together is not None:
                 self._note(f"{self.host.together} slots at once: more did not fit before")
+            self._sharing = sharing_of(self, self._note)
         # Where it is to be found out, the board sees to it.
         self._most = MOST_SLOTS if sweep.slots == "auto" else sweep.slots
         self._asked = self._looked = 0.0
@@ -237,6 +240,7 @@ class Worker:
             self._lives[job.job_id] = life
 
     def _first(self, job: Job) -> Life | None:
+        from raytune_vlm.models.lora import unmixable
         from raytune_vlm.sweep.life import Life
 
         if job.kind == "evaluate":
@@ -246,20 +250,23 @@ class Worker:
             run_plan(self, job)
             return None
         turns = TrialJob(self, job).turns()
-        run = next(turns, None)
-        if run is None:
+        pause = next(turns, None)
+        if pause is None:
             return None
         if self.host and self.experiment.sweep.packing == "fast":
-            obstacle = self.host.obstacle(run)
+            obstacle = self.host.obstacle(pause.run)
             if obstacle is not None:
-                self._note(f"{job.job_id} steps by itself: {obstacle}")
-        return Life(job, turns, run, self.world.device, parked=self.host is not None)
+                apart = obstacle == unmixable(pause.run.experiment.lora)
+                what = "steps and is scored" if apart else "steps"
+                self._note(f"{job.job_id} {what} by itself: {obstacle}")
+        return Life(job, turns, pause, self.world.device, parked=self.host is not None)
 
     def _turn(self) -> None:
-        """One step of every trial, and what follows from it."""
+        """Score the trials at a rung; one step of every trial, and what follows from it."""
         from raytune_vlm.packed.host import step_alone
 
-        lives = list(self._lives.values())
+        self._score()
+        lives = [life for life in self._lives.values() if life.rung is None]
         if not lives:
             return
         began = time.monotonic()
@@ -276,11 +283,29 @@ class Worker:
             for note in self.host.notes:
                 self._note(note)
             self.host.notes, seconds = [], self.host.seconds
+        if self._sharing:
+            self._sharing.step_s = time.monotonic() - began
         for life, outcome, own in zip(lives, outcomes, seconds, strict=True):
-            turn = Turn(outcome, own)
-            if not self._part(life.job, partial(life.go_on, turn)):
-                del self._lives[life.job.job_id]
-                self._end(life.job)
+            self._go_on(life, Turn(outcome, own))
+
+    def _score(self) -> None:
+        """Score the trials at a rung, their prompts in shared batches where that can be."""
+        due = [life for life in self._lives.values() if life.rung is not None]
+        answered: dict[str, Answered] = {}
+        began = time.monotonic()
+        if due and self._sharing:
+            due = self._sharing.ready(due, [x for x in self._lives.values() if x.rung is None])
+            answered = self._sharing.answer(due)
+        for life in due:
+            self._go_on(life, answered.get(life.job.job_id, Answered()))
+        if due and self._sharing:
+            self._sharing.score_s = (time.monotonic() - began) / len(due)
+
+    def _go_on(self, life: Life, after: Turn | Answered) -> None:
+        """What follows what a trial waited for."""
+        if not self._part(life.job, partial(life.go_on, after)):
+            del self._lives[life.job.job_id]
+            self._end(life.job)
 
     def _end(self, job: Job) -> None:
         """The job is over here, whatever came of it."""

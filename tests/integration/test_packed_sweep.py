@@ -91,6 +91,8 @@ def test_trials_that_share_a_base_end_as_by_themselves(write_experiment):
     packed = {**SWEEP, "slots": 4, "packing": "fast"}
     file, folder = write_experiment("fast", sweep=packed, **on_disk)
     shown = run_cli("sweep", file, "evaluation.every=4").stdout
-    assert shown.count("steps by itself: lora.dora=true") == 2
-    for recipe, (_, losses) in trials(folder).items():
+    assert shown.count("steps and is scored by itself: lora.dora=true") == 2
+    assert shown.count("trials at a rung share their batches") == 1
+    for recipe, (scores, losses) in trials(folder).items():
         assert losses == pytest.approx(expected[recipe][1], rel=1e-4)
+        assert scores == expected[recipe][0]
