@@ -10,7 +10,10 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints/cpu.txt
 
 BIN := $(VENV)/bin
-PIP_INSTALL = $(BIN)/python -m pip install --quiet $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
+# pip would compile on one core, and the packages' own tests too. Files that are no Python, as
+# templates, stay as they are.
+PIP_INSTALL = $(BIN)/python -m pip install --quiet --no-compile $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
+COMPILE = @$(BIN)/python -m compileall -qq -j 0 -x '/tests?/' $(VENV)/lib || true
 CODE := raytune_vlm tests $(wildcard benchmarks deploy docs)
 
 .PHONY: demo test fuzz faults lint format install install-dev lock sbom clean
@@ -42,19 +45,23 @@ format: $(VENV)/.installed-dev
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev
 
-$(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
+$(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "raytune-vlm needs Python 3.11 or newer, and '$(PYTHON)' is" \
 	    "$$($(PYTHON) --version 2>&1). Name another one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; \
 	  exit 1; }
 	@echo "Installing into $(VENV) (a few minutes the first time)"
 	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
 	$(PIP_INSTALL) --editable .
+	$(COMPILE)
 	@touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed
+$(VENV)/.installed-dev: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
 	DS_BUILD_OPS=0 $(PIP_INSTALL) --editable ".[dev,deepspeed]"
-	@touch $@
+	$(COMPILE)
+	@touch $(VENV)/.installed $@
 
 # constraints/locked.txt: every dependency, the indirect ones too, with its hashes.
 lock: $(VENV)/.installed

@@ -199,7 +199,7 @@ class FakeSweep:
 
 def sweep(num_trials: int) -> dict[str, float]:
     """One sweep of this size and its page; CPU time, memory, sizes."""
-    from raytune_vlm.report import build_report
+    from raytune_vlm.report.html import build_report
     from raytune_vlm.sweep.ledger import replay
 
     with tempfile.TemporaryDirectory(prefix="load-") as name:
@@ -258,7 +258,7 @@ def refused(count: int) -> dict[str, float]:
     from raytune_vlm.config.sources import ImageTextSource
     from raytune_vlm.prepare.prepare import write_quarantine
     from raytune_vlm.records import DataManifest, SweepFolder, by_kind, write_json
-    from raytune_vlm.report import build_report
+    from raytune_vlm.report.html import build_report
     from raytune_vlm.sources import SOURCES
 
     with tempfile.TemporaryDirectory(prefix="load-") as name:

@@ -309,7 +309,7 @@ def export(
 @click.option("--png", is_flag=True, help="Also every plot, and the loss of each trial, as PNG.")
 def report(folder: Path, png: bool) -> None:
     """Write the report of a sweep folder again; needs neither Ray nor torch."""
-    from raytune_vlm.report import build_report
+    from raytune_vlm.report.html import build_report
 
     tell(str(build_report(folder, png=png)))
 

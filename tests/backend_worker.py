@@ -1,6 +1,6 @@
 """The runs of `test_backends.py`: by one worker in its own process, or by some that it starts.
 
-python -m torch.distributed.run --nproc-per-node 2 backend_worker.py JOBS.json
+python ranks.py 2 backend_worker.py JOBS.json
 
 JOBS.json holds a model, a prepared split and for each setting of a backend a list of runs, which
 one resident base does one after the other, as in an executor. A run has `train` and `lora`
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import gc
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +161,3 @@ def main(file: Path) -> None:
         if world.rank == 0:
             (file.parent / f"{name}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -26,12 +26,15 @@ from remote_code import CLASSES, write_remote_model
 from raytune_vlm.collate.encode import Encoder
 from raytune_vlm.collate.pixels import PIXEL_NAMES, PixelMaker
 from raytune_vlm.config.data import ImageLimits
+from raytune_vlm.config.loader import load_experiment
 from raytune_vlm.config.model import ModelConfig
 from raytune_vlm.images import encode_png
 from raytune_vlm.models.families import FAMILIES
 from raytune_vlm.models.loading import Base, load_base
 from raytune_vlm.models.tiny import write_tiny_model
 from raytune_vlm.models.trust import code_digest
+from raytune_vlm.prepare.prepare import list_shards
+from raytune_vlm.prepare.shard import PixelStep, Preparer, TokenStep
 from raytune_vlm.prepare.store import (
     PreparedSplit,
     RowWriter,
@@ -200,21 +203,44 @@ def ray_cluster() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def shared_data(made_once: Callable[[str, Writer], Path]) -> Path:
-    """A folder with `data`, to be left as it is, and `prepared`, what runs on it have prepared."""
+def shared_data(
+    made_once: Callable[[str, Writer], Path], tiny_model: Callable[[str], Path]
+) -> Path:
+    """A folder with `data`, to be left as it is, and `prepared`, what runs on it have prepared.
+
+    What most of them need is there: a run that lacks it starts processes that load a processor.
+    """
 
     def write(root: Path) -> None:
         write_data(root / "data")
+        model = {"name": str(tiny_model("idefics3"))}
+        plain = {"name": "small", "storage_path": str(root), "model": model}
+        file = root / "small.yaml"
+        file.write_text(yaml.safe_dump({**plain, "data": data_section(root / "data")}))
+        experiment = load_experiment(file)
         (root / "prepared").mkdir()
+        preparer, jobs = Preparer(experiment, root / "prepared"), list_shards(experiment)
+        for step in (TokenStep(preparer), PixelStep(preparer)):
+            for job in jobs:
+                step(job)
 
     return made_once("shared", write)
+
+
+def data_section(data: Path) -> dict[str, object]:
+    """`data` of an experiment on what `write_data` writes."""
+    sources = [
+        {"type": "messages", "path": f"{split}.jsonl", "split": split}
+        for split in ("train", "select", "report")
+    ]
+    return {"root": str(data), "sources": sources}
 
 
 @pytest.fixture
 def write_experiment(
     tmp_path: Path, shared_data: Path, tiny_model: Callable[[str], Path]
 ) -> Callable[..., tuple[Path, Path]]:
-    """Write a sweep of three short trials; returns the file and the sweep folder.
+    """Write a sweep of three short trials, without controls; returns the file and the sweep folder.
 
     Its data, which is prepared only once a session, is to be left as it is; with `own_data` it
     stands in `data` beside the file.
@@ -238,19 +264,13 @@ def write_experiment(
             "name": name,
             "storage_path": str(tmp_path / "runs"),
             "model": {"name": str(tiny_model("idefics3"))},
-            "data": {
-                "root": str(data),
-                "sources": [
-                    {"type": "messages", "path": f"{split}.jsonl", "split": split}
-                    for split in ("train", "select", "report")
-                ],
-                **(data_extra or {}),
-            },
+            "data": {**data_section(data), **(data_extra or {})},
             "train": {"max_steps": 12, "warmup_steps": 2, "batch_size": 6, "micro_batch_size": 4},
             "evaluation": {
                 "metrics": ["cer@micro", "exact_match@strip"],
                 "max_new_tokens": 6,
                 "num_bootstrap": 200,
+                "controls": [],
             },
             "sweep": {
                 "num_trials": 3,

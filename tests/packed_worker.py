@@ -1,6 +1,6 @@
 """A worker of `test_packed_workers.py`: packed slots against isolated runs of the same group.
 
-python packed_worker.py JOBS.json RANK
+python ranks.py 2 packed_worker.py JOBS.json
 
 JOBS.json holds a model, a prepared split and the backends. For each of them one resident base does
 its checks one after the other; rank 0 writes what they found to BACKEND.json beside it.
@@ -9,7 +9,6 @@ its checks one after the other; rank 0 writes what they found to BACKEND.json be
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -195,19 +194,14 @@ def checks(group: Group) -> dict[str, Any]:
     return found
 
 
-def main(file: Path, rank: int) -> None:
+def main(file: Path) -> None:
     """Do all checks with every backend."""
     torch.set_num_threads(1)
-    world = World(rank, 2)
-    store = dist.FileStore(str(file.parent / "group"), world.size)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world.size)
+    dist.init_process_group("gloo")
+    world = World(dist.get_rank(), dist.get_world_size())
     jobs = json.loads(file.read_text())
     for backend in jobs["backends"]:
         found = checks(Group(jobs, backend, world))
         if world.rank == 0:
             (file.parent / f"{backend}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))

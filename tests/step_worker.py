@@ -1,12 +1,11 @@
 """The two workers of `test_step.py`, of which the second runs out of memory.
 
-python -m torch.distributed.run --nproc-per-node 2 step_worker.py JOBS.json
+python ranks.py 2 step_worker.py JOBS.json
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -70,7 +69,3 @@ def main(file: Path) -> None:
     if world.rank == 0:
         (folder / "found.json").write_text(json.dumps({"short": short, "small": small}))
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import gc
 import json
-import subprocess
 import sys
 from importlib.util import find_spec
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 from backend_worker import carry_out
-from made import cli_environment, experiment, turn, write_split
+from made import experiment, turn, write_split
+from ranks import start_ranks
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
@@ -142,11 +141,7 @@ class Runs:
         """Some workers', by setting; they are started once."""
         file = self.folder / f"jobs{num_workers}.json"
         file.write_text(json.dumps({**self.jobs, "runs": runs}))
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += [f"--nproc-per-node={num_workers}"]
-        command += [str(Path(__file__).parent / "backend_worker.py"), str(file)]
-        environment = {**cli_environment(), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
+        done = start_ranks(num_workers, "backend_worker.py", file)
         found = {}
         for name in runs:
             out = self.folder / f"{name}.json"

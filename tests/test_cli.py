@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import pytest
 from clusters import OF_A_CLUSTER
 from made import run_cli
+
+from raytune_vlm.cli import main
 
 pytestmark = [*OF_A_CLUSTER]
 
@@ -36,6 +40,20 @@ def refused(*arguments: object) -> str:
     return done.stderr.strip().splitlines()[-1]
 
 
+def refused_here(*arguments: object) -> str:
+    """As `refused`, by `main` in this process, which spares a start."""
+    said = io.StringIO()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        redirect_stderr(said),
+        pytest.raises(SystemExit) as end,
+    ):
+        patch.setattr(sys, "argv", ["raytune-vlm", *map(str, arguments)])
+        main()
+    assert end.value.code == 2 and "Traceback" not in said.getvalue(), said.getvalue()
+    return said.getvalue().strip().splitlines()[-1]
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["sweep", "--help"], ["validate"], ["schema"]])
 def test_help_validate_and_schema_load_nothing_heavy(arguments, write_experiment):
     if arguments == ["validate"]:
@@ -58,7 +76,9 @@ def test_a_dry_run_takes_a_tiny_model_of_a_family(write_experiment, monkeypatch,
     file, _ = write_experiment(model={"name": "somebody/Some-Model-7B", "revision": "main"})
     found = run_cli("validate", file, "--quick", "--tiny", "llava").stdout
     assert "tiny:llava (llava)" in found
-    assert "no such family (did you mean 'llava'" in refused("validate", file, "--tiny", "lava")
+    assert "no such family (did you mean 'llava'" in refused_here(
+        "validate", file, "--tiny", "lava"
+    )
 
 
 def test_a_typo_in_a_key_names_file_line_and_nearest(write_experiment):
@@ -71,8 +91,8 @@ def test_a_typo_in_a_key_names_file_line_and_nearest(write_experiment):
 
 def test_bad_values_spaces_and_overrides_are_refused(write_experiment):
     file, folder = write_experiment(own_data=True)
-    assert "override train.batch_size=0" in refused("sweep", file, "train.batch_size=0")
-    assert "did you mean" in refused("sweep", file, "train.lerning_rate=1")
+    assert "override train.batch_size=0" in refused_here("sweep", file, "train.batch_size=0")
+    assert "did you mean" in refused_here("sweep", file, "train.lerning_rate=1")
     file, _ = write_experiment(
         own_data=True,
         sweep={
@@ -80,18 +100,18 @@ def test_bad_values_spaces_and_overrides_are_refused(write_experiment):
             "search_space": {"lora.rnk": {"type": "choice", "values": [1]}},
         },
     )
-    assert "lora.rnk" in refused("validate", file)
+    assert "lora.rnk" in refused_here("validate", file)
     assert not folder.parent.exists()
 
 
 def test_missing_data_and_models_are_named_with_the_nearest(write_experiment):
     file, folder = write_experiment(own_data=True)
-    assert "did you mean" in refused("sweep", file, "data.sources.0.path=trian.jsonl")
-    assert "/no/such/folder" in refused("sweep", file, "data.root=/no/such/folder")
+    assert "did you mean" in refused_here("sweep", file, "data.sources.0.path=trian.jsonl")
+    assert "/no/such/folder" in refused_here("sweep", file, "data.root=/no/such/folder")
     assert "did you mean 'demo'" in refused("sweep", file, "model.name=dmeo")
     assert not folder.parent.exists()
-    assert "is not a sweep folder" in refused("resume", folder)
-    assert "No such command 'swep'" in refused("swep", file)
+    assert "is not a sweep folder" in refused_here("resume", folder)
+    assert "No such command 'swep'" in refused_here("swep", file)
 
 
 @pytest.mark.usefixtures("ray_cluster")

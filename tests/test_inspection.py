@@ -21,7 +21,7 @@ from click.testing import CliRunner, Result
 from made import cli_command, cli_environment, picture, run_cli, turn, write_data
 from PIL import Image
 from rich.console import Console
-from test_cli import PROBE, refused
+from test_cli import PROBE, refused, refused_here
 
 from raytune_vlm.cli import cli
 from raytune_vlm.config.model import ModelConfig
@@ -92,14 +92,18 @@ def test_wrong_use_is_one_line_and_status_2(tmp_path):
     assert "train.jsonl has the columns id, photo, caption" in message
     assert "image + text (image_text)" in message and "from/value (sharegpt)" in message
     assert "--type NAME" in message
-    assert "did you mean 'train.jsonl'" in refused("data", "stats", tmp_path / "trian.jsonl")
-    assert "did you mean 'sharegpt'" in refused("data", "stats", tmp_path, "--type", "sharegtp")
-    assert "a glob goes in quotes" in refused("data", "validate", tmp_path, "other.jsonl")
+    assert "did you mean 'train.jsonl'" in refused_here("data", "stats", tmp_path / "trian.jsonl")
+    assert "did you mean 'sharegpt'" in refused_here(
+        "data", "stats", tmp_path, "--type", "sharegtp"
+    )
+    assert "a glob goes in quotes" in refused_here("data", "validate", tmp_path, "other.jsonl")
     there = [tmp_path, "--type", "image_text"]
-    assert "did you mean 'max_length'" in refused("data", "stats", *there, "data.max_lenth=9")
-    assert "there is no folder" in refused("data", "inspect", *there, "--html", "/no/such/x.html")
+    assert "did you mean 'max_length'" in refused_here("data", "stats", *there, "data.max_lenth=9")
+    assert "there is no folder" in refused_here(
+        "data", "inspect", *there, "--html", "/no/such/x.html"
+    )
     assert "did you mean 'demo'" in refused("data", "inspect", *there, "--model", "dmeo")
-    assert "allow_network" in refused("data", "inspect", "hf://datasets/a/b")
+    assert "allow_network" in refused_here("data", "inspect", "hf://datasets/a/b")
 
 
 def test_validate_ends_with_1_where_rows_are_bad(tmp_path):
@@ -113,12 +117,12 @@ def test_validate_ends_with_1_where_rows_are_bad(tmp_path):
 
 def test_an_empty_target_is_refused(tmp_path):
     (tmp_path / "empty.jsonl").write_text("")
-    assert "holds no row" in refused("data", "stats", tmp_path / "empty.jsonl")
-    assert "there is no row" in refused("data", "stats", tmp_path, "--type", "messages")
+    assert "holds no row" in refused_here("data", "stats", tmp_path / "empty.jsonl")
+    assert "there is no row" in refused_here("data", "stats", tmp_path, "--type", "messages")
     (tmp_path / "empty.jsonl").unlink()
-    assert "no data file (.jsonl" in refused("data", "stats", tmp_path)
+    assert "no data file (.jsonl" in refused_here("data", "stats", tmp_path)
     picture(0).save(tmp_path / "a.png")
-    assert "no supported suffix (.jsonl" in refused("data", "stats", tmp_path / "a.png")
+    assert "no supported suffix (.jsonl" in refused_here("data", "stats", tmp_path / "a.png")
 
 
 # Types
@@ -242,10 +246,10 @@ def test_every_type_of_the_table_can_be_given(tmp_path):
 def test_what_fits_two_types_is_refused_with_both(tmp_path):
     row = {"image": "x.png", "text": "t", "ground_truth": "{}"}
     file = write_rows(tmp_path / "a.jsonl", [row])
-    message = refused("data", "validate", file)
+    message = refused_here("data", "validate", file)
     assert "image_text (columns image, text) and cord (columns image, ground_truth)" in message
     both = {**chat("q", "a"), **sharegpt("q", "a")}
-    message = refused("data", "validate", write_rows(file, [both]))
+    message = refused_here("data", "validate", write_rows(file, [both]))
     assert "messages (column messages)" in message and "sharegpt (column conv" in message
     assert "seen 1 = good 1" in run("validate", file, "--no-tokens", "--type", "sharegpt").stdout
 

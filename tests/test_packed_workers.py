@@ -1,18 +1,16 @@
 """Slots on several workers: each ends as a run by itself on the same workers.
 
-Two gloo processes are started once for all checks (`packed_worker.py`), on data in which most
+Two ranks are started once for all checks (`packed_worker.py`), on data in which most
 samples, and with them many batches of a rank, have no image.
 """
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-from made import cli_environment, experiment, write_split
+from made import experiment, write_split
+from ranks import start_ranks
 
 from raytune_vlm.config import ExperimentConfig
 
@@ -27,23 +25,8 @@ def found(tiny_model, tiny_base, tmp_path_factory):
     model = str(tiny_model("idefics3"))
     jobs = {"model": model, "store": str(folder / "store"), "folder": str(folder)}
     (folder / "jobs.json").write_text(json.dumps({**jobs, "backends": BACKENDS}))
-    worker = Path(__file__).parent / "packed_worker.py"
-    environment = {**cli_environment(), "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(worker), str(folder / "jobs.json"), str(rank)],
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        for rank in range(2)
-    ]
-    try:
-        said = [process.communicate(timeout=300)[1] for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    assert [process.returncode for process in ranks] == [0, 0], "\n".join(said)
+    done = start_ranks(2, "packed_worker.py", folder / "jobs.json")
+    assert done.returncode == 0, done.stderr
     return {name: json.loads((folder / f"{name}.json").read_text()) for name in BACKENDS}
 
 

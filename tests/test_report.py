@@ -32,10 +32,10 @@ from raytune_vlm.records import (
     write_json,
     write_text,
 )
-from raytune_vlm.report import build_report
 from raytune_vlm.report.formatting import duration, recipe_value
 from raytune_vlm.report.gallery import compare, gallery, tree_of
 from raytune_vlm.report.headline import clearly, headline
+from raytune_vlm.report.html import build_report
 from raytune_vlm.report.leaderboard import leaderboard
 from raytune_vlm.report.loading import load_view
 from raytune_vlm.report.model_card import model_card

@@ -7,8 +7,8 @@ from sweep_folder_example import build_example
 
 from raytune_vlm.comparisons import Comparison, Comparisons
 from raytune_vlm.records import PairedTest, write_json, write_text
-from raytune_vlm.report import build_report
 from raytune_vlm.report.controls import controls_section
+from raytune_vlm.report.html import build_report
 from raytune_vlm.report.loading import load_view
 
 METRIC = "nted@donut"

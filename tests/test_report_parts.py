@@ -14,11 +14,11 @@ from sweep_folder_example import build_example
 
 from raytune_vlm.prepare.facts import write_facts
 from raytune_vlm.records import SweepFolder, read_json, write_json
-from raytune_vlm.report import build_report
 from raytune_vlm.report.cost import quality_against_cost
 from raytune_vlm.report.faults import faults
 from raytune_vlm.report.gallery import differences
 from raytune_vlm.report.headline import headline
+from raytune_vlm.report.html import build_report
 from raytune_vlm.report.importance import importance
 from raytune_vlm.report.leaderboard import leaderboard
 from raytune_vlm.report.loading import load_view

@@ -41,7 +41,7 @@ from raytune_vlm.models.loading import load_base, load_processor
 from raytune_vlm.models.lora import attach, detach
 from raytune_vlm.monitor import Monitor
 from raytune_vlm.records import SweepFolder, read_json
-from raytune_vlm.report import build_report
+from raytune_vlm.report.html import build_report
 from raytune_vlm.sources.containers import parquet
 from raytune_vlm.submission import jobs
 from raytune_vlm.sweep.benchmarks import check_adapter

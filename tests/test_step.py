@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from made import cli_environment, experiment
+from made import experiment
+from ranks import start_ranks
 from safetensors.torch import load_file
 from step_worker import short_of_memory, train
 
@@ -106,10 +105,7 @@ def test_two_workers_of_which_one_is_out_of_memory(tiny_base, tiny_split, tiny_m
     store = Path(split._store)
     jobs = {"model": str(tiny_model("idefics3")), "store": str(store), "train": TRAIN}
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [str(Path(__file__).parent / "step_worker.py"), str(tmp_path / "jobs.json")]
-    environment = {**cli_environment(), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    done = start_ranks(2, "step_worker.py", tmp_path / "jobs.json")
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["short"]["losses"] == found["small"]["losses"]

@@ -125,7 +125,7 @@ def resume_sweep(root: Path, *, monitor: Monitor, trust: str | None = None) -> S
     CheckpointError
         If the ledger is damaged.
     """
-    from raytune_vlm.report import build_report
+    from raytune_vlm.report.html import build_report
     from raytune_vlm.sweep.guard import prepare_guard
 
     folder = SweepFolder(root.resolve())
@@ -192,7 +192,7 @@ def prepare_only(experiment: ExperimentConfig, *, monitor: Monitor) -> PreparedD
 def _drive(
     experiment: ExperimentConfig, folder: SweepFolder, data: PreparedData, monitor: Monitor
 ) -> SweepFolder:
-    from raytune_vlm.report import build_report
+    from raytune_vlm.report.html import build_report
     from raytune_vlm.sweep.decide import decide
     from raytune_vlm.sweep.gallery import write_gallery
     from raytune_vlm.sweep.planning import find_slots

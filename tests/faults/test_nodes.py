@@ -12,6 +12,7 @@ import threading
 import time
 import urllib.request
 from contextlib import contextmanager
+from http.client import HTTPException
 from pathlib import Path
 
 import psutil
@@ -89,8 +90,8 @@ class Nodes:
             url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
             try:
                 text += urllib.request.urlopen(url, timeout=2).read().decode()
-            except OSError:
-                continue  # a dead node, or one that has just begun
+            except (OSError, HTTPException):
+                continue  # one that has just begun, or a dead one, whose port may be another's
         return text
 
 
@@ -99,7 +100,7 @@ def nodes(tmp_path, monkeypatch):
     """A head alone; what is set here reaches every process of theirs."""
     for name, value in SETTINGS.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv("RAY_metrics_report_interval_ms", "1000")
+    monkeypatch.setenv("RAY_metrics_report_interval_ms", "5000")
     monkeypatch.setenv("RAYTUNE_VLM_TEST_HANG", str(tmp_path / "hung"))
     monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).parent / 'hang'}:{cli_python_path()}")
     made = Nodes()
@@ -128,7 +129,7 @@ def wait_for_step(folder, step, driver, log):
     while last_step(folder) < step:
         assert driver.poll() is None, log.read_text()
         assert time.monotonic() < end, log.read_text()
-        time.sleep(0.02)
+        time.sleep(0.1)
 
 
 def tell(fault, seconds):
@@ -167,7 +168,8 @@ def scraping(nodes):
     seen, over = set(), threading.Event()
 
     def scrape():
-        while not over.wait(1):
+        # Each look costs every node's agent a page of numbers.
+        while not over.wait(5):
             for name, tags in re.findall(r"^ray_raytune_vlm_(\w+)\{(.*?)\}", nodes.scraped(), re.M):
                 seen.add((name, 'trial_id="t0000"' in tags))
 

@@ -28,7 +28,7 @@ from raytune_vlm.config.yaml_lines import read_yaml
 from raytune_vlm.errors import CheckpointError, ConfigError, DataError
 from raytune_vlm.images import ImageError, decode, tiff_length
 from raytune_vlm.records import Quarantined
-from raytune_vlm.report import build_report
+from raytune_vlm.report.html import build_report
 from raytune_vlm.report.loading import load_view
 from raytune_vlm.sources import SOURCES
 from raytune_vlm.sweep.ledger import replay

@@ -94,6 +94,9 @@ STABLE = {
         "max_steps": 12, "warmup_steps": 2, "batch_size": 6, "micro_batch_size": 4,
         "learning_rate": 0.03,
     },
+    "evaluation": {  # with the controls
+        "metrics": ["cer@micro", "exact_match@strip"], "max_new_tokens": 6, "num_bootstrap": 200,
+    },
     "sweep": {
         "num_trials": 40,
         "stop_when_stable": {"trials": 3},
