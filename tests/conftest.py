@@ -211,20 +211,27 @@ def shared_data(
     What most of them need is there: a run that lacks it starts processes that load a processor.
     """
 
-    def write(root: Path) -> None:
-        write_data(root / "data")
-        model = {"name": str(tiny_model("idefics3"))}
-        plain = {"name": "small", "storage_path": str(root), "model": model}
-        file = root / "small.yaml"
-        file.write_text(yaml.safe_dump({**plain, "data": data_section(root / "data")}))
+    data = made_once("shared/data", write_data)
+
+    def prepare(store: Path) -> None:
+        # Not in `store`, whose name is another one later: the data's place is part of its keys.
+        plain = {
+            "name": "small",
+            "storage_path": str(store),
+            "model": {"name": str(tiny_model("idefics3"))},
+            "data": data_section(data),
+        }
+        store.mkdir()
+        file = store / "small.yaml"
+        file.write_text(yaml.safe_dump(plain))
         experiment = load_experiment(file)
-        (root / "prepared").mkdir()
-        preparer, jobs = Preparer(experiment, root / "prepared"), list_shards(experiment)
+        file.unlink()
+        preparer, jobs = Preparer(experiment, store), list_shards(experiment)
         for step in (TokenStep(preparer), PixelStep(preparer)):
             for job in jobs:
                 step(job)
 
-    return made_once("shared", write)
+    return made_once("shared/prepared", prepare).parent
 
 
 def data_section(data: Path) -> dict[str, object]:
