@@ -112,6 +112,27 @@ def test_a_node_that_announces_its_end_costs_the_job_no_attempt():
     play(scene)
 
 
+def test_a_job_that_did_not_fit_beside_others_waits_until_they_are_done():
+    async def scene(board):
+        other = replace(JOB, job_id="t0002")
+        await board.submit(JOB)
+        await board.submit(other)
+        assert [(await board.take("a", 0.01, held)).job_id for held in ([], [JOB.job_id])] == [
+            JOB.job_id,
+            "t0002",
+        ]
+        await board.hand_back("a", JOB.job_id, "no memory", alone=True)
+        await board.submit(replace(JOB, job_id="t0003"))
+        assert await board.take("a", 0.01, ["t0002"]) == IDLE
+        await board.finish("a", "t0002")
+        assert (await board.take("a", 0.01, [])).job_id == JOB.job_id
+        assert await board.take("a", 0.01, [JOB.job_id]) == IDLE
+        await board.report(JOB.job_id, {"step": 4})
+        assert (await board.take("a", 0.01, [JOB.job_id])).job_id == "t0003"
+
+    play(scene)
+
+
 def test_attempts_are_counted_anew_from_every_report():
     async def scene(board):
         await board.submit(JOB)

@@ -199,6 +199,31 @@ def test_rows_are_dealt_evenly_and_all_of_them():
     assert deal(lengths, [], 2, extra=1) == [[], []]
 
 
+def test_batches_that_memory_does_not_suffice_for_are_halved(tiny_base, tiny_prompts):
+    base, split, rows = tiny_base("idefics3"), tiny_prompts("idefics3"), list(range(9))
+    config, told = EvaluationConfig(max_new_tokens=4, batch_size=8), []
+    whole = generate(base.model, base, split, rows, config)
+
+    def out_of_memory(module, args, kwargs):
+        if len(kwargs["input_ids"]) > most:
+            raise torch.OutOfMemoryError("too many\nand a second line")
+
+    hook = base.model.register_forward_pre_hook(out_of_memory, with_kwargs=True)
+    try:
+        most = 2
+        assert generate(base.model, base, split, rows, config, say=told.append) == whole
+        most = 0
+        with pytest.raises(torch.OutOfMemoryError):
+            generate(base.model, base, split, rows, config)
+    finally:
+        hook.remove()
+    assert [message.split(" (")[0] for message in told] == [
+        "out of memory with 8 prompts in a batch",
+        "out of memory with 4 prompts in a batch",
+    ]
+    assert told[1].endswith("2 for the rest of these (too many)")
+
+
 def test_shares_and_batches_of_any_size_give_the_same_answers(tiny_base, tiny_prompts):
     base, split = tiny_base("qwen2_5_vl"), tiny_prompts("qwen2_5_vl")
     rows = [7, 0, 31, 12, 5, 22, 39, 3, 18]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 
 import pytest
+import torch
 from evaluation_worker import Alone, prepared
 
 from raytune_vlm.config.loader import load_experiment
@@ -67,6 +68,13 @@ class Packed(Alone):
         ]
 
 
+def write_ledger(folder):
+    """Storage without one is storage that went away."""
+    ledger = SweepFolder(folder / "runs" / "small").ledger_file
+    ledger.parent.mkdir(parents=True)
+    ledger.touch()
+
+
 def jobs(*trial_ids):
     return [Job(name, "trial", name, RECIPES[name]) for name in trial_ids]
 
@@ -99,9 +107,7 @@ def test_trials_at_a_rung_are_scored_as_each_alone(tiny_model, tmp_path):
     failed = []
     controls = {"controls": ["blank_image"], "controls_on": ["select"], "controls_samples": 3}
     prepared(tmp_path, tiny_model("idefics3"), batch_size=8, **controls)
-    ledger = SweepFolder(tmp_path / "runs" / "small").ledger_file
-    ledger.parent.mkdir(parents=True)
-    ledger.touch()
+    write_ledger(tmp_path)
     names = ("t0001", "t0002", "t0003")
     worker = Packed(tmp_path, jobs(*names), say)
     apart, together, over = worker.notes
@@ -159,3 +165,35 @@ def test_a_stop_loses_no_other_and_a_kill_no_answer(tiny_model, tmp_path):
     for name in names:
         assert runs.trial(name).record().status == "finished"
         assert scored(again, name, 4) == alone(again, name, 4)
+
+
+class Crowded(Packed):
+    """Memory suffices for one trial, but not for scoring it beside others."""
+
+    def __init__(self, folder, jobs):
+        self.left = []
+        super().__init__(folder, jobs, self.crowd)
+
+    def crowd(self, job, progress):
+        if progress["stage"].startswith("scoring") and len(self._lives) > 1:
+            raise torch.OutOfMemoryError("beside others")
+        return ""
+
+    def _end(self, job):
+        if self._words[job.job_id] == "alone":
+            self.left.append(job.job_id)
+            self.jobs.append(job)
+        super()._end(job)
+
+    def _take(self):
+        return IDLE if self.left and self._lives else super()._take()
+
+
+def test_who_lacks_memory_beside_others_is_not_to_blame(tiny_model, tmp_path):
+    prepared(tmp_path, tiny_model("idefics3"), batch_size=8, controls=[])
+    write_ledger(tmp_path)
+    worker = Crowded(tmp_path, jobs("t0000", "t0001"))
+    assert worker.left == ["t0000"], "then t0001 was alone"
+    assert not any("failed" in row for row in worker.reports)
+    for name in ("t0000", "t0001"):
+        assert worker.folder.trial(name).record().status == "finished"

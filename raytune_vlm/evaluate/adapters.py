@@ -26,6 +26,7 @@ from raytune_vlm.evaluate.scoring import Prediction
 from raytune_vlm.models.adapter_file import load_adapter
 from raytune_vlm.models.loading import Base
 from raytune_vlm.models.lora import attach, detach, unmixable
+from raytune_vlm.monitor import Say
 
 ROOM_SHARE = 0.5
 """Adapters that share batches take at most this part of a GPU's free memory; the rest is for what
@@ -68,6 +69,7 @@ def generate_many(
     keep_going: Callable[[int], bool] = lambda done: True,
     keep: Callable[[str, Sequence[Prediction]], None] = lambda name, answers: None,
     features: Features | None = None,
+    say: Say = lambda message: None,
 ) -> Answers | None:
     """The answers of several adapters to prompts of one split; None stands for the base alone.
 
@@ -86,13 +88,15 @@ def generate_many(
         Given an adapter's name and its new answers as each batch ends.
     features
         What the base's tower and projector make of images, for adapters that leave these alone.
+    say
+        As for `generate`.
 
     Returns
     -------
     Answers, or None
         None if `keep_going` said no.
     """
-    asking = Asking(base, split, rows, config, device, keep_going, keep)
+    asking = Asking(base, split, rows, config, device, keep_going, keep, say)
     reasons = {name: unmixable(entry.recipe) if entry else None for name, entry in adapters.items()}
     apart = {name: reason for name, reason in reasons.items() if reason is not None}
     mixed = {name: adapter for name, adapter in adapters.items() if name not in apart}
@@ -127,8 +131,10 @@ class Asking:
         device: str,
         keep_going: Callable[[int], bool],
         keep: Callable[[str, Sequence[Prediction]], None],
+        say: Say,
     ) -> None:
         self._base, self._split, self._config, self._device = base, split, config, device
+        self._say = say
         self._rows, self._keep_going, self._keep = rows, keep_going, keep
         self._found: dict[tuple[str, int], Prediction] = {}
 
@@ -140,7 +146,9 @@ class Asking:
         features: Features | None,
     ) -> bool:
         """Ask a model; False if stopped. `slots`: PEFT's names of adapters that share batches."""
-        answering = Answering(model, self._base, self._split, self._config, self._device, features)
+        answering = Answering(
+            model, self._base, self._split, self._config, self._device, features, self._say
+        )
         left = {
             name: [row for row in self._rows[name] if (name, row) not in self._found]
             for name in names
@@ -148,8 +156,8 @@ class Asking:
         for chunk in _pairs(self._split, left, self._base.family.left_padding, self._config):
             if not self._keep_going(len(self._found)):
                 return False
-            options = {"adapter_names": [slots[name] for name, _ in chunk]} if slots else {}
-            answers = answering.answer([row for _, row in chunk], **options)
+            whose = [slots[name] for name, _ in chunk] if slots else None
+            answers = answering.answer([row for _, row in chunk], adapter_names=whose)
             self._found |= dict(zip(chunk, answers, strict=True))
             for asked in dict.fromkeys(name for name, _ in chunk):
                 pairs = zip(chunk, answers, strict=True)

@@ -16,9 +16,11 @@ from raytune_vlm.collate.encoded import Encoded
 from raytune_vlm.collate.features import Features
 from raytune_vlm.collate.labels import structural_tokens
 from raytune_vlm.config.evaluation import EvaluationConfig
+from raytune_vlm.errors import first_line
 from raytune_vlm.evaluate.scoring import Prediction
 from raytune_vlm.models.families import Family
 from raytune_vlm.models.loading import Base
+from raytune_vlm.monitor import Say
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ def generate(
     keep: Callable[[Sequence[Prediction]], None] = lambda answers: None,
     together: Together | None = None,
     features: Features | None = None,
+    say: Say = lambda message: None,
 ) -> list[Prediction] | None:
     """The model's answers to the prompts of some rows, in the order of the rows.
 
@@ -99,13 +102,16 @@ def generate(
         needs a row at least.
     features
         What the base's tower and projector make of images, if the model's are the base's.
+    say
+        Told of batches that memory did not suffice for: they are halved, but for workers that have
+        to stay in step.
 
     Returns
     -------
     list of Prediction, or None
         None if `keep_going` said no.
     """
-    answering = Answering(model, base, split, config, device, features)
+    answering = Answering(model, base, split, config, device, features, say)
     found: dict[int, Prediction] = {}
     model.eval()
     chunks = list(_chunks(split.lengths, rows, base.family, config.batch_size))
@@ -133,8 +139,9 @@ class Answering:
         config: EvaluationConfig,
         device: str,
         features: Features | None = None,
+        say: Say = lambda message: None,
     ) -> None:
-        self._features = features
+        self._features, self._say, self._most = features, say, config.batch_size
         self._model, self._base, self._split = model, base, split
         self._device, self._config = device, config
         self._pixels = PixelTable(
@@ -142,11 +149,48 @@ class Answering:
         )
         self._ends = _end_tokens(model, base.processor.tokenizer)
 
-    @torch.no_grad()
     def answer(
-        self, rows: Sequence[int], *, blank: Encoded | None = None, **options: Any
+        self,
+        rows: Sequence[int],
+        *,
+        blank: Encoded | None = None,
+        adapter_names: Sequence[str] | None = None,
+        synced_gpus: bool = False,
     ) -> list[Prediction]:
-        """The answers to some rows, as one batch; `options` go to the model's `generate`."""
+        """The answers to some rows, in one batch if memory suffices for that.
+
+        Raises
+        ------
+        torch.OutOfMemoryError
+            If it does not for one row, or, with `synced_gpus`, for all: others wait for this batch.
+        """
+        found: list[Prediction] = []
+        while left := rows[len(found) :]:
+            part = left[: self._most]
+            options: dict[str, Any] = {"synced_gpus": True} if synced_gpus else {}
+            if adapter_names is not None:
+                options["adapter_names"] = adapter_names[len(found) :][: len(part)]
+            try:
+                found += self._answer(part, blank, options)
+                continue
+            except torch.OutOfMemoryError as error:
+                if len(part) == 1 or synced_gpus:
+                    raise
+                reason = first_line(error)
+            self._most = (len(part) + 1) // 2
+            self._say(
+                f"out of memory with {len(part)} prompts in a batch (evaluation.batch_size): "
+                f"{self._most} for the rest of these ({reason})"
+            )
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        return found
+
+    @torch.no_grad()
+    def _answer(
+        self, rows: Sequence[int], blank: Encoded | None, options: dict[str, Any]
+    ) -> list[Prediction]:
+        """The answers to one batch; `options` go to the model's `generate`."""
         samples = [self._split.encoded(row) for row in rows]
         tokenizer = self._base.processor.tokenizer
         batch = collate(

@@ -21,6 +21,7 @@ from raytune_vlm.evaluate.adapters import Asking
 from raytune_vlm.evaluate.generate import Prompts
 from raytune_vlm.evaluate.scoring import Prediction
 from raytune_vlm.models.loading import Base
+from raytune_vlm.monitor import Say
 from raytune_vlm.packed.routing import check_rows
 
 Layers = Mapping[str, Any]
@@ -38,6 +39,7 @@ def answer_side_by_side(
     keep_going: Callable[[int], bool] = lambda done: True,
     keep: Callable[[str, Sequence[Prediction]], None] = lambda name, answers: None,
     features: Features | None = None,
+    say: Say = lambda message: None,
 ) -> dict[str, list[Prediction]] | None:
     """The answers of parked slots to prompts of one split; None if `keep_going` said no.
 
@@ -49,7 +51,7 @@ def answer_side_by_side(
     ModelError
         If a layer is not given the rows of a batch. What was answered before is right.
     """
-    asking = Asking(base, split, rows, config, device, keep_going, keep)
+    asking = Asking(base, split, rows, config, device, keep_going, keep, say)
     base.model.eval()
     together = _SideBySide(base.model, slots, device)
     if not asking.ask(together, slots, {name: name for name in slots}, features):

@@ -22,9 +22,10 @@ from raytune_vlm.sweep.jobs import Job
 IDLE = "idle"
 """What `take` gives when there was nothing to do for a while; ask again."""
 
-Word = Literal["", "stop", "pause", "close", "leave"]
+Word = Literal["", "stop", "pause", "close", "leave", "alone"]
 """What is to be done with a job: go on; drop it; save it, because it is paused by hand, because the
-run ends, or because the executor leaves its node (which it sees itself)."""
+run ends, or because the executor leaves its node (which it sees itself); leave it, because it does
+not fit beside others (which the executor sees, too)."""
 
 
 class Channel:
@@ -82,6 +83,7 @@ class BoardState:
         self._moved: set[str] = set()
         self._asking: dict[str, object] = {}
         self._notes: list[str] = []
+        self._noted: set[str] = set()
         self._closed = False
         self._halted: str | None = None
         self._changed = asyncio.Event()
@@ -163,14 +165,19 @@ class BoardState:
             self._queue.append(self._again.pop(job_id))
             self._changed.set()
 
-    async def hand_back(self, executor: str, job_id: str, message: str) -> None:
-        """The executor leaves its node and has saved the job: nobody's failure."""
+    async def hand_back(
+        self, executor: str, job_id: str, message: str, *, alone: bool = False
+    ) -> None:
+        """An executor leaves a job that is not done: nobody's failure.
+
+        `alone`: whoever gets it next does nothing beside it until it has reported something.
+        """
         self._moved.add(executor)
         self._notes.append(f"{executor}: {message}")
         held = self._dropped(executor, job_id)
         if held is not None and job_id not in self._stopped | self._paused:
             self._num_recovered += 1
-            self._queue.appendleft(held)
+            self._queue.appendleft(replace(held, attempt=2) if alone else held)
             self._changed.set()
 
     async def next_report(self, job_id: str) -> dict[str, Any]:
@@ -239,8 +246,10 @@ class BoardState:
         return bool(held)
 
     async def note(self, message: str) -> None:
-        """Something that a person should read."""
-        self._notes.append(message)
+        """Something that a person should read, once."""
+        if message not in self._noted:
+            self._noted.add(message)
+            self._notes.append(message)
 
     async def notes(self) -> list[str]:
         """What was noted since this was last asked."""

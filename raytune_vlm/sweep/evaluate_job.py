@@ -187,6 +187,7 @@ def _ask_together(
         keep_going=lead.progress(asked.stage, before, sum(map(len, mine.values()))),
         keep=lacking.keep,
         features=worker.features,
+        say=worker.note_own,
     )
     if found is None:
         raise EvaluationStopped

@@ -108,6 +108,7 @@ class Evaluation:
                 keep=store.writer(world.rank).add,
                 together=together,
                 features=self._features,
+                say=self.worker.note_own,
             )
             if found is None:
                 raise EvaluationStopped

@@ -165,6 +165,7 @@ class Sharing:
                 keep_going=self._progress(group, lacking, asked.stage, stopped),
                 keep=lacking.keep,
                 features=self._worker.features,
+                say=self._worker.note_own,
             )
             if found is not None:
                 break

@@ -174,7 +174,7 @@ class Worker:
         if train.feature_disk_gb:
             folder = train.feature_folder(self.setup.data.store)
             max_disk = int(train.feature_disk_gb * 1e9)
-            features.disk = open_store(folder, base, device, max_disk, self._note_own)
+            features.disk = open_store(folder, base, device, max_disk, self.note_own)
         return features
 
     def _write_features(self) -> None:
@@ -320,6 +320,9 @@ class Worker:
         if word == "leave":
             message = f"a node is about to go; {job.job_id} goes on elsewhere"
             ray.get(board.hand_back.remote(name, job.job_id, message))
+        elif word == "alone":
+            message = f"{job.job_id} ran out of memory beside others: it goes on by itself"
+            ray.get(board.hand_back.remote(name, job.job_id, message, alone=True))
         else:
             ray.get(board.finish.remote(name, job.job_id))
 
@@ -332,6 +335,8 @@ class Worker:
             What the recipe is not to blame for, or perhaps one rank alone has met: Ray Train
             restarts the workers, and the board counts the attempt.
         """
+        from raytune_vlm.train.memory import lacks_memory
+
         try:
             return do()
         except Exception as error:
@@ -345,6 +350,9 @@ class Worker:
                 raise
             if self.world.size > 1 and kind in ("infeasible", "error"):
                 raise  # the other ranks would wait for this one in a collective
+            if lacks_memory(error) and self._lives.keys() - {job.job_id}:
+                self._words[job.job_id] = "alone"
+                return None
             trial = self.folder.trial(job.trial_id)
             if self.world.rank == 0 and not isinstance(error, RaytuneVlmError):
                 write_text(trial.root / "error.txt", "".join(traceback.format_exception(error)))
@@ -362,7 +370,7 @@ class Worker:
         if self.world.rank == 0:
             ray.get(self.setup.board.note.remote(f"{self.setup.name}: {message}"))
 
-    def _note_own(self, message: str) -> None:
+    def note_own(self, message: str) -> None:
         """Something of this worker alone: its node's disk is not that of rank 0."""
         who = f"{self.setup.name}, worker {self.world.rank}"
         ray.get(self.setup.board.note.remote(f"{who}: {message}"))

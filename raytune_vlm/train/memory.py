@@ -1,4 +1,4 @@
-"""Memory that does not suffice for an update, which no smaller micro-batch makes smaller."""
+"""Memory that does not suffice."""
 
 from __future__ import annotations
 
@@ -18,3 +18,8 @@ def infeasible_without_memory(step: int) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         what = f"out of memory in the update of step {step}: {first_line(error)}"
         raise TrialInfeasible(what) from None
+
+
+def lacks_memory(error: Exception) -> bool:
+    """Whether an error is that memory did not suffice."""
+    return isinstance(error, torch.OutOfMemoryError | TrialInfeasible)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,6 @@ from raytune_vlm.config.experiment import ExperimentConfig
 from raytune_vlm.errors import (
     CheckpointError,
     InfrastructureError,
-    ModelError,
     TrialDiverged,
     first_line,
 )
@@ -111,19 +110,22 @@ class Run:
             self.model = attach(base.model, base.family, experiment.lora, seed=experiment.seed)
         self.is_attached = True
         """Whether the adapter is on the base, or parked beside it (`packed.slot`)."""
-        try:
+        with ExitStack() as undo:
+            undo.callback(self._detach)
             self.layers = RecomputedLayers(self.model, base.family, self.config)
+            undo.callback(self.layers.restore)
             self.layers.change()
-        except ModelError:
-            base.model = detach(self.model)
-            raise
-        self.measure = Measure(self.model, base.family, split, world)
-        self.trainable = trainable_by_scope(self.model, base.family)
-        self.auditor = Auditor(self.model, self.trainable, experiment.lora)
-        self._objective = objective(self.model, self.config, teacher, self.batches, self.auditor)
-        groups = parameter_groups(self.model, base.family, experiment)
-        optimizer = torch.optim.AdamW(groups, weight_decay=self.config.weight_decay)
-        self._backend = backend(self.model, optimizer, world, self.config)
+            self.measure = Measure(self.model, base.family, split, world)
+            undo.callback(self.measure.close)
+            self.trainable = trainable_by_scope(self.model, base.family)
+            self.auditor = Auditor(self.model, self.trainable, experiment.lora)
+            self._objective = objective(
+                self.model, self.config, teacher, self.batches, self.auditor
+            )
+            groups = parameter_groups(self.model, base.family, experiment)
+            optimizer = torch.optim.AdamW(groups, weight_decay=self.config.weight_decay)
+            self._backend = backend(self.model, optimizer, world, self.config)
+            self._undo = undo.pop_all()
         self.optimizer = self._backend.optimizer
         """AdamW over all that is trained; `begin` sets the learning rates of its groups."""
         self._trained = [p for p in self.model.parameters() if p.requires_grad]
@@ -232,7 +234,7 @@ class Run:
         expected = last_logits(self.model, batch)
         dtype = self.config.fsdp2.compute_dtype
         found = {"merge": check_merge(self.model, batch, dtype)}
-        self._take_off()
+        self._undo.close()
         with self._whole(self.experiment.lora.dora):
             found["reload"] = check_reload(self._base.model, folder, batch, expected, dtype)
         self.auditor.end(self._world.broadcast(found))
@@ -388,10 +390,7 @@ class Run:
             self.batches.close()
         finally:
             self._backend.close()
-            self._take_off()
+            self._undo.close()
 
-    def _take_off(self) -> None:
-        if self.is_attached:
-            self.measure.close()
-            self.layers.restore()
-            self._base.model, self.is_attached = detach(self.model), False
+    def _detach(self) -> None:
+        self._base.model, self.is_attached = detach(self.model), False
