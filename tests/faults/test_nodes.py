@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import urllib.request
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.client import HTTPException
 from pathlib import Path
 
@@ -24,11 +24,22 @@ from raytune_vlm.records import SweepFolder, read_json_lines
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, *OF_A_CLUSTER]
 
-STEPS = 60
+STEPS = 100
 HANGS_AFTER = 8
 """Steps of two micro-batches until `hang/sitecustomize.py` acts."""
 PATIENCE = float(os.environ.get("RAYTUNE_VLM_TEST_PATIENCE", "1"))
 """Above 1 on a machine so busy that a step or the start of a process takes far longer."""
+
+
+def processes_of(node):
+    """The processes that a node has started, each with its command line."""
+    found = []
+    for raylet in node.all_processes.get("raylet", []):
+        with suppress(psutil.NoSuchProcess):
+            for process in psutil.Process(raylet.process.pid).children(recursive=True):
+                with suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+                    found.append((process, " ".join(process.cmdline())))
+    return found
 
 
 class Nodes:
@@ -41,12 +52,15 @@ class Nodes:
         return self.cluster.add_node(num_cpus=2, **LEAN)
 
     def find(self, what, nodes):
-        """The process of an actor and the node that it runs on."""
-        for node in nodes:
-            for raylet in node.all_processes.get("raylet", []):
-                for process in psutil.Process(raylet.process.pid).children(recursive=True):
-                    if what in " ".join(process.cmdline()):
-                        return process, node
+        """The process of an actor and the node that it runs on, once there is one: a worker whose
+        raylet is gone may log some steps before the next one begins."""
+        end = time.monotonic() + 60 * PATIENCE
+        while time.monotonic() < end:
+            for node in nodes:
+                for process in processes_of(node):
+                    if what in process[1]:
+                        return process[0], node
+            time.sleep(0.1)
         raise AssertionError(f"no {what}")
 
     def worker(self):
@@ -129,7 +143,7 @@ def wait_for_step(folder, step, driver, log):
     while last_step(folder) < step:
         assert driver.poll() is None, log.read_text()
         assert time.monotonic() < end, log.read_text()
-        time.sleep(0.1)
+        time.sleep(0.05)
 
 
 def tell(fault, seconds):
